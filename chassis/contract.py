@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Spell every name that crosses a process boundary, once.
+
+Envoy's configuration (`envoy/`) and the services share these names, not calls.
+A house test looks for each of them in `envoy/`; nothing else may spell them again.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# --- Headers -----------------------------------------------------------------
+
+#: Every header with this prefix is ours; Envoy strips it from a client's request before any filter reads it.
+OWN_HEADER_PREFIX: Final = "x-peaje-"
+#: Minted by Envoy for each request; a client's own value is dropped (it must never choose a billing id).
+REQUEST_ID_HEADER: Final = "x-request-id"
+#: Anthropic-style clients send their key here; OpenAI-style ones send `authorization: Bearer`.
+API_KEY_HEADER: Final = "x-api-key"
+AUTHORIZATION_HEADER: Final = "authorization"
+
+# --- Metadata namespaces (Envoy dynamic metadata) ------------------------------
+
+#: Written by gate.lua from the request, read by extauth, the route table and the journal.
+NS_REQUEST: Final = "peaje.request"
+#: Written by tap.lua from the response, read by the settle descriptor and the journal.
+NS_USAGE: Final = "peaje.usage"
+#: Written by ext_authz from extauth's answer: who is calling.
+NS_IDENTITY: Final = "envoy.filters.http.ext_authz"
+#: Written by the ratelimit filter from the RLS answer: what was admitted.
+NS_ADMISSION: Final = "envoy.filters.http.ratelimit"
+
+# --- Keys inside peaje.request --------------------------------------------------
+
+REQ_DIALECT: Final = "dialect"
+REQ_MODEL: Final = "model"
+REQ_STREAM: Final = "stream"
+REQ_PROMPT_BYTES: Final = "prompt_bytes"
+REQ_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
+REQ_CHOICES: Final = "choices"
+#: "usage" when ext_proc must ask the engine for usage, else "no".
+REQ_SHAPE: Final = "shape"
+#: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
+REQ_WANTS_USAGE: Final = "wants_usage"
+
+REQUEST_KEYS: Final = (
+    REQ_DIALECT,
+    REQ_MODEL,
+    REQ_STREAM,
+    REQ_PROMPT_BYTES,
+    REQ_OUTPUT_TOKENS_MAX,
+    REQ_CHOICES,
+    REQ_SHAPE,
+    REQ_WANTS_USAGE,
+)
+
+# --- Keys inside the identity namespace (extauth's answer) ------------------------
+
+ID_TENANT: Final = "tenant"
+ID_PROJECT: Final = "project"
+ID_KEY: Final = "key_id"
+#: The body of GET /v1/models for this caller; tap.lua answers with it.
+ID_MODELS_BODY: Final = "models_body"
+
+# --- Keys inside the admission namespace (ratelimit's answer) ---------------------
+
+ADM_ADMITTED: Final = "admitted"
+ADM_RESERVED_TOKENS: Final = "reserved_tokens"
+
+# --- Keys inside peaje.usage --------------------------------------------------------
+
+USE_INPUT: Final = "input"
+USE_OUTPUT: Final = "output"
+USE_CACHED: Final = "cached"
+USE_REASONING: Final = "reasoning"
+#: input + output as last seen: the hits addend of the settle call.
+USE_TOTAL: Final = "total"
+#: "final" once the engine's closing usage was read, "running" before that, "none" until any was.
+USE_SEEN: Final = "seen"
+#: Frames that carried generated content; what `estimated` rests on when the engine never said.
+USE_FRAMES: Final = "frames"
+#: A short machine word when the tap could not read something (e.g. "encoded", "event_too_large", "invalid").
+USE_ANOMALY: Final = "anomaly"
+
+USAGE_KEYS: Final = (
+    USE_INPUT,
+    USE_OUTPUT,
+    USE_CACHED,
+    USE_REASONING,
+    USE_TOTAL,
+    USE_SEEN,
+    USE_FRAMES,
+    USE_ANOMALY,
+)
+
+# --- Rate limit descriptors ------------------------------------------------------------
+
+RLS_DOMAIN: Final = "peaje"
+DESC_PHASE: Final = "phase"
+PHASE_ADMIT: Final = "admit"
+PHASE_SETTLE: Final = "settle"
+DESC_REQUEST_ID: Final = "request_id"
+DESC_TENANT: Final = "tenant"
+DESC_KEY: Final = "key_id"
+DESC_MODEL: Final = "model"
+DESC_DIALECT: Final = "dialect"
+DESC_PROMPT_BYTES: Final = "prompt_bytes"
+DESC_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
+DESC_CHOICES: Final = "choices"
+#: What Envoy sends for a descriptor entry whose metadata is missing. Never a valid tenant.
+DESC_ABSENT: Final = "-"
+
+ADMIT_KEYS: Final = (
+    DESC_PHASE,
+    DESC_REQUEST_ID,
+    DESC_TENANT,
+    DESC_KEY,
+    DESC_MODEL,
+    DESC_DIALECT,
+    DESC_PROMPT_BYTES,
+    DESC_OUTPUT_TOKENS_MAX,
+    DESC_CHOICES,
+)
+SETTLE_KEYS: Final = (DESC_PHASE, DESC_REQUEST_ID, DESC_TENANT)
+
+# --- Journal -----------------------------------------------------------------------------
+
+#: Envoy access log types that the journal keeps. The start record is written when the
+#: request is handed to a model server, so it already carries the identity.
+JOURNAL_START: Final = "UpstreamPoolReady"
+JOURNAL_PERIODIC: Final = "DownstreamPeriodic"
+JOURNAL_END: Final = "DownstreamEnd"
+
+J_TYPE: Final = "type"
+J_REQUEST_ID: Final = "request_id"
+J_STARTED_AT: Final = "started_at"
+J_DURATION_MS: Final = "duration_ms"
+J_STATUS: Final = "status"
+J_FLAGS: Final = "flags"
+J_DETAILS: Final = "details"
+J_PATH: Final = "path"
+J_UPSTREAM: Final = "upstream"
+J_IDENTITY: Final = "identity"
+J_REQUEST: Final = "request"
+J_USAGE: Final = "usage"
+J_ADMISSION: Final = "admission"
+#: Names one life of one Envoy process; set by whoever starts Envoy.
+J_EPOCH: Final = "epoch"
+EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
+
+JOURNAL_KEYS: Final = (
+    J_TYPE,
+    J_REQUEST_ID,
+    J_STARTED_AT,
+    J_DURATION_MS,
+    J_STATUS,
+    J_FLAGS,
+    J_DETAILS,
+    J_PATH,
+    J_UPSTREAM,
+    J_IDENTITY,
+    J_REQUEST,
+    J_USAGE,
+    J_ADMISSION,
+    J_EPOCH,
+)
+
+# --- Clusters and sockets ---------------------------------------------------------------------
+
+#: Envoy cluster name of each service; also the stem of its Unix socket under `run/`.
+CLUSTER_EXTAUTH: Final = "extauth"
+CLUSTER_RATELIMIT: Final = "ratelimit"
+CLUSTER_METERING: Final = "metering"
+#: Paths are relative to the state directory, which is every process's working
+#: directory: a Unix socket path holds 107 bytes, a state directory may be longer.
+SOCKETS: Final = {
+    CLUSTER_EXTAUTH: "run/extauth.sock",
+    CLUSTER_RATELIMIT: "run/ratelimit.sock",
+    CLUSTER_METERING: "run/metering.sock",
+}
+JOURNAL_PATH: Final = "journal/journal.jsonl"
+MODELS_PATH: Final = "envoy/models.yaml"
+
+# --- Dialects: path → how the request and the answer are read -----------------------------------
+
+PATHS: Final = {
+    "/v1/chat/completions": "openai.chat",
+    "/v1/completions": "openai.completions",
+    "/v1/embeddings": "openai.embeddings",
+    "/v1/responses": "openai.responses",
+    "/v1/messages": "anthropic.messages",
+    "/v1/models": "openai.models",
+}
+
+# --- Error codes: the closed list of what a caller may read in `error.code` ------------------------
+
+ERROR_CODES: Final = (
+    "missing_credential",
+    "invalid_api_key",
+    "conflicting_credentials",
+    "model_not_allowed",
+    "model_not_found",
+    "tenant_suspended",
+    "invalid_request",
+    "unsupported_encoding",
+    "request_too_large",
+    "not_found",
+    "rate_limit_exceeded",
+    "tokens_limit_exceeded",
+    "upstream_unavailable",
+    "upstream_timeout",
+    "service_unavailable",
+)

@@ -1,0 +1,150 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Find the members of a JSON object without building it.
+--
+-- Knows where each top-level member begins and ends; nested values are skipped,
+-- strings by jumping from quote to quote, so that a 100 KB prompt costs about what
+-- memchr costs. It does not validate what it skips: the model server does. It does
+-- refuse what two parsers could read differently: duplicate keys, text after the
+-- object, no object at all. Pure: no Envoy API, so it also runs under tests.
+
+local byte, find, sub, char = string.byte, string.find, string.sub, string.char
+
+local M = {}
+
+-- Deeper than any request of the supported dialects; bounds work, not memory.
+M.DEPTH_MAX = 200
+
+local QUOTE, BACKSLASH, OPEN_BRACKET, OPEN_BRACE, CLOSE_BRACE = 34, 92, 91, 123, 125
+local COLON, COMMA = 58, 44
+
+local ESCAPES = {
+  ['"'] = '"', ['\\'] = '\\', ['/'] = '/',
+  b = '\b', f = '\f', n = '\n', r = '\r', t = '\t',
+}
+
+local function utf8_of(code)
+  if code < 0x80 then return char(code) end
+  if code < 0x800 then return char(0xC0 + math.floor(code / 64), 0x80 + code % 64) end
+  return char(0xE0 + math.floor(code / 4096), 0x80 + math.floor(code / 64) % 64, 0x80 + code % 64)
+end
+
+-- Index of the quote that closes the string opening at i, or nil.
+local function string_end(s, i)
+  local j = i
+  while true do
+    j = find(s, '"', j + 1, true)
+    if not j then return nil end
+    local k = j - 1
+    while byte(s, k) == BACKSLASH do k = k - 1 end
+    if (j - k) % 2 == 1 then return j end
+  end
+end
+
+local function nested_end(s, i)
+  local depth, j = 0, i
+  while true do
+    j = find(s, '["%[%]{}]', j)
+    if not j then return nil end
+    local c = byte(s, j)
+    if c == QUOTE then
+      j = string_end(s, j)
+      if not j then return nil end
+    elseif c == OPEN_BRACKET or c == OPEN_BRACE then
+      depth = depth + 1
+      if depth > M.DEPTH_MAX then return nil end
+    else
+      depth = depth - 1
+      if depth == 0 then return j end
+    end
+    j = j + 1
+  end
+end
+
+local function value_end(s, i)
+  local c = byte(s, i)
+  if c == QUOTE then return string_end(s, i) end
+  if c == OPEN_BRACE or c == OPEN_BRACKET then return nested_end(s, i) end
+  local j = find(s, '[%s,}%]]', i)
+  if not j or j == i then return nil end
+  return j - 1
+end
+
+-- The text of a JSON string given with its quotes, or nil when an escape is invalid.
+function M.text(quoted)
+  if byte(quoted, 1) ~= QUOTE then return nil end
+  local inner = sub(quoted, 2, -2)
+  if not find(inner, '\\', 1, true) then return inner end
+  local valid = true
+  inner = string.gsub(inner, '\\(.)(%x?%x?%x?%x?)', function(kind, hex)
+    if kind == 'u' then
+      if #hex ~= 4 then valid = false return '' end
+      return utf8_of(tonumber(hex, 16))
+    end
+    local plain = ESCAPES[kind]
+    if not plain then valid = false return '' end
+    return plain .. hex
+  end)
+  return valid and inner or nil
+end
+
+-- Members of the object that opens at `from` (default: the first byte that is not space).
+-- Returns { key = { first, last, key_first } } with byte positions of each value and the
+-- position of its key's quote, and the position of the closing brace; or nil and a reason.
+function M.members(s, from)
+  local i = find(s, '[^ \t\r\n]', from or 1)
+  if not i or byte(s, i) ~= OPEN_BRACE then return nil, 'not an object' end
+  local members = {}
+  i = find(s, '[^ \t\r\n]', i + 1)
+  if i and byte(s, i) == CLOSE_BRACE then return members, i end
+  while i do
+    if byte(s, i) ~= QUOTE then return nil, 'a key must be a string' end
+    local key_last = string_end(s, i)
+    if not key_last then return nil, 'an unfinished string' end
+    local key = M.text(sub(s, i, key_last))
+    if not key then return nil, 'an invalid escape in a key' end
+    if members[key] then return nil, 'a duplicate key' end
+    local colon = find(s, '[^ \t\r\n]', key_last + 1)
+    if not colon or byte(s, colon) ~= COLON then return nil, 'a key without a value' end
+    local first = find(s, '[^ \t\r\n]', colon + 1)
+    local last = first and value_end(s, first)
+    if not last then return nil, 'an unfinished or too deeply nested value' end
+    members[key] = { first, last, i }
+    i = find(s, '[^ \t\r\n]', last + 1)
+    local c = i and byte(s, i)
+    if c == CLOSE_BRACE then return members, i end
+    if c ~= COMMA then return nil, 'a missing comma' end
+    i = find(s, '[^ \t\r\n]', i + 1)
+  end
+  return nil, 'an unfinished object'
+end
+
+-- As members(), for a text that must be one object and nothing else.
+function M.document(s)
+  local members, last = M.members(s)
+  if not members then return nil, last end
+  if find(s, '[^ \t\r\n]', last + 1) then return nil, 'text after the object' end
+  return members
+end
+
+-- Number of elements of the array at s[first..last] and the kind of its first element
+-- ("string", "array", "number"); nil when it is not a well-formed array.
+function M.array(s, first, last)
+  if byte(s, first) ~= OPEN_BRACKET then return nil end
+  local count, kind = 0, nil
+  local i = find(s, '[^ \t\r\n]', first + 1)
+  if i == last then return 0, nil end
+  while i and i < last do
+    local c = byte(s, i)
+    kind = kind or (c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or 'number')
+    local element_last = value_end(s, i)
+    if not element_last then return nil end
+    count = count + 1
+    i = find(s, '[^ \t\r\n]', element_last + 1)
+    if i == last then return count, kind end
+    if not i or byte(s, i) ~= COMMA then return nil end
+    i = find(s, '[^ \t\r\n]', i + 1)
+  end
+  return nil
+end
+
+return M

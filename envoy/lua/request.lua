@@ -1,0 +1,138 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Read from a request body what decisions depend on, and refuse what can be read two ways.
+--
+-- Pure: text in, facts or a refusal out. gate.lua writes the facts to metadata.
+
+local json = require('envoy.lua.json')
+local sub, find = string.sub, string.find
+
+local M = {}
+
+-- Longest model name; it becomes a metric label, a descriptor value and a column.
+M.MODEL_BYTES_MAX = 200
+-- A request for more tokens than any model's context is a mistake or an attack.
+M.OUTPUT_TOKENS_MAX = 10000000
+M.CHOICES_MAX = 128
+-- Array elements (prompts, inputs) in one request.
+M.PROMPTS_MAX = 2048
+
+-- Which member caps the output, per dialect; the first name is the one preferred in messages.
+local OUTPUT_LIMITS = {
+  ['openai.chat'] = { 'max_completion_tokens', 'max_tokens' },
+  ['openai.completions'] = { 'max_tokens' },
+  ['openai.responses'] = { 'max_output_tokens' },
+  ['anthropic.messages'] = { 'max_tokens' },
+  ['openai.embeddings'] = {},
+}
+
+local STREAMS_WITHOUT_USAGE = { ['openai.chat'] = true, ['openai.completions'] = true }
+
+local function refusal(message, param)
+  return nil, { status = 400, code = 'invalid_request', message = message, param = param }
+end
+
+local function value(body, members, name)
+  local span = members[name]
+  if not span then return nil end
+  local text = sub(body, span[1], span[2])
+  if text == 'null' then return nil end
+  return text
+end
+
+local function whole_number(text, most)
+  if not find(text, '^%d+$') or #text > 9 then return nil end
+  local number = tonumber(text)
+  if number < 1 or number > most then return nil end
+  return number
+end
+
+local function boolean(body, members, name)
+  local text = value(body, members, name)
+  if text == nil or text == 'false' then return false end
+  if text == 'true' then return true end
+  return nil
+end
+
+local function output_limit(body, members, dialect)
+  local limit
+  for _, name in ipairs(OUTPUT_LIMITS[dialect]) do
+    local text = value(body, members, name)
+    if text then
+      local number = whole_number(text, M.OUTPUT_TOKENS_MAX)
+      if not number then return nil, name .. ' must be a whole number from 1 to ' .. M.OUTPUT_TOKENS_MAX .. '.', name end
+      if limit and limit ~= number then return nil, 'max_tokens and max_completion_tokens disagree.', name end
+      limit = number
+    end
+  end
+  return limit or 0
+end
+
+-- How many completions the caller asks for: n (or best_of) for each prompt.
+local function choices(body, members, dialect)
+  local count = 1
+  for _, name in ipairs({ 'n', 'best_of' }) do
+    local text = value(body, members, name)
+    if text then
+      local number = whole_number(text, M.CHOICES_MAX)
+      if not number then return nil, name .. ' must be a whole number from 1 to ' .. M.CHOICES_MAX .. '.', name end
+      if number > count then count = number end
+    end
+  end
+  local span = dialect == 'openai.completions' and members.prompt
+  if span and sub(body, span[1], span[1]) == '[' then
+    local prompts, kind = json.array(body, span[1], span[2])
+    if not prompts then return nil, 'prompt is not a well-formed array.', 'prompt' end
+    if kind ~= 'number' and prompts > M.PROMPTS_MAX then return nil, 'Too many prompts in one request.', 'prompt' end
+    if kind ~= 'number' and prompts > 0 then count = count * prompts end
+  end
+  return count
+end
+
+local function asked_for_usage(body, members)
+  local span = members.stream_options
+  if not span or sub(body, span[1], span[1]) ~= '{' then return 'no' end
+  local options = json.members(body, span[1])
+  if not options then return nil end
+  if boolean(body, options, 'continuous_usage_stats') then return 'running' end
+  if boolean(body, options, 'include_usage') then return 'final' end
+  return 'no'
+end
+
+-- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape },
+-- or nil and a refusal { status, code, message, param }.
+function M.read(body, dialect)
+  local members, reason = json.document(body)
+  if not members then return refusal('The body is not a usable JSON object: ' .. reason .. '.') end
+
+  local quoted = value(body, members, 'model')
+  local model = quoted and json.text(quoted)
+  if not model or model == '' then return refusal('model is required and must be a string.', 'model') end
+  if #model > M.MODEL_BYTES_MAX or find(model, '[^\33-\126]') then
+    return nil, { status = 404, code = 'model_not_found', message = 'No such model.', param = 'model' }
+  end
+
+  local stream = boolean(body, members, 'stream')
+  if stream == nil then return refusal('stream must be true or false.', 'stream') end
+  if boolean(body, members, 'background') ~= false then
+    return refusal('background responses are not served: their usage could not be metered.', 'background')
+  end
+
+  local limit, message, param = output_limit(body, members, dialect)
+  if not limit then return refusal(message, param) end
+  local count
+  count, message, param = choices(body, members, dialect)
+  if not count then return refusal(message, param) end
+
+  local wants_usage = asked_for_usage(body, members)
+  if not wants_usage then return refusal('stream_options is not a usable JSON object.', 'stream_options') end
+  return {
+    model = model,
+    stream = stream,
+    output_tokens_max = limit,
+    choices = count,
+    wants_usage = wants_usage,
+    shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and 'usage' or 'no',
+  }
+end
+
+return M

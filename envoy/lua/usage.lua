@@ -1,0 +1,260 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Read token usage from an answer as it passes, and hide the usage the caller did not ask for.
+--
+-- Only the structure of the engine's JSON counts: text inside strings, however much it
+-- looks like usage, is skipped as a string. Pure: bytes in, bytes out; tap.lua moves them.
+
+local json = require('envoy.lua.json')
+local byte, find, sub = string.byte, string.find, string.sub
+
+local M = {}
+
+-- An SSE event that is longer passes through unread and is marked; engines send a few KB.
+M.EVENT_BYTES_MAX = 1048576
+-- The usage object of any engine is a few hundred bytes.
+M.USAGE_BYTES_MAX = 16384
+
+-- Beyond this a double is no longer a whole number, and no answer has as many tokens.
+local COUNT_MAX = 9007199254740992
+
+-- A count that is negative, no number or impossible reads as -1, which the collector clamps and flags.
+local function number(text, members, name)
+  local span = members and members[name]
+  if not span then return nil end
+  local raw = sub(text, span[1], span[2])
+  if raw == 'null' then return nil end
+  local n = tonumber(raw)
+  -- tonumber() reads "nan" and hexadecimal too, JSON does not.
+  if not n or find(raw, '[^%d%.eE%+%-]') or n > COUNT_MAX or n < 0 then return -1 end
+  return n
+end
+
+local function nested(text, members, name)
+  local span = members[name]
+  if not span or byte(text, span[1]) ~= 123 then return nil end
+  return (json.members(text, span[1]))
+end
+
+-- Merge the usage object at text[first..] into counts; says whether it had any count.
+-- OpenAI counts cached tokens inside the prompt; Anthropic counts them beside the input.
+local function merge(counts, text, first)
+  local members = json.members(text, first)
+  if not members then return false end
+  local input = number(text, members, 'prompt_tokens') or number(text, members, 'input_tokens')
+  local output = number(text, members, 'completion_tokens') or number(text, members, 'output_tokens')
+  local details = nested(text, members, 'prompt_tokens_details') or nested(text, members, 'input_tokens_details')
+  local output_details = nested(text, members, 'completion_tokens_details')
+    or nested(text, members, 'output_tokens_details')
+  local cached = number(text, details, 'cached_tokens')
+  local cache_read = number(text, members, 'cache_read_input_tokens')
+  local cache_write = number(text, members, 'cache_creation_input_tokens')
+  if input and (cache_read or cache_write) then
+    input = input + (cache_read or 0) + (cache_write or 0)
+    cached = cache_read
+  end
+  local decreased = (output and output < (counts.output or 0)) or (input and input < (counts.input or 0))
+  counts.input = input or counts.input
+  counts.output = output or counts.output
+  counts.cached = cached or counts.cached
+  counts.reasoning = number(text, output_details, 'reasoning_tokens') or counts.reasoning
+  return (input or output) ~= nil, decreased
+end
+
+-- The members that may hold usage one level down: Responses events and Anthropic's message_start.
+local CARRIERS = { 'response', 'message' }
+
+local function usage_span(data, members)
+  local span = members.usage
+  if span and byte(data, span[1]) == 123 then return span end
+  for _, carrier in ipairs(CARRIERS) do
+    local inner = nested(data, members, carrier)
+    if inner and inner.usage and byte(data, inner.usage[1]) == 123 then return inner.usage end
+  end
+  return nil
+end
+
+-- data without its usage member (wants "no"), or with it as null as OpenAI does (wants "final").
+local function without_usage(data, span, wants)
+  if wants == 'final' then return sub(data, 1, span[1] - 1) .. 'null' .. sub(data, span[2] + 1) end
+  local before, after = sub(data, 1, span[3] - 1), sub(data, span[2] + 1)
+  local trimmed, commas = string.gsub(before, ',%s*$', '', 1)
+  if commas == 0 then after = string.gsub(after, '^%s*,', '', 1) end
+  return trimmed .. after
+end
+
+local FINAL_TYPES = {
+  ['"response.completed"'] = true, ['"response.incomplete"'] = true, ['"response.failed"'] = true,
+  ['"message_delta"'] = true,
+}
+
+-- Read one event's data. Returns: nil to leave it as it is, false to drop it, or its new text.
+local function read_event(self, data)
+  if not find(data, '"usage"', 1, true) then
+    if data ~= '[DONE]' then self.frames = self.frames + 1 end
+    return nil
+  end
+  local members = json.document(data)
+  if not members then
+    self.anomaly = 'invalid'
+    return nil
+  end
+  local span = usage_span(data, members)
+  if not span then
+    self.frames = self.frames + 1
+    return nil
+  end
+  local counted, decreased = merge(self.counts, data, span[1])
+  if not counted then return nil end
+  -- Anthropic's message_start holds an estimate that message_delta corrects: no anomaly there.
+  if decreased and self.seen ~= 'none' and not members.type then self.anomaly = 'decreased' end
+
+  local choices = members.choices
+  local usage_only = choices and find(sub(data, choices[1], choices[2]), '^%[%s*%]$') ~= nil
+  if not usage_only then self.frames = self.frames + 1 end
+  local kind = members.type and FINAL_TYPES[sub(data, members.type[1], members.type[2])]
+  -- Quotes inside JSON strings are escaped, so this can only match the engine's own member.
+  local finished = find(data, '"finish_reason":%s*"') ~= nil
+  self.seen = (usage_only or kind or finished or self.seen == 'final') and 'final' or 'running'
+
+  if not self.hides then return nil end
+  if usage_only then return self.wants == 'no' and false or nil end
+  return without_usage(data, span, self.wants)
+end
+
+-- The data of one event: its data lines joined by newlines, or nil when it has none.
+local function data_of(event)
+  local single = string.match(event, '^data: ?([^\r\n]*)[\r\n]*$')
+  if single then return (string.gsub(single, '%s+$', '')) end
+  local lines = {}
+  for line in string.gmatch(event, '[^\r\n]+') do
+    local data = string.match(line, '^data: ?(.*)$')
+    if data then lines[#lines + 1] = data end
+  end
+  if #lines == 0 then return nil end
+  return (string.gsub(table.concat(lines, '\n'), '%s+$', ''))
+end
+
+-- Position of the last byte of the blank line that ends the first event at or after `from`.
+local function event_end(text, from, has_return)
+  local _, last = find(text, '\n\n', from, true)
+  if not has_return then return last end
+  for _, pattern in ipairs({ '\r\n\r\n', '\r\r', '\n\r\n' }) do
+    local _, other = find(text, pattern, from, true)
+    if other and (not last or other < last) then last = other end
+  end
+  return last
+end
+
+local function replaced(event, data)
+  local lines = {}
+  for line in string.gmatch(event, '[^\r\n]+') do
+    if not find(line, '^data:') then lines[#lines + 1] = line end
+  end
+  lines[#lines + 1] = 'data: ' .. data
+  return table.concat(lines, '\n') .. '\n\n'
+end
+
+-- Feed a piece of an SSE body; returns what to send on instead, or nil to send it as it is.
+local function feed_events(self, piece)
+  if self.passing then return nil end
+  local held = self.held
+  local text = held == '' and piece or held .. piece
+  local has_return = find(text, '\r', 1, true) ~= nil
+  local out, changed, from = {}, held ~= '', 1
+  while true do
+    local last = event_end(text, from, has_return)
+    if not last then break end
+    local event = sub(text, from, last)
+    local data = data_of(event)
+    local verdict = nil
+    if data then verdict = read_event(self, data) end
+    if verdict == nil then
+      out[#out + 1] = event
+    else
+      changed = true
+      if verdict then out[#out + 1] = replaced(event, verdict) end
+    end
+    from = last + 1
+  end
+  local rest = sub(text, from)
+  if #rest > M.EVENT_BYTES_MAX then
+    self.anomaly, self.passing, self.held = 'event_too_large', true, ''
+    return (changed or held ~= '') and table.concat(out) .. rest or nil
+  end
+  -- An unfinished event waits for its end, because it may be one that must be hidden; the
+  -- terminator never is, so that a stream which omits the last blank line still ends.
+  if rest ~= '' and find(rest, '^data: ?%[DONE%]') then
+    out[#out + 1], rest = rest, ''
+  end
+  self.held = rest
+  if not changed and rest == '' then return nil end
+  return table.concat(out)
+end
+
+-- Feed a piece of a JSON body: follow depth and strings, keep only the top-level usage object.
+local function feed_object(self, piece)
+  local i, n = 1, #piece
+  if self.capture then
+    self.capture = self.capture .. piece
+    if #self.capture > M.USAGE_BYTES_MAX + n then self.anomaly, self.capture = 'invalid', nil end
+  end
+  while i <= n do
+    if self.in_string then
+      if self.escaped then
+        self.escaped = false
+        i = i + 1
+      else
+        local j = find(piece, '["\\]', i)
+        if self.key and #self.key < 16 then self.key = self.key .. sub(piece, i, (j or n + 1) - 1) end
+        if not j then return nil end
+        if byte(piece, j) == 92 then
+          self.escaped = true
+          if self.key then self.key = self.key .. '\\' end
+        else
+          self.in_string = false
+        end
+        i = j + 1
+      end
+    else
+      local j = find(piece, '["%[%]{}]', i)
+      if not j then return nil end
+      local c = byte(piece, j)
+      if c == 34 then
+        self.in_string, self.key = true, self.depth == 1 and '' or nil
+      elseif c == 123 or c == 91 then
+        if c == 123 and self.depth == 1 and self.key == 'usage' and not self.capture then
+          self.capture = sub(piece, j)
+        end
+        self.depth, self.key = self.depth + 1, nil
+      else
+        self.depth, self.key = self.depth - 1, nil
+        if self.depth == 1 and self.capture then
+          if merge(self.counts, self.capture, 1) then self.seen = 'final' end
+          self.capture = nil
+        end
+      end
+      i = j + 1
+    end
+  end
+  return nil
+end
+
+-- A reader of one answer. kind: "events" (SSE) or "object" (JSON). wants: what the caller asked
+-- for ("no", "final", "running"); hiding applies only to dialects that have that question.
+function M.reader(kind, wants)
+  return {
+    counts = {}, seen = 'none', frames = 0, anomaly = nil,
+    wants = wants or 'running', hides = wants == 'no' or wants == 'final',
+    held = '', passing = false,
+    depth = 0, in_string = false, escaped = false, key = nil, capture = nil,
+    feed = kind == 'events' and feed_events or feed_object,
+  }
+end
+
+-- Tokens to settle: what was read so far.
+function M.total(reader)
+  local total = (reader.counts.input or 0) + (reader.counts.output or 0)
+  return total > 0 and total or 0
+end
+
+return M
