@@ -33,6 +33,8 @@ NS_ADMISSION: Final = "envoy.filters.http.ratelimit"
 
 # --- Keys inside peaje.request --------------------------------------------------
 
+#: Seconds since 1970 with microseconds, as text: equal in every record of an exchange.
+REQ_STARTED_AT: Final = "started_at"
 REQ_DIALECT: Final = "dialect"
 REQ_MODEL: Final = "model"
 REQ_STREAM: Final = "stream"
@@ -45,6 +47,7 @@ REQ_SHAPE: Final = "shape"
 REQ_WANTS_USAGE: Final = "wants_usage"
 
 REQUEST_KEYS: Final = (
+    REQ_STARTED_AT,
     REQ_DIALECT,
     REQ_MODEL,
     REQ_STREAM,
@@ -122,13 +125,15 @@ ADMIT_KEYS: Final = (
     DESC_OUTPUT_TOKENS_MAX,
     DESC_CHOICES,
 )
-SETTLE_KEYS: Final = (DESC_PHASE, DESC_REQUEST_ID, DESC_TENANT)
+#: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
+DESC_SEEN: Final = "seen"
+SETTLE_KEYS: Final = (DESC_PHASE, DESC_REQUEST_ID, DESC_TENANT, DESC_SEEN)
 
 # --- Journal -----------------------------------------------------------------------------
 
-#: Envoy access log types that the journal keeps. The start record is written when the
-#: request is handed to a model server, so it already carries the identity.
-JOURNAL_START: Final = "UpstreamPoolReady"
+#: Record types. The start record is written by tap.lua as the request goes to a model server,
+#: with the identity in it; the others are Envoy's own access log types.
+JOURNAL_START: Final = "Start"
 JOURNAL_PERIODIC: Final = "DownstreamPeriodic"
 JOURNAL_END: Final = "DownstreamEnd"
 
@@ -141,6 +146,7 @@ J_FLAGS: Final = "flags"
 J_DETAILS: Final = "details"
 J_PATH: Final = "path"
 J_UPSTREAM: Final = "upstream"
+J_BYTES_SENT: Final = "bytes_sent"
 J_IDENTITY: Final = "identity"
 J_REQUEST: Final = "request"
 J_USAGE: Final = "usage"
@@ -159,6 +165,7 @@ JOURNAL_KEYS: Final = (
     J_DETAILS,
     J_PATH,
     J_UPSTREAM,
+    J_BYTES_SENT,
     J_IDENTITY,
     J_REQUEST,
     J_USAGE,
@@ -207,7 +214,6 @@ ERROR_CODES: Final = (
     "request_too_large",
     "not_found",
     "rate_limit_exceeded",
-    "tokens_limit_exceeded",
     "upstream_unavailable",
     "upstream_timeout",
     "service_unavailable",

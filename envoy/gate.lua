@@ -27,8 +27,16 @@ local function refuse(handle, dialect, denial)
   handle:respond(headers, body)
 end
 
-local function publish(handle, facts, dialect, prompt_bytes)
+-- Seconds since 1970 with microseconds, as text. Every record of this exchange carries it: it is
+-- half of the row's key, so it must not differ between records.
+local function stamp(handle)
+  local micros = handle:timestampString(EnvoyTimestampResolution.MICROSECOND)
+  return string.sub(micros, 1, -7) .. '.' .. string.sub(micros, -6)
+end
+
+local function publish(handle, facts, dialect, prompt_bytes, started_at)
   local metadata = handle:streamInfo():dynamicMetadata()
+  metadata:set(NAMESPACE, 'started_at', started_at)
   metadata:set(NAMESPACE, 'dialect', dialect)
   metadata:set(NAMESPACE, 'model', facts.model)
   metadata:set(NAMESPACE, 'stream', facts.stream)
@@ -52,6 +60,7 @@ function envoy_on_request(handle)
   if not dialect then
     return refuse(handle, 'openai', { status = 404, code = 'not_found', message = 'Unknown path.' })
   end
+  local started_at = stamp(handle)
   local method = dialect == 'openai.models' and 'GET' or 'POST'
   if headers:get(':method') ~= method then
     return refuse(handle, dialect, {
@@ -65,7 +74,7 @@ function envoy_on_request(handle)
     })
   end
   if dialect == 'openai.models' then
-    publish(handle, MODELS_FACTS, dialect, 0)
+    publish(handle, MODELS_FACTS, dialect, 0, started_at)
     handle:clearRouteCache()
     return
   end
@@ -83,7 +92,7 @@ function envoy_on_request(handle)
   end
   local facts, denial = request.read(buffered:getBytes(0, length), dialect)
   if not facts then return refuse(handle, dialect, denial) end
-  publish(handle, facts, dialect, length)
+  publish(handle, facts, dialect, length, started_at)
   -- The route (which model, which pool) is chosen by this metadata.
   handle:clearRouteCache()
 end

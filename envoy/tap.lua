@@ -1,17 +1,23 @@
 -- SPDX-License-Identifier: Apache-2.0
--- tap: the last filter before the model server, so it sees only admitted requests. Answers
--- GET /v1/models with what extauth said this caller may use, reads token usage from each
+-- tap: the last filter before the model server, so it sees only admitted requests. Writes the
+-- journal's start record; what cannot be recorded may not pass. Answers GET /v1/models with
+-- what extauth said this caller may use, reads token usage from each
 -- piece of the answer into the metadata namespace peaje.usage (the journal's periodic records
 -- carry it, so a cut stream is billed to the last piece), and hides what was not asked for.
 --
 -- If this script fails, Envoy skips it for that answer and counts lua.errors; the journal then
 -- has no usage and the collector bills by estimate, flagged.
 
+local journal = require('envoy.lua.journal')
+local reply = require('envoy.lua.reply')
 local usage = require('envoy.lua.usage')
 
 local REQUEST = 'peaje.request'
 local IDENTITY = 'envoy.filters.http.ext_authz'
+local ADMISSION = 'envoy.filters.http.ratelimit'
 local USAGE = 'peaje.usage'
+-- One life of this Envoy process; whoever starts Envoy names it.
+local EPOCH = os.getenv('PEAJE_ENVOY_EPOCH') or ''
 
 -- Dialects in which the caller can ask for usage, and so can also not have asked.
 local HIDES = { ['openai.chat'] = true, ['openai.completions'] = true }
@@ -22,9 +28,17 @@ function envoy_on_request(handle)
   if not request then return end
   metadata:set(USAGE, 'total', 0)
   metadata:set(USAGE, 'seen', 'none')
+  local identity = metadata:get(IDENTITY) or {}
   if request.dialect == 'openai.models' then
-    local identity = metadata:get(IDENTITY)
     handle:respond({ [':status'] = '200', ['content-type'] = 'application/json' }, identity.models_body)
+    return
+  end
+  local id = handle:headers():get('x-request-id')
+  if not journal.start(id, identity, request, metadata:get(ADMISSION) or {}, EPOCH) then
+    handle:logErr('the journal cannot be written: the request is refused')
+    handle:respond(reply.refusal(request.dialect, {
+      status = 503, code = 'service_unavailable', message = 'The gateway cannot record this request. Try again.',
+    }, id))
   end
 end
 

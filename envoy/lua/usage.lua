@@ -117,7 +117,10 @@ local function read_event(self, data)
   self.seen = (usage_only or kind or finished or self.seen == 'final') and 'final' or 'running'
 
   if not self.hides then return nil end
-  if usage_only then return self.wants == 'no' and false or nil end
+  if usage_only then
+    if self.wants == 'no' then return false end
+    return nil
+  end
   return without_usage(data, span, self.wants)
 end
 

@@ -15,33 +15,51 @@ import orjson
 
 TOKENS_DEFAULT: Final = 16
 #: All choices together: an answer is built in memory, so a request has to be bounded somewhere.
-TOKENS_MAX: Final = 1_000_000
+TOKENS_MAX: Final = 131_072
 VECTOR_SIZE_DEFAULT: Final = 8
+#: All vectors of an answer together, for the same reason.
+NUMBERS_MAX: Final = 1_000_000
 
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-#: The field that holds the prompt of each path, which may not be missing.
-PROMPT_FIELD: Final = {
-    CHAT: "messages",
-    COMPLETIONS: "prompt",
-    EMBEDDINGS: "input",
-    RESPONSES: "input",
-    MESSAGES: "messages",
+
+class Path:
+    """The paths that generate."""
+
+    CHAT: Final = "/v1/chat/completions"
+    COMPLETIONS: Final = "/v1/completions"
+    EMBEDDINGS: Final = "/v1/embeddings"
+    RESPONSES: Final = "/v1/responses"
+    MESSAGES: Final = "/v1/messages"
+
+
+#: The fields whose text is the prompt of each path; the first may not be missing.
+PROMPT_FIELDS: Final = {
+    Path.CHAT: ("messages",),
+    Path.COMPLETIONS: ("prompt",),
+    Path.EMBEDDINGS: ("input",),
+    Path.RESPONSES: ("input", "instructions"),
+    Path.MESSAGES: ("messages", "system"),
+}
+#: The fields that bound the answer, the stronger first.
+LIMIT_FIELDS: Final = {
+    Path.CHAT: ("max_completion_tokens", "max_tokens"),
+    Path.COMPLETIONS: ("max_tokens",),
+    Path.RESPONSES: ("max_output_tokens",),
+    Path.MESSAGES: ("max_tokens",),
 }
 
-_SAMPLING = "model stream temperature top_p top_k min_p seed stop user metadata repetition_penalty ignore_eos min_tokens"
-_OPENAI = f"{_SAMPLING} n max_tokens stream_options logprobs frequency_penalty presence_penalty logit_bias"
-_TOOLS = "tools tool_choice parallel_tool_calls service_tier store reasoning_effort prompt_cache_key safety_identifier"
+_SAMPLING = "model stream temperature top_p top_k min_p seed stop user metadata repetition_penalty ignore_eos"
+_OPENAI = f"{_SAMPLING} n max_tokens stream_options logprobs frequency_penalty presence_penalty logit_bias min_tokens"
+_TOOLS = "tools tool_choice parallel_tool_calls service_tier store reasoning_effort prompt_cache_key"
 #: What a kind of engine that refuses unknown fields knows (nvext: Dynamo alone, added by its kind).
 FIELDS: Final = {
     path: frozenset(names.split())
     for path, names in {
-        CHAT: f"{_OPENAI} {_TOOLS} messages max_completion_tokens top_logprobs response_format chat_template_kwargs",
-        COMPLETIONS: f"{_OPENAI} prompt echo suffix best_of",
-        EMBEDDINGS: "model input encoding_format dimensions user",
-        RESPONSES: f"{_SAMPLING} {_TOOLS} input instructions max_output_tokens max_tool_calls previous_response_id "
+        Path.CHAT: f"{_OPENAI} {_TOOLS} messages max_completion_tokens top_logprobs response_format",
+        Path.COMPLETIONS: f"{_OPENAI} prompt echo suffix best_of",
+        Path.EMBEDDINGS: "model input encoding_format dimensions user",
+        Path.RESPONSES: f"{_SAMPLING} {_TOOLS} input instructions max_output_tokens previous_response_id "
         "reasoning text truncation include background top_logprobs",
-        MESSAGES: f"{_SAMPLING} {_TOOLS} messages system max_tokens stop_sequences thinking",
+        Path.MESSAGES: f"{_SAMPLING} {_TOOLS} messages system max_tokens stop_sequences thinking",
     }.items()
 }
 
@@ -49,9 +67,9 @@ FIELDS: Final = {
 class Refused(Exception):
     """A request that gets no answer but an error; `field` is set when one field is at fault."""
 
-    def __init__(self, status: int, message: str, *, field: str | None = None, outcome: str = "refused") -> None:
-        super().__init__(message)
-        self.status, self.message, self.field, self.outcome = status, message, field, outcome
+    def __init__(self, status: int, text: str, *, field: str | None = None, outcome: str = "refused") -> None:
+        super().__init__(text)
+        self.status, self.text, self.field, self.outcome = status, text, field, outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +123,22 @@ def read_body(body: bytes) -> dict[str, Any]:
 
 def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool) -> Ask:
     """Read a request; `empty_stream_options_ask` says what `stream_options: {}` means to this kind."""
-    if PROMPT_FIELD[path] not in asked:
-        raise Refused(400, "Field required", field=PROMPT_FIELD[path])
-    prompt = asked[PROMPT_FIELD[path]]
-    prompts = _count_prompts(prompt) if path in (COMPLETIONS, EMBEDDINGS) else 1
-    choices = _positive(asked, "n") * prompts if path in (CHAT, COMPLETIONS) else 1
-    limit = next((name for name in ("max_completion_tokens", "max_output_tokens") if asked.get(name)), "max_tokens")
-    tokens_each = _positive(asked, limit, default=TOKENS_DEFAULT) if path != EMBEDDINGS else 0
-    if choices * tokens_each > TOKENS_MAX:
-        raise Refused(400, f"more than {TOKENS_MAX} tokens asked", field=limit)
-    stream = asked.get("stream") is True and path != EMBEDDINGS
+    prompt_field = PROMPT_FIELDS[path][0]
+    if prompt_field not in asked:
+        raise Refused(400, "Field required", field=prompt_field)
+    prompt = asked[prompt_field]
+    prompts = _count_prompts(prompt) if path in (Path.COMPLETIONS, Path.EMBEDDINGS) else 1
+    choices = _positive(asked, "n") * prompts if path in (Path.CHAT, Path.COMPLETIONS) else 1
+    tokens_each = 0
+    if path != Path.EMBEDDINGS:
+        limit = next((name for name in LIMIT_FIELDS[path] if asked.get(name) is not None), "max_tokens")
+        tokens_each = _positive(asked, limit, default=TOKENS_DEFAULT)
+        if choices * tokens_each > TOKENS_MAX:
+            raise Refused(400, f"more than {TOKENS_MAX} tokens asked", field=limit)
+    vector_size = _positive(asked, "dimensions", default=VECTOR_SIZE_DEFAULT)
+    if prompts * vector_size > NUMBERS_MAX:
+        raise Refused(400, f"more than {NUMBERS_MAX} numbers asked", field="dimensions")
+    stream = asked.get("stream") is True and path != Path.EMBEDDINGS
     options = asked.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise Refused(400, "stream_options is not an object", field="stream_options")
@@ -123,13 +147,13 @@ def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool
         path=path,
         model=asked["model"],
         stream=stream,
-        prompt_tokens=sum(count_words(asked.get(name)) for name in (PROMPT_FIELD[path], "system", "instructions")),
+        prompt_tokens=sum(count_words(asked.get(name)) for name in PROMPT_FIELDS[path]),
         choices=choices,
         tokens_each=tokens_each,
         include_usage=include_usage,
         continuous_usage=include_usage and options is not None and options.get("continuous_usage_stats") is True,
         vectors=prompts,
-        vector_size=_positive(asked, "dimensions", default=VECTOR_SIZE_DEFAULT),
+        vector_size=vector_size,
         vectors_as_base64=asked.get("encoding_format") == "base64",
     )
 

@@ -8,109 +8,82 @@ A knob that is unknown or wrongly set is refused by name: a misspelt fault must 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 #: The request header that carries knobs, as a JSON object.
 HEADER: Final = "x-fake-engine"
+FALSE_USAGES: Final = ("missing", "zero", "negative", "nan", "huge", "lower")
 
 
 class BadKnob(ValueError):
     """The knobs can not be read; the text names the one at fault."""
 
 
+class Takes(NamedTuple):
+    """The values a knob takes, in words and as a test."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+COUNT: Final = Takes("a whole number from 0", lambda v: type(v) is int and 0 <= v < 2**31)
+SIZE: Final = Takes("a whole number from 1", lambda v: type(v) is int and 1 <= v < 2**31)
+MILLISECONDS: Final = Takes("milliseconds, up to an hour", lambda v: type(v) in (int, float) and 0 <= v <= 3_600_000)
+FLAG: Final = Takes("true or false", lambda v: type(v) is bool)
+STATUS: Final = Takes("a status from 400 to 599", lambda v: type(v) is int and 400 <= v <= 599)
+LINE_END: Final = Takes('true, false or "cr"', lambda v: type(v) is bool or v == "cr")
+USAGE: Final = Takes(
+    f"an object, or one of {', '.join(FALSE_USAGES)}",
+    lambda v: v in FALSE_USAGES if type(v) is str else type(v) is dict,
+)
+FINISH: Final = Takes("length or stop", lambda v: v in ("length", "stop"))
+
+
+def _knob(default: Any, takes: Takes, does: str) -> Any:
+    return field(default=default, metadata={"takes": takes, "does": does})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
     """How one answer departs from a prompt and correct one; the defaults depart in nothing."""
 
-    chunk_ms: float = 0
-    tokens_per_chunk: int = 1
-    first_ms: float = 0
-    split: int = 0
-    coalesce: bool = False
-    crlf: bool | str = False
-    comments: bool = False
-    multiline: bool = False
-    usage: str | dict[str, Any] | None = None
-    cached: int = 0
-    reasoning: int = 0
-    error_before: int = 0
-    error_after: int | None = None
-    reset_after: int | None = None
-    stall_after: int | None = None
-    gzip: bool = False
-    fake_usage_text: bool = False
-    same_id: bool = False
-    repeat_id: bool | None = None
-    big_event: int = 0
-    finish: str = "length"
+    chunk_ms: float = _knob(0, MILLISECONDS, "wait between two content chunks")
+    first_ms: float = _knob(0, MILLISECONDS, "wait before the first byte")
+    tokens_per_chunk: int = _knob(1, SIZE, "tokens in one content chunk")
+    finish: str = _knob("length", FINISH, "why the answer ends")
+    cached: int = _knob(0, COUNT, "prompt tokens reported as cached")
+    reasoning: int = _knob(0, COUNT, "the first N tokens of each choice are reasoning")
+    usage: str | dict[str, Any] | None = _knob(None, USAGE, "what is reported; `lower` falls, ends at half")
+    split: int = _knob(0, COUNT, "write the stream in pieces of N bytes, across events")
+    coalesce: bool = _knob(False, FLAG, "write the whole stream at once, when it is complete")
+    crlf: bool | str = _knob(False, LINE_END, "end the lines of the stream with CR LF, or with CR alone")
+    comments: bool = _knob(False, FLAG, "an SSE comment before each event")
+    multiline: bool = _knob(False, FLAG, "spread the JSON of an event over several data: lines")
+    big_event: int = _knob(0, COUNT, "pad the first content delta to N bytes")
+    fake_usage_text: bool = _knob(False, FLAG, "the words look like usage, frames, braces and quotes")
+    gzip: bool = _knob(False, FLAG, "compress the answer, asked or not")
+    same_id: bool = _knob(False, FLAG, "every answer has the same id")
+    repeat_id: bool | None = _knob(None, FLAG, "the id holds the client's x-request-id; vLLM does unless false")
+    error_before: int = _knob(0, STATUS, "answer with this error at once")
+    error_after: int | None = _knob(None, COUNT, "after N content chunks send an error in the stream and end it")
+    reset_after: int | None = _knob(None, COUNT, "after N content chunks reset the connection")
+    stall_after: int | None = _knob(None, COUNT, "after N content chunks hang until the client goes away")
 
-    def unary_milliseconds(self, chunks: int) -> float:
-        """Say how long an answer in one piece takes: as long as its stream would."""
-        return self.first_ms + self.chunk_ms * max(chunks - 1, 0)
+    def break_due(self, chunks: int) -> str | None:
+        """Name the break that is due after so many content chunks, if one is."""
+        due = {self.error_after: "error", self.reset_after: "reset", self.stall_after: "stall"}
+        return due.get(chunks)
 
-    def breaks_at(self, chunks: int) -> str | None:
-        """Name the break due once so many content chunks are out, if one is."""
-        for name in ("error", "reset", "stall"):
-            if getattr(self, f"{name}_after") == chunks:
-                return name
-        return None
-
-
-class Knob(NamedTuple):
-    """What a knob takes and what it does."""
-
-    takes: str
-    accepts: Callable[[Any], bool]
-    does: str
+    def break_in_unary(self) -> str | None:
+        """Name the break of an answer in one piece, of which no chunk is ever out."""
+        breaks = {"error": self.error_after, "reset": self.reset_after, "stall": self.stall_after}
+        return next((name for name, after in breaks.items() if after is not None), None)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= 2**31
-
-
-def _is_milliseconds(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 3_600_000  # type: ignore[operator]
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
-
-
-_COUNT = "a whole number from 0"
-_MILLISECONDS = "milliseconds, up to an hour"
-_FLAG = "true or false"
-_USAGES: Final = ("missing", "zero", "negative", "nan", "huge", "lower")
-
-KNOBS: Final[dict[str, Knob]] = {
-    "chunk_ms": Knob(_MILLISECONDS, _is_milliseconds, "wait between two content chunks"),
-    "tokens_per_chunk": Knob("a whole number from 1", lambda v: _is_count(v) and v >= 1, "tokens in one content chunk"),
-    "first_ms": Knob(_MILLISECONDS, _is_milliseconds, "wait before the first byte"),
-    "split": Knob(_COUNT, _is_count, "write the stream in pieces of N bytes across events, 0 is one write per event"),
-    "coalesce": Knob(_FLAG, _is_flag, "write the whole stream at once, when it is complete"),
-    "crlf": Knob('true, false or "cr"', lambda v: _is_flag(v) or v == "cr", "end lines with CR LF, or CR alone"),
-    "comments": Knob(_FLAG, _is_flag, "an SSE comment before each event"),
-    "multiline": Knob(_FLAG, _is_flag, "spread the JSON over several data: lines"),
-    "usage": Knob(
-        f"an object, or one of {', '.join(_USAGES)}",
-        lambda v: isinstance(v, dict) or v in _USAGES,
-        "what is reported instead of the truth; `lower` goes down while running and ends at half",
-    ),
-    "cached": Knob(_COUNT, _is_count, "prompt tokens reported as cached"),
-    "reasoning": Knob(_COUNT, _is_count, "the first N tokens of each choice are reasoning"),
-    "error_before": Knob("a status from 400 to 599", lambda v: _is_count(v) and 400 <= v <= 599, "answer with it"),
-    "error_after": Knob(_COUNT, _is_count, "after N content chunks send an error in the stream and end it"),
-    "reset_after": Knob(_COUNT, _is_count, "after N content chunks reset the connection"),
-    "stall_after": Knob(_COUNT, _is_count, "after N content chunks hang until the client goes away"),
-    "gzip": Knob(_FLAG, _is_flag, "compress the answer, asked or not"),
-    "fake_usage_text": Knob(_FLAG, _is_flag, "the words look like usage, frames, braces and quotes"),
-    "same_id": Knob(_FLAG, _is_flag, "every answer has the same id"),
-    "repeat_id": Knob(_FLAG, _is_flag, "the answer's id holds the client's x-request-id (vLLM does, unless false)"),
-    "big_event": Knob(_COUNT, _is_count, "pad the first content delta to N bytes"),
-    "finish": Knob('"length" or "stop"', lambda v: v in ("length", "stop"), "why the answer ends"),
-}
+KNOBS: Final = {knob.name: knob.metadata for knob in fields(Faults)}
 
 
 def read_faults(text: str | None, base: Faults) -> Faults:
@@ -131,6 +104,6 @@ def read_faults(text: str | None, base: Faults) -> Faults:
     for name, value in knobs.items():
         if name not in KNOBS:
             raise BadKnob(f"unknown knob `{name}`")
-        if not KNOBS[name].accepts(value):
-            raise BadKnob(f"knob `{name}` takes {KNOBS[name].takes}, not {value!r}")
+        if not KNOBS[name]["takes"].accepts(value):
+            raise BadKnob(f"knob `{name}` takes {KNOBS[name]['takes'].words}, not {value!r}")
     return replace(base, **knobs)

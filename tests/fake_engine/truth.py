@@ -23,7 +23,8 @@ class Record:
 
     `prompt_tokens` is 0 when the request was refused before work began. `completion_tokens`,
     `content_chunks_sent` and `usage_reported` (its last value) count only events that the kernel
-    took whole. NaN on the wire is the string "NaN" here.
+    took whole; those of the last write are counted just before it, because the record comes first.
+    NaN on the wire is the string "NaN" here.
     """
 
     seq: int = 0

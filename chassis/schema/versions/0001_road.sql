@@ -1,3 +1,4 @@
+-- SPDX-License-Identifier: Apache-2.0
 -- Tenants: who pays. The id is a slug, immutable, safe in a Redis hash tag and a metric label.
 create table tenant (
     tenant_id   text primary key check (tenant_id ~ '^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$'),
@@ -163,8 +164,12 @@ from usage_hour;
 -- Postgres; then the operator creates it first and this only grants.
 do $$
 begin
-    create role peaje_billing nologin;
-exception when duplicate_object then null;
+    -- Asked first: without the right to create roles, even an existing one is refused as a right, not as a duplicate.
+    if not exists (select from pg_roles where rolname = 'peaje_billing') then
+        create role peaje_billing nologin;
+    end if;
+-- Roles are shared by all databases of a server: another one's migration may be just ahead.
+exception when duplicate_object or unique_violation then null;
 end $$;
 grant usage on schema public to peaje_billing;
 grant select on billing_usage_v1, billing_usage_hourly_v1 to peaje_billing;

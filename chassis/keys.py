@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Know the format of an API key: `peaje_<live|test>_<key id>_<secret><checksum>`, all base62.
+
+The key id (12 characters) finds the stored row. The secret (32 characters, 190 bits) makes
+guessing moot, so the stored form is one HMAC, not a slow password hash. The checksum (CRC-32
+of everything before it, 6 characters) turns garbage away without any I/O; it is not a
+security control. Pure: randomness and pepper are arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import string
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from chassis.errors import Invalid
+
+ENVIRONMENTS: Final = ("live", "test")
+KEY_ID_LENGTH: Final = 12
+SECRET_LENGTH: Final = 32
+CHECKSUM_LENGTH: Final = 6
+#: A longer credential is not looked at: hashing what a stranger sends must stay cheap.
+CREDENTIAL_LENGTH_MAX: Final = 256
+
+_ALPHABET: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
+#: The largest multiple of 62 that a byte holds: bytes from here on would favour the first characters.
+_UNBIASED_BELOW: Final = 248
+#: A working source passes in one or two; more means that the source is broken.
+_DRAWS_MAX: Final = 64
+_SHAPE: Final = re.compile(
+    rf"peaje_(live|test)_([0-9A-Za-z]{{{KEY_ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MintedKey:
+    """Hold a new key, the one time that it exists in clear; its `repr` does not show it."""
+
+    key_id: str
+    key: str = field(repr=False)
+    last_four: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedKey:
+    """Hold what a well-formed key says of itself. Nothing of it is proven yet; its `repr` hides the key."""
+
+    key_id: str
+    environment: str
+    key: str = field(repr=False)
+
+
+def mint(environment: str, random_bytes: Callable[[int], bytes]) -> MintedKey:
+    """Make a new key; *random_bytes* must be a cryptographic source such as `secrets.token_bytes`."""
+    if environment not in ENVIRONMENTS:
+        raise Invalid(f"The environment of a key is {environment!r}.", mend="Use live or test.")
+    key_id = _draw(KEY_ID_LENGTH, random_bytes)
+    body = f"peaje_{environment}_{key_id}_{_draw(SECRET_LENGTH, random_bytes)}"
+    key = body + checksum(body)
+    return MintedKey(key_id=key_id, key=key, last_four=key[-4:])
+
+
+def parse(text: object) -> ParsedKey | None:
+    """
+    Read a credential's key id, or answer None for anything that no `mint` can have made.
+
+    Cost is bounded whatever is sent, and there is no I/O, so garbage never reaches a store.
+
+    >>> parse("peaje_live_0123456789AB_0123456789abcdefghijklmnopqrstuv1fTxeV")
+    ParsedKey(key_id='0123456789AB', environment='live')
+    >>> parse("peaje_live_0123456789AB_0123456789abcdefghijklmnopqrstuv1fTxeW") is None
+    True
+    """
+    if not isinstance(text, str) or len(text) > CREDENTIAL_LENGTH_MAX:
+        return None
+    shape = _SHAPE.fullmatch(text)
+    if shape is None:
+        return None
+    body, given = text[:-CHECKSUM_LENGTH], text[-CHECKSUM_LENGTH:]
+    if not hmac.compare_digest(checksum(body), given):
+        return None
+    return ParsedKey(key_id=shape[2], environment=shape[1], key=text)
+
+
+def hash_key(pepper: bytes, key: str) -> bytes:
+    """Compute the only form in which a key is stored: HMAC-SHA-256 of the whole key."""
+    return hmac.new(pepper, key.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
+
+
+def verify(pepper: bytes, key: str, key_hash: bytes) -> bool:
+    """Tell whether *key* is the one that *key_hash* was made of, in time that does not depend on either."""
+    return hmac.compare_digest(hash_key(pepper, key), key_hash)
+
+
+def checksum(body: str) -> str:
+    """
+    Encode the CRC-32 of *body* in six base62 characters.
+
+    >>> checksum("peaje_live_0123456789AB_0123456789abcdefghijklmnopqrstuv")
+    '1fTxeV'
+    """
+    remaining = zlib.crc32(body.encode("ascii"))
+    characters = []
+    for _ in range(CHECKSUM_LENGTH):
+        remaining, digit = divmod(remaining, len(_ALPHABET))
+        characters.append(_ALPHABET[digit])
+    return "".join(reversed(characters))
+
+
+def _draw(count: int, random_bytes: Callable[[int], bytes]) -> str:
+    characters: list[str] = []
+    for _ in range(_DRAWS_MAX):
+        unbiased = (byte for byte in random_bytes(count) if byte < _UNBIASED_BELOW)
+        characters.extend(_ALPHABET[byte % len(_ALPHABET)] for byte in unbiased)
+        if len(characters) >= count:
+            return "".join(characters[:count])
+    raise RuntimeError("the source of randomness keeps answering bytes that cannot be used")

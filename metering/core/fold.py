@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Fold a batch of journal records into what the ledger must change.
+
+One exchange may have many records in a batch, or its start in one batch and its end in the
+next; the fold keeps the last word of each and says which exchanges are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from chassis import contract as c
+from metering.core.journal import Entry, Refused, UsageEvent, refused, usage_event
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one transaction writes."""
+
+    #: Rows of exchanges that ended.
+    events: dict[str, UsageEvent] = field(default_factory=dict)
+    #: End records behind `events`, kept if a row turns out to exist with other numbers.
+    ended: dict[str, Entry] = field(default_factory=dict)
+    #: The last record of each exchange that has not ended.
+    open: dict[str, Entry] = field(default_factory=dict)
+    refusals: list[Refused] = field(default_factory=list)
+    #: The Envoy life that wrote last; exchanges of earlier lives in this journal are over.
+    epoch: str | None = None
+
+
+def fold(entries: Iterable[Entry]) -> Batch:
+    """Fold *entries*, in journal order."""
+    batch = Batch()
+    for entry in entries:
+        batch.epoch = entry.epoch or batch.epoch
+        if entry.type == c.JOURNAL_END:
+            batch.open.pop(entry.request_id, None)
+            if entry.admitted:
+                batch.events.setdefault(entry.request_id, usage_event(entry))
+                batch.ended.setdefault(entry.request_id, entry)
+            elif entry.tenant_id:
+                batch.refusals.append(refused(entry))
+        elif entry.admitted and entry.request_id not in batch.events:
+            batch.open[entry.request_id] = entry
+    return batch

