@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Render the repository's `envoy/` into the state directory, have Envoy judge it, and run it.
+
+Only ports are changed. What SREs edit stays `envoy/`; the rendered copy is made anew by each `up`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from chassis.contract import EPOCH_ENVIRONMENT
+from control.laptop.errors import Trouble
+from control.laptop.parts import Part, base_environment
+from control.laptop.places import REPOSITORY, Places, Ports, write_private
+from control.laptop.probes import http_client, http_ok
+
+SOURCE = REPOSITORY / "envoy"
+_BOOTSTRAP = "envoy/envoy.yaml"
+_TENANTS_LISTENER = "tenants"
+_VALIDATE_SECONDS = 60
+
+#: How long requests in flight may take once Envoy is told to stop.
+DRAIN_SECONDS = 10.0
+_COMPLAINT = re.compile(r"error initializing configuration '[^']*':([^\n]*)")
+_ACTIVE_REQUESTS = "http.tenants.downstream_rq_active"
+
+
+def render(places: Places, ports: Ports, *, source: Path = SOURCE) -> None:
+    """Write the bootstrap with this installation's ports, and the Lua files, into the state directory."""
+    for path in sorted(source.rglob("*.lua")):
+        target = places.envoy / path.relative_to(source)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        os.chmod(target, 0o600)
+    bootstrap = _load(source / "envoy.yaml")
+    _set_ports(bootstrap, ports)
+    write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+
+
+def validate(program: Path, places: Places) -> None:
+    """Raise `Trouble` with Envoy's own words if it would not start on the rendered configuration."""
+    try:
+        answer = subprocess.run(  # noqa: S603 - found by us or named by the user
+            [program, "--mode", "validate", "-c", _BOOTSTRAP, "--log-level", "critical"],
+            cwd=places.home,
+            capture_output=True,
+            text=True,
+            timeout=_VALIDATE_SECONDS,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise Trouble(f"Envoy cannot be run ({program}): {exc}.") from exc
+    if answer.returncode != 0:
+        raise Trouble(f"Envoy refuses envoy/envoy.yaml: {_complaint(answer.stderr + answer.stdout)}")
+
+
+def envoy_part(
+    program: Path,
+    environ: Mapping[str, str],
+    ports: Ports,
+    *,
+    needs: tuple[str, ...],
+    concurrency: int,
+) -> Part:
+    """Describe the process. Ready is Envoy's own view: it has seen every service healthy once."""
+    admin = f"http://127.0.0.1:{ports.admin}"
+    return Part(
+        name="envoy",
+        argv=(
+            str(program),
+            "-c", _BOOTSTRAP,
+            # The journal is on disk this long after a record is made (Envoy's default is 10 s).
+            "--file-flush-interval-msec", "50",
+            "--concurrency", str(concurrency),
+            # Shared memory of two installations, or of a life before this one, must not meet.
+            "--use-dynamic-base-id",
+            "--drain-time-s", str(int(DRAIN_SECONDS)),
+            "--drain-strategy", "immediate",
+            "--log-level", "warn",
+        ),
+        env=base_environment(environ),
+        needs=needs,
+        ready=http_ok(f"{admin}/ready"),
+        before_start=_new_epoch,
+        before_stop=lambda: drain(admin),
+        # After the drain there is nothing left to wait for.
+        stop_grace_seconds=5.0,
+        ports={"tenants": ports.tenants, "admin": ports.admin},
+    )
+
+
+async def drain(admin: str) -> None:
+    """Have Envoy refuse new connections, and wait until no request is left or the time is over."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, IndexError):
+        async with http_client() as client:
+            await client.post(f"{admin}/drain_listeners?graceful")
+            while time.monotonic() < deadline:
+                answer = await client.get(
+                    f"{admin}/stats", params={"filter": f"^{_ACTIVE_REQUESTS}$", "format": "json"}
+                )
+                if answer.json()["stats"][0]["value"] == 0:
+                    return
+                await asyncio.sleep(0.1)
+
+
+def default_concurrency() -> int:
+    """One worker per processor that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        bootstrap = yaml.safe_load(path.read_text())
+    except OSError as exc:
+        raise Trouble(f"{path} cannot be read: {exc.strerror}.") from exc
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise Trouble(f"{path}{where} is not YAML: {getattr(exc, 'problem', exc)}.") from exc
+    if not isinstance(bootstrap, dict):
+        raise Trouble(f"{path} is not an Envoy configuration: it is no mapping.")
+    return bootstrap
+
+
+def _set_ports(bootstrap: dict[str, Any], ports: Ports) -> None:
+    try:
+        bootstrap["admin"]["address"]["socket_address"]["port_value"] = ports.admin
+        listener = next(
+            listener
+            for listener in bootstrap["static_resources"]["listeners"]
+            if listener["name"] == _TENANTS_LISTENER
+        )
+        listener["address"]["socket_address"]["port_value"] = ports.tenants
+    except (KeyError, TypeError, StopIteration) as exc:
+        raise Trouble(
+            f"{SOURCE / 'envoy.yaml'} has no admin address, or no listener named {_TENANTS_LISTENER}.",
+            mend="`up` sets their ports; put them back.",
+        ) from exc
+
+
+def _new_epoch() -> Mapping[str, str]:
+    """Name this life of Envoy: the collector tells by it which streams died with the last one."""
+    return {EPOCH_ENVIRONMENT: uuid.uuid4().hex}
+
+
+def _complaint(text: str) -> str:
+    """The one line of Envoy's output that says what is wrong."""
+    matched = _COMPLAINT.search(text)
+    if matched is not None:
+        return matched[1].strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it gives no reason"
