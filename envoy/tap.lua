@@ -52,6 +52,8 @@ local function publish(handle, reader)
   metadata:set(USAGE, 'total', usage.total(reader))
   metadata:set(USAGE, 'seen', reader.seen)
   if reader.anomaly then metadata:set(USAGE, 'anomaly', reader.anomaly) end
+  -- Where the engine's counts cannot be used, the frames stand in.
+  if reader.seen == 'none' or (counts.output or 0) < 0 then metadata:set(USAGE, 'frames', reader.frames) end
 end
 
 local function kind_of(headers)
@@ -82,10 +84,10 @@ function envoy_on_response(handle)
   for chunk in handle:bodyChunks() do
     local length = chunk:length()
     if length > 0 then
-      local seen, output = reader.seen, reader.counts.output
+      local readings = reader.readings
       local instead = reader:feed(chunk:getBytes(0, length))
       if instead then chunk:setBytes(instead) end
-      if reader.seen ~= seen or reader.counts.output ~= output or reader.anomaly then
+      if reader.readings ~= readings or reader.anomaly then
         publish(handle, reader)
       elseif reader.seen == 'none' and reader.frames ~= frames then
         -- Wrappers from before the last piece are dead; fetch the metadata afresh each time.

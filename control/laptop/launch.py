@@ -5,8 +5,7 @@ Become a part: `python -I -S launch.py SIGNAL PARENT UID:GID|- program arguments
 Runs between the supervisor and each part, and is replaced by it (same pid). It asks Linux to send
 SIGNAL when the supervisor dies however it dies, and gives up root for parts that must not have it.
 A program of its own rather than code between fork and exec: the supervisor has threads.
-Imports only the standard library, and runs before any privilege is given up, so that the
-interpreter need not be reachable for the other user.
+Imports only the standard library, all of it while still root.
 """
 
 from __future__ import annotations
@@ -14,6 +13,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+
+# Before root is given up: the other user may not be able to read the standard library.
+try:
+    import ctypes
+except ImportError:  # some builds of Python lack it
+    ctypes = None  # type: ignore[assignment]
 
 #: From <linux/prctl.h>.
 PR_SET_PDEATHSIG = 1
@@ -43,10 +48,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _die_with_parent(death_signal: int, parent: int) -> None:
-    try:
-        import ctypes  # noqa: PLC0415 - some builds of Python lack it
-    except ImportError:
-        return  # a supervisor killed with -9 then leaves this to the next `up`
+    if ctypes is None:
+        return  # a supervisor killed with -9 then leaves this part to the next `up`
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         sys.exit(CANNOT_RUN)

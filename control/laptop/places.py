@@ -156,7 +156,7 @@ def make(places: Places, *, passable: bool) -> None:
         home.mkdir(parents=True, exist_ok=True)
         marker = home / MARKER
         if not marker.exists():
-            marker.write_text(LAYOUT)
+            write_private(marker, LAYOUT)
         os.chmod(home, 0o711 if passable else 0o700)
         for path in (
             places.run,

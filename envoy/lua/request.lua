@@ -80,10 +80,10 @@ local function choices(body, members, dialect)
   end
   local span = dialect == 'openai.completions' and members.prompt
   if span and sub(body, span[1], span[1]) == '[' then
-    local prompts, kind = json.array(body, span[1], span[2])
+    local prompts = json.array(body, span[1], span[2], M.PROMPTS_MAX)
     if not prompts then return nil, 'prompt is not a well-formed array.', 'prompt' end
-    if kind ~= 'number' and prompts > M.PROMPTS_MAX then return nil, 'Too many prompts in one request.', 'prompt' end
-    if kind ~= 'number' and prompts > 0 then count = count * prompts end
+    if prompts > M.PROMPTS_MAX then return nil, 'Too many prompts in one request.', 'prompt' end
+    if prompts > 0 then count = count * prompts end
   end
   return count
 end
@@ -93,6 +93,8 @@ local function asked_for_usage(body, members)
   if not span or sub(body, span[1], span[1]) ~= '{' then return 'no' end
   local options = json.members(body, span[1])
   if not options then return nil end
+  -- An engine sends no running usage either to who asked for none.
+  if value(body, options, 'include_usage') == 'false' then return 'no' end
   if boolean(body, options, 'continuous_usage_stats') then return 'running' end
   if boolean(body, options, 'include_usage') then return 'final' end
   return 'no'

@@ -90,7 +90,8 @@ local FINAL_TYPES = {
 -- Read one event's data. Returns: nil to leave it as it is, false to drop it, or its new text.
 local function read_event(self, data)
   if not find(data, '"usage"', 1, true) then
-    if data ~= '[DONE]' then self.frames = self.frames + 1 end
+    -- Nothing that follows the terminator is read, so it passes, whether it comes with it or later.
+    if data == '[DONE]' then self.passing = true else self.frames = self.frames + 1 end
     return nil
   end
   local members = json.document(data)
@@ -103,18 +104,19 @@ local function read_event(self, data)
     self.frames = self.frames + 1
     return nil
   end
-  local counted, decreased = merge(self.counts, data, span[1])
-  if not counted then return nil end
-  -- Anthropic's message_start holds an estimate that message_delta corrects: no anomaly there.
-  if decreased and self.seen ~= 'none' and not members.type then self.anomaly = 'decreased' end
-
   local choices = members.choices
   local usage_only = choices and find(sub(data, choices[1], choices[2]), '^%[%s*%]$') ~= nil
   if not usage_only then self.frames = self.frames + 1 end
-  local kind = members.type and FINAL_TYPES[sub(data, members.type[1], members.type[2])]
-  -- Quotes inside JSON strings are escaped, so this can only match the engine's own member.
-  local finished = find(data, '"finish_reason":%s*"') ~= nil
-  self.seen = (usage_only or kind or finished or self.seen == 'final') and 'final' or 'running'
+  local counted, decreased = merge(self.counts, data, span[1])
+  if counted then
+    -- Anthropic's message_start holds an estimate that message_delta corrects: no anomaly there.
+    if decreased and self.seen ~= 'none' and not members.type then self.anomaly = 'decreased' end
+    local kind = members.type and FINAL_TYPES[sub(data, members.type[1], members.type[2])]
+    -- Quotes inside JSON strings are escaped, so this can only match the engine's own member.
+    local finished = find(data, '"finish_reason":%s*"') ~= nil
+    self.seen = (usage_only or kind or finished or self.seen == 'final') and 'final' or 'running'
+    self.readings = self.readings + 1
+  end
 
   if not self.hides then return nil end
   if usage_only then
@@ -124,17 +126,25 @@ local function read_event(self, data)
   return without_usage(data, span, self.wants)
 end
 
+-- Without the space at its end. Not by the pattern '%s+$': that costs the square of the longest
+-- run of spaces, and a caller can have a model say a million.
+local function trimmed(text)
+  local last = #text
+  while last > 0 and byte(text, last) <= 32 do last = last - 1 end
+  return sub(text, 1, last)
+end
+
 -- The data of one event: its data lines joined by newlines, or nil when it has none.
 local function data_of(event)
   local single = string.match(event, '^data: ?([^\r\n]*)[\r\n]*$')
-  if single then return (string.gsub(single, '%s+$', '')) end
+  if single then return trimmed(single) end
   local lines = {}
   for line in string.gmatch(event, '[^\r\n]+') do
     local data = string.match(line, '^data: ?(.*)$')
     if data then lines[#lines + 1] = data end
   end
   if #lines == 0 then return nil end
-  return (string.gsub(table.concat(lines, '\n'), '%s+$', ''))
+  return trimmed(table.concat(lines, '\n'))
 end
 
 -- Position of the last byte of the blank line that ends the first event at or after `from`.
@@ -153,18 +163,18 @@ local function replaced(event, data)
   for line in string.gmatch(event, '[^\r\n]+') do
     if not find(line, '^data:') then lines[#lines + 1] = line end
   end
-  lines[#lines + 1] = 'data: ' .. data
+  lines[#lines + 1] = 'data: ' .. string.gsub(data, '\n', '\ndata: ')
   return table.concat(lines, '\n') .. '\n\n'
 end
 
 -- Feed a piece of an SSE body; returns what to send on instead, or nil to send it as it is.
 local function feed_events(self, piece)
   if self.passing then return nil end
-  local held = self.held
-  local text = held == '' and piece or held .. piece
+  local changed = self.held ~= ''
+  local text = changed and self.held .. piece or piece
   local has_return = find(text, '\r', 1, true) ~= nil
-  local out, changed, from = {}, held ~= '', 1
-  while true do
+  local out, from = {}, 1
+  while not self.passing do
     local last = event_end(text, from, has_return)
     if not last then break end
     local event = sub(text, from, last)
@@ -179,18 +189,20 @@ local function feed_events(self, piece)
     end
     from = last + 1
   end
-  local rest = sub(text, from)
-  if #rest > M.EVENT_BYTES_MAX then
-    self.anomaly, self.passing, self.held = 'event_too_large', true, ''
-    return (changed or held ~= '') and table.concat(out) .. rest or nil
-  end
   -- An unfinished event waits for its end, because it may be one that must be hidden; the
   -- terminator never is, so that a stream which omits the last blank line still ends.
-  if rest ~= '' and find(rest, '^data: ?%[DONE%]') then
-    out[#out + 1], rest = rest, ''
+  local rest = sub(text, from)
+  if not self.passing then
+    if #rest > M.EVENT_BYTES_MAX then
+      self.anomaly, self.passing = 'event_too_large', true
+    elseif find(rest, '^data: ?%[DONE%]') then
+      self.passing = true
+    end
   end
+  if self.passing then out[#out + 1], rest = rest, '' end
   self.held = rest
-  if not changed and rest == '' then return nil end
+  -- Where nothing is ever hidden, nothing waits either.
+  if not self.hides or (not changed and rest == '') then return nil end
   return table.concat(out)
 end
 
@@ -232,7 +244,9 @@ local function feed_object(self, piece)
       else
         self.depth, self.key = self.depth - 1, nil
         if self.depth == 1 and self.capture then
-          if merge(self.counts, self.capture, 1) then self.seen = 'final' end
+          if merge(self.counts, self.capture, 1) then
+            self.seen, self.readings = 'final', self.readings + 1
+          end
           self.capture = nil
         end
       end
@@ -246,7 +260,8 @@ end
 -- for ("no", "final", "running"); hiding applies only to dialects that have that question.
 function M.reader(kind, wants)
   return {
-    counts = {}, seen = 'none', frames = 0, anomaly = nil,
+    -- readings: how often counts were read, so that whoever publishes them knows of each.
+    counts = {}, seen = 'none', frames = 0, readings = 0, anomaly = nil,
     wants = wants or 'running', hides = wants == 'no' or wants == 'final',
     held = '', passing = false,
     depth = 0, in_string = false, escaped = false, key = nil, capture = nil,

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A closed-loop load generator on raw sockets: cheap enough not to be what is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What to send, how often, from how many connections."""
+
+    port: int
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    requests: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How it went; latencies in seconds, sorted."""
+
+    seconds: float
+    latencies: list[float]
+    failures: int
+
+    def quantile(self, q: float) -> float:
+        """Latency in milliseconds below which a share *q* of the answers came."""
+        return 1000 * self.latencies[min(len(self.latencies) - 1, int(q * len(self.latencies)))]
+
+
+async def run(load: Load) -> Result:
+    """Send all requests and read all answers whole."""
+    head = f"POST {load.path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(load.body)}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
+    message = head.encode() + b"\r\n" + load.body
+    left = iter(range(load.requests))
+    latencies: list[float] = []
+    failures = 0
+
+    async def connection() -> None:
+        nonlocal failures
+        reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
+        for _ in left:
+            began = time.perf_counter()
+            writer.write(message)
+            ok = await _answer(reader)
+            latencies.append(time.perf_counter() - began)
+            failures += not ok
+        writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(connection() for _ in range(load.connections)))
+    return Result(time.perf_counter() - began, sorted(latencies), failures)
+
+
+async def _answer(reader: asyncio.StreamReader) -> bool:
+    head = await reader.readuntil(b"\r\n\r\n")
+    lowered = head.lower()
+    if b"transfer-encoding: chunked" in lowered:
+        while True:
+            size = int(await reader.readline(), 16)
+            await reader.readexactly(size + 2)
+            if size == 0:
+                break
+    else:
+        start = lowered.index(b"content-length:") + 15
+        await reader.readexactly(int(lowered[start : lowered.index(b"\r\n", start)]))
+    return head.startswith(b"HTTP/1.1 200")

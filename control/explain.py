@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a request, in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chassis.errors import NotFound
+from control.store import Store
+
+_BASIS = {
+    "reported": "the engine's closing usage",
+    "running": "the engine's last running usage before the stream ended",
+    "counted": "tokens counted over what was delivered",
+    "checkpoint": "what the journal last heard before Envoy died",
+    "estimated": "an estimate, because the engine said nothing",
+    "none": "nothing: it failed before a token, or has none",
+}
+
+
+def explain(store: Store, request_id: str) -> dict[str, Any]:
+    """`state` (billed, in_flight or refused), `explanation`, and what is on record; raises `NotFound`."""
+    with store.transaction() as connection:
+        row = connection.execute(
+            "select b.*, u.anomaly, u.upstream, u.streamed from billing_usage_v1 b "
+            "join usage_event u using (started_at, request_id) where request_id = %s",
+            (request_id,),
+        ).fetchone()
+        if row is not None:
+            return {"request_id": request_id, "state": "billed", "explanation": _billed(row), "usage": row}
+        open_ = connection.execute(
+            "select started_at, seen_at, entry -> 'identity' ->> 'tenant' as tenant, "
+            "entry -> 'request' ->> 'model' as model, entry -> 'usage' as usage from open_exchange where request_id = %s",
+            (request_id,),
+        ).fetchone()
+        if open_ is not None:
+            said = f"Admitted for tenant {open_['tenant']} on model {open_['model']}; it has not ended yet."
+            return {"request_id": request_id, "state": "in_flight", "explanation": said, "exchange": open_}
+        refused = connection.execute(
+            "select started_at, tenant_id as tenant, key_id, model, status, details from refusal where request_id = %s",
+            (request_id,),
+        ).fetchone()
+    if refused is not None:
+        said = f"Refused with {refused['status']} ({refused['details']}) for tenant {refused['tenant']}; not billed."
+        return {"request_id": request_id, "state": "refused", "explanation": said, "refusal": refused}
+    raise NotFound(
+        f"Nothing is known of request {request_id!r}.",
+        mend="It ended less than a second ago, was refused before anybody was recognised, or never came.",
+    )
+
+
+def _billed(row: dict[str, Any]) -> str:
+    return (
+        f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, ended {row['outcome']} with status "
+        f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens by "
+        f"{_BASIS[row['basis']]}."
+    )

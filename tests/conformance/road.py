@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run Envoy's pure Lua modules in LuaJIT, the interpreter that Envoy embeds, with bytes in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lupa import luajit21
+
+ROOT = Path(__file__).parents[2]
+
+# The loops over splits run in Lua: a call from Python for each of a million pieces would be the test's whole cost.
+_DRIVER = b"""
+local usage = require('envoy.lua.usage')
+local function read(kind, wants, body, bounds)
+  local reader, out = usage.reader(kind, wants), {}
+  local from = 1
+  for _, last in ipairs(bounds) do
+    local piece = string.sub(body, from, last)
+    out[#out + 1] = reader:feed(piece) or piece
+    from = last + 1
+  end
+  return reader, table.concat(out)
+end
+local function state(reader, out)
+  local c = reader.counts
+  return { c.input, c.output, c.cached, c.reasoning, reader.seen, reader.frames, reader.anomaly,
+    usage.total(reader), out }, 9
+end
+local function same(a, b)
+  for i = 1, 9 do if a[i] ~= b[i] then return false end end
+  return true
+end
+local M = {}
+function M.read(kind, wants, body, bounds)
+  local reader, out = read(kind, wants, body, bounds)
+  return reader, out, usage.total(reader)
+end
+-- Position of the first cut (in two; from `three` on also in three) that changes anything, else 0.
+function M.first_difference(kind, wants, body)
+  local whole = state(read(kind, wants, body, { #body }))
+  for cut = 1, #body - 1 do
+    if not same(whole, state(read(kind, wants, body, { cut, #body }))) then return cut end
+    if cut + 1 < #body and not same(whole, state(read(kind, wants, body, { cut, cut + 1, #body }))) then return -cut end
+  end
+  return 0
+end
+return M
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the tap read of one answer, and what it sent on."""
+
+    input: int | None
+    output: int | None
+    cached: int | None
+    reasoning: int | None
+    seen: str
+    frames: int
+    anomaly: str | None
+    total: int
+    sent: bytes
+
+
+@cache
+def runtime() -> Any:
+    """Give the one interpreter, whose modules are found as Envoy finds them: from the directory above `envoy/`."""
+    lua = luajit21.LuaRuntime(encoding=None, unpack_returned_tuples=True)
+    lua.execute(b"package.path = '%s/?.lua'" % str(ROOT).encode())
+    return lua
+
+
+@cache
+def module(name: str) -> Any:
+    """Require `envoy/lua/<name>.lua`."""
+    return runtime().eval(b"require('envoy.lua.%s')" % name.encode())
+
+
+@cache
+def _driver() -> Any:
+    return runtime().execute(_DRIVER)
+
+
+def table(value: Any) -> dict[str, Any]:
+    """Copy a flat Lua table; bytes become text as Envoy's metadata would hold it."""
+    return {key.decode(): text(item) for key, item in value.items()}
+
+
+def text(value: Any) -> Any:
+    """Decode a Lua string, leave anything else."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def read_request(body: bytes, dialect: str = "openai.chat") -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Give the facts or the refusal of a request body."""
+    answer = module("request")[b"read"](body, dialect.encode())
+    facts, refusal = answer if isinstance(answer, tuple) else (answer, None)
+    return (table(facts) if facts is not None else None), (table(refusal) if refusal is not None else None)
+
+
+def read_answer(kind: str, wants: str, pieces: Sequence[bytes]) -> Reading:
+    """Feed *pieces* of an answer ("events" or "object") to a reader for a caller who asked for *wants*."""
+    bounds, end = [], 0
+    for piece in pieces:
+        end += len(piece)
+        bounds.append(end)
+    read = _driver()[b"read"]
+    reader, sent, total = read(kind.encode(), wants.encode(), b"".join(pieces), runtime().table_from(bounds))
+    counts = table(reader[b"counts"])
+    return Reading(
+        input=counts.get("input"),
+        output=counts.get("output"),
+        cached=counts.get("cached"),
+        reasoning=counts.get("reasoning"),
+        seen=text(reader[b"seen"]),
+        frames=reader[b"frames"],
+        anomaly=text(reader[b"anomaly"]),
+        total=total,
+        sent=sent,
+    )
+
+
+def bytewise(body: bytes) -> list[bytes]:
+    """Cut *body* into single bytes."""
+    return [body[i : i + 1] for i in range(len(body))]
+
+
+def first_difference(kind: str, wants: str, body: bytes) -> int:
+    """
+    Find a cut of *body* that changes what is read or sent, 0 if there is none.
+
+    Tries every cut in two and every cut around a single byte (its answer is then negative).
+    """
+    return _driver()[b"first_difference"](kind.encode(), wants.encode(), body)

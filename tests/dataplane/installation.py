@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One running installation as the tests use it: its CLI, its endpoint, its tables, its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, LiteralString
+
+import httpx
+import psycopg
+from psycopg.rows import dict_row
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PEAJE = REPOSITORY / "peaje"
+
+#: How long a row may take to be visible after its stream ended; far above the usual, because
+#: the machine that runs the tests may be busy.
+VISIBLE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """A tenant of a test's own, so that tests do not meet in each other's limits and rows."""
+
+    tenant_id: str
+    key_id: str
+    key: str
+
+
+@dataclass(slots=True)
+class Installation:
+    """A `./peaje up --detach` with its own state directory and ports."""
+
+    home: Path
+    port: int
+    control_port: int
+    admin_port: int
+    _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
+
+    @property
+    def url(self) -> str:
+        """The tenants' endpoint."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs to find this installation."""
+        return {
+            **os.environ,
+            "PEAJE_HOME": str(self.home),
+            "PEAJE_PORT": str(self.port),
+            "PEAJE_CONTROL_PORT": str(self.control_port),
+            "PEAJE_ADMIN_PORT": str(self.admin_port),
+        }
+
+    def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a `./peaje` command and return how it ended."""
+        return subprocess.run(
+            [PEAJE, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout,
+            stdin=subprocess.DEVNULL, check=False,
+        )
+
+    def cli(self, *arguments: str) -> Any:
+        """The JSON answer of a command that must succeed."""
+        answer = self.run(*arguments, "--json")
+        assert answer.returncode == 0, answer.stderr
+        return json.loads(answer.stdout)
+
+    def control(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """Call the control API as its administrator: what the CLI does, without a process a call."""
+        token = (self.home / "secrets/admin-token").read_text().strip()
+        return httpx.request(
+            method, f"http://127.0.0.1:{self.control_port}{path}",
+            headers={"authorization": f"Bearer {token}"}, timeout=10, **arguments,
+        )
+
+    def new_tenant(self, name: str = "tenant", **limits: int) -> Tenant:
+        """Make a tenant with one key, and limits if given (rpm=, tpm=)."""
+        unique = f"{name}-{os.getpid()}-{next(self._tenants)}"
+        tenant_id = self.control("POST", "/v1/tenants", json={"name": unique}).json()["tenant_id"]
+        made = self.control("POST", f"/v1/tenants/{tenant_id}/keys", json={"name": "test"}).json()
+        if limits:
+            self.set_limits(tenant_id, **limits)
+        return Tenant(tenant_id=tenant_id, key_id=made["key_id"], key=made["key"])
+
+    def set_limits(self, tenant_id: str, *, rpm: int | None = None, tpm: int | None = None) -> None:
+        """Set a tenant's limits and wait until they act."""
+        body = {"requests_per_minute": rpm, "tokens_per_minute": tpm}
+        answer = self.control(
+            "PUT", f"/v1/tenants/{tenant_id}/limits", json={k: v for k, v in body.items() if v is not None}
+        )
+        assert answer.status_code in (200, 201), answer.text
+        # Limits are pushed; the promise is one second.
+        time.sleep(1.0)
+
+    def post(self, tenant: Tenant | None, path: str = "/v1/chat/completions", **arguments: Any) -> httpx.Response:
+        """Send one request; `fault` becomes the fake engine's header."""
+        headers = dict(arguments.pop("headers", {}))
+        if tenant is not None:
+            headers.setdefault("authorization", f"Bearer {tenant.key}")
+        if fault := arguments.pop("fault", None):
+            headers["x-fake-engine"] = json.dumps(fault)
+        return httpx.post(f"{self.url}{path}", headers=headers, timeout=60, **arguments)
+
+    @contextmanager
+    def database(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+        """A connection as the ledger's owner."""
+        state = json.loads((self.home / "run/state.json").read_text())
+        password = self.home / "secrets/postgres-password"
+        with psycopg.connect(
+            state["postgres_url"], password=password.read_text().strip(), row_factory=dict_row, autocommit=True
+        ) as connection:
+            yield connection
+
+    def sql(self, query: LiteralString, *arguments: Any) -> list[dict[str, Any]]:
+        """Rows of one query."""
+        with self.database() as connection:
+            return connection.execute(query, arguments).fetchall()
+
+    def rows(self, tenant: Tenant, count: int) -> list[dict[str, Any]]:
+        """The tenant's billing rows, once there are *count* of them (or the time for them is over)."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            found = self.sql(
+                "select * from billing_usage_v1 where tenant = %s order by started_at", tenant.tenant_id
+            )
+            if len(found) >= count or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def truth(self) -> dict[str, dict[str, Any]]:
+        """The fake engine's own record by request id."""
+        lines = (self.home / "log/fake-engine-truth.jsonl").read_text().splitlines()
+        return {entry["request_id"]: entry for entry in map(json.loads, lines)}
+
+    def status(self) -> dict[str, Any]:
+        """`./peaje status --json`."""
+        return json.loads(self.run("status", "--json").stdout)
+
+    def pid(self, part: str) -> int:
+        """The process of a part."""
+        return next(int(entry["pid"]) for entry in self.status()["parts"] if entry["name"] == part)
+
+    def kill(self, part: str) -> int:
+        """End a part without warning (SIGKILL); returns the pid that was."""
+        pid = self.pid(part)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
+        """Wait until the supervisor has a new, ready process for *part*."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for entry in self.status()["parts"]:
+                if entry["name"] == part and entry["pid"] not in (None, old_pid) and entry["state"] == "ready":
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"{part} did not come back: {self.status()}")
+
+
+def chat(text: str = "one two three", **fields: Any) -> dict[str, Any]:
+    """A small chat request; the fake engine counts the words of *text* as prompt tokens."""
+    return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 5, **fields}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def running(home: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Installation]:
+    """`./peaje up --detach` with *options*, taken down at the end."""
+    installation = Installation(home, *free_ports(3))
+    arguments: Sequence[str] = ("up", "--detach", "--restarts", "50", *options)
+    started = subprocess.run(
+        [PEAJE, *arguments], env=installation.environment | (environment or {}), capture_output=True, text=True,
+        timeout=600, stdin=subprocess.DEVNULL, check=False,
+    )
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        yield installation
+    finally:
+        stopped = installation.run("down")
+        assert stopped.returncode == 0, stopped.stderr
