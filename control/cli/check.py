@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`peaje check`: what would silently do nothing, or the wrong thing, before it is live.
+
+Envoy's own validation, our lint, the models document, and limits that can never act.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from chassis.errors import PeajeError, Unavailable
+from control.cli.client import call
+from control.envoy_lint import lint
+from control.envoy_resources import publish
+from control.finding import Finding
+from control.laptop.binaries import find_envoy
+from control.laptop.envoy import SOURCE, validate
+from control.laptop.places import Places, read_home
+from control.located_yaml import load
+
+_EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0.1:1"]}]\n'
+
+
+def check(directory: str | None, *, as_json: bool) -> int:
+    """Print findings, one line each; 0 if there are none."""
+    source = Path(directory) if directory else SOURCE
+    findings = [*_envoy(source), *_limits()]
+    if as_json:
+        print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
+    else:
+        print("\n".join(map(str, findings)) or "Nothing to mend.")
+    return 1 if findings else 0
+
+
+def _envoy(source: Path) -> list[str | Finding]:
+    found: list[str | Finding] = []
+    with tempfile.TemporaryDirectory(prefix="peaje-check-") as directory:
+        home = Path(directory)
+        for name in ("run", "journal"):
+            (home / name).mkdir()
+        try:
+            shutil.copytree(source, home / "envoy")
+            models = read_home(os.environ) / "envoy/models.yaml"
+            if models.exists():
+                shutil.copy(models, home / "envoy/models.yaml")
+            else:
+                (home / "envoy/models.yaml").write_text(_EXAMPLE_MODELS)
+            publish(home / "envoy/models.yaml", home / "envoy")
+            for name in ("envoy.yaml", "clusters.yaml", "routes.yaml"):
+                found += lint(load(home / "envoy" / name), str(source / name))
+            validate(find_envoy(os.environ), Places(home))
+        except PeajeError as exc:
+            found.append(str(exc).replace(str(home / "envoy"), str(source)))
+        except OSError as exc:
+            found.append(f"{source}: {exc.strerror}.")
+    return found
+
+
+def _limits() -> list[str]:
+    try:
+        return list(call("GET", "/v1/limits/findings")["findings"])
+    except Unavailable:
+        return []  # not running: there is nothing to ask

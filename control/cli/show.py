@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show an answer of the API: JSON as it came, or a table for people."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def show(document: Any, *, as_json: bool) -> None:
+    """Print *document*."""
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    rows = next((value for value in document.values() if isinstance(value, list)), None)
+    if rows is None:
+        _pairs(document)
+    elif rows and isinstance(rows[0], dict):
+        _table(rows)
+    else:
+        print("nothing" if not rows else "\n".join(map(str, rows)))
+
+
+def _pairs(document: dict[str, Any]) -> None:
+    width = max(map(len, document))
+    for name, value in document.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            _pairs({f"  {inner}": it for inner, it in value.items()})
+        else:
+            print(f"{name:<{width}}  {_text(value)}")
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - not for --json
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        numeric = isinstance(next((row[name] for row in rows if row[name] is not None), ""), int)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    Console(width=None, soft_wrap=True).print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)
