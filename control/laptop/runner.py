@@ -163,7 +163,9 @@ def prepare(
     for note in chosen.notes:
         say(note)
     return Plan(
-        parts=tuple(parts), engine=chosen, facts=_facts(options, chosen, programs.versions, notes)
+        parts=tuple(parts),
+        engine=chosen,
+        facts=_facts(options, chosen, programs.versions, notes) | _own_ledger(place, programs, postgres_url),
     )
 
 
@@ -237,6 +239,13 @@ def addresses_of(ports: Ports) -> Addresses:
     )
 
 
+def _own_ledger(place: Places, programs: _Programs, url: str) -> dict[str, str]:
+    """Where `peaje psql` finds our own Postgres; without the password, which it reads from its file."""
+    if programs.postgres is None:
+        return {}
+    return {"postgres_url": url.replace(f":{place.secret('postgres-password')}@", "@")}
+
+
 def _facts(
     options: Options, chosen: Engine, versions: Mapping[str, str], notes: list[str]
 ) -> dict[str, Any]:
@@ -245,6 +254,7 @@ def _facts(
         "endpoint": addresses.endpoint,
         "control": addresses.control,
         "ports": asdict(options.ports),
+        "control_port": options.ports.control,
         "models": chosen.models,
         "engine": chosen.description,
         "versions": {**versions, "python": platform.python_version()},
