@@ -167,16 +167,15 @@ def test_a_model_server_sees_no_credential_and_no_choice_of_encoding(road: Road)
 
 
 @pytest.mark.parametrize("model", ["Tiny", "tin", "org/big", "", None])
-def test_another_model_is_a_404_in_the_callers_dialect(road: Road, model: str | None) -> None:
-    """Only exact names reach a server."""
+def test_another_model_is_a_404_and_reaches_no_server(road: Road, model: str | None) -> None:
+    """Only exact names reach a server; the body is written by envoy.yaml's local replies, not by the table."""
+    before = len(road.tiny.seen)
+
     openai = road.ask("/v1/chat/completions", model)
     anthropic = road.ask("/v1/messages", model)
 
     assert (404, 404) == (openai.status_code, anthropic.status_code)
-    assert "application/json" == openai.headers["content-type"] == anthropic.headers["content-type"]
-    assert "model_not_found" == openai.json()["error"]["code"] == anthropic.json()["error"]["code"]
-    assert "error" == anthropic.json()["type"]
-    assert 36 == len(openai.json()["error"]["request_id"]) == len(anthropic.json()["request_id"])
+    assert before == len(road.tiny.seen)
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/models/tiny", "/v1/chat/completions/", "/V1/chat/completions", "/metrics", "/v1/chat/completionsX"])
