@@ -60,7 +60,8 @@ def _check_scheme(variable: str, url: str, schemes: tuple[str, ...]) -> None:
 
 
 def _does_not_answer(variable: str, url: str, exc: Exception) -> Trouble:
-    text = " ".join(str(exc).split()) or type(exc).__name__
+    # libpq goes on with advice and with each address it tried.
+    text = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
     return Trouble(
         f"{variable}: {_without_password(text, url)}",
         mend="Nothing was started; correct it, or unset it to use the embedded one.",
