@@ -211,6 +211,10 @@ SOCKETS: Final = {
 CHANGES_PATH: Final = "run/changes"
 JOURNAL_PATH: Final = "journal/journal.jsonl"
 MODELS_PATH: Final = "envoy/models.yaml"
+#: Whose tokens and certificates are taken for whom; optional.
+IDENTITY_PATH: Final = "envoy/identity.yaml"
+#: Audience of the tokens that the control API signs for service accounts.
+TOKEN_AUDIENCE: Final = "peaje"
 
 # --- Dialects: path → how the request and the answer are read -----------------------------------
 
@@ -232,6 +236,10 @@ ERROR_CODES: Final = (
     "model_not_allowed",
     "model_not_found",
     "tenant_suspended",
+    "tenant_not_allowed",
+    "invalid_token",
+    "token_expired",
+    "invalid_certificate",
     "invalid_request",
     "unsupported_encoding",
     "request_too_large",

@@ -51,6 +51,13 @@ local function publish(handle, facts)
   metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
 end
 
+-- Whether the client showed a certificate that Envoy has checked against the listener's authorities. One
+-- that nobody has checked says nothing: without this a listener that asks for any would let all in.
+local function has_certificate(handle)
+  local tls = handle:streamInfo():downstreamSslConnection()
+  return tls ~= nil and tls:peerCertificatePresented() and tls:peerCertificateValidated()
+end
+
 local MODELS_FACTS = {
   model = '', stream = false, wants_usage = 'no', shape = 'no', output_tokens_max = 0, choices = 0, prompt_bytes = 0,
 }
@@ -74,7 +81,7 @@ function envoy_on_request(handle)
   local micros = handle:timestampString(EnvoyTimestampResolution.MICROSECOND)
   local started_at = string.sub(micros, 1, -7) .. '.' .. string.sub(micros, -6)
   local bearer, plain = headers:get('authorization'), headers:get('x-api-key')
-  if not bearer and not plain then
+  if not bearer and not plain and not has_certificate(handle) then
     return refuse(handle, dialect, {
       status = 401, code = 'missing_credential',
       message = 'No API key was sent. Send it as "authorization: Bearer KEY" or "x-api-key: KEY".',

@@ -14,7 +14,9 @@ from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ext_authz_pb2 as wire
+from extauth.adapters.accounts import Accounts
 from extauth.adapters.directory import Directory
+from extauth.adapters.tokens import Tokens, watch
 from extauth.servicer import METHOD, Servicer
 
 
@@ -33,13 +35,16 @@ def main() -> None:
     """Serve until SIGTERM."""
     configure("extauth")
     stores, settings = StoreSettings(), Settings()
-    directory = Directory(
-        read_pool(stores.require_postgres(), name="extauth", connections=settings.connections), clock=utc_now
-    )
+    pool = read_pool(stores.require_postgres(), name="extauth", connections=settings.connections)
+    directory = Directory(pool, clock=utc_now)
     directory.watch(stores.require_postgres())
+    accounts = Accounts(pool, clock=utc_now)
+    accounts.watch(stores.require_postgres())
+    verifiers = watch(stores.home / contract.IDENTITY_PATH, home=stores.home, clock=utc_now)
     catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
     servicer = Servicer(
-        directory, peppers=load_peppers(stores.home), catalogue=catalogue.current, clock=utc_now
+        directory, peppers=load_peppers(stores.home), catalogue=catalogue.current, clock=utc_now,
+        tokens=Tokens(verifiers.current, accounts),
     )
     serve_unary(
         contract.SOCKETS[contract.CLUSTER_EXTAUTH],

@@ -22,12 +22,15 @@ from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters.directory import Directory
+from extauth.adapters.tokens import Tokens
 from extauth.core import decision
+from extauth.core.token import TOKEN_BYTES_MAX
 
 log = structlog.get_logger()
 
 METHOD = "/envoy.service.auth.v3.Authorization/Check"
 
+_CREDENTIAL_HEADERS = (contract.AUTHORIZATION_HEADER, contract.API_KEY_HEADER)
 _PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED.value[0]
 _CANNOT_DECIDE = Refusal(
     status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again."
@@ -44,8 +47,10 @@ class Servicer:
         peppers: Mapping[int, bytes],
         catalogue: Callable[[], ModelCatalogue],
         clock: Callable[[], datetime],
+        tokens: Tokens,
     ) -> None:
         self._directory = directory
+        self._tokens = tokens
         self._peppers = peppers
         self._catalogue = catalogue
         self._clock = clock
@@ -62,15 +67,24 @@ class Servicer:
             return _denied(_CANNOT_DECIDE, dialect="", request_id=request_id)
         dialect = facts.fields[contract.REQ_DIALECT].string_value
         model = facts.fields[contract.REQ_MODEL].string_value or None
-        answer = self._answer(headers, model)
+        answer = self._answer(headers, model, subject=request.attributes.source.principal)
         if isinstance(answer, Refusal):
             log.info("denied", request_id=request_id, code=answer.code, dialect=dialect)
             return _denied(answer, dialect=dialect, request_id=request_id)
         return self._allowed(answer, dialect)
 
     def _answer(
-        self, headers: list[tuple[str, bytes]], model: str | None
+        self, headers: list[tuple[str, bytes]], model: str | None, *, subject: str
     ) -> decision.Principal | Refusal:
+        text = _token(headers)
+        if text is not None:
+            return decision.decide_caller(
+                self._tokens.identify(text, self._clock()), served=self._catalogue().served, model=model
+            )
+        if subject and not any(name in _CREDENTIAL_HEADERS for name, _ in headers):
+            return decision.decide_caller(
+                self._tokens.identify_certificate(subject), served=self._catalogue().served, model=model
+            )
         parsed = decision.find_key(headers)
         if isinstance(parsed, Refusal):
             return parsed
@@ -103,6 +117,19 @@ class Servicer:
         names = decision.usable_models(principal, self._catalogue().served)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "peaje"} for name in names]
         return orjson.dumps({"object": "list", "data": models}).decode()
+
+
+def _token(headers: list[tuple[str, bytes]]) -> str | None:
+    """The only credential, if it is a bearer that cannot be a key."""
+    found = [(name, value) for name, value in headers if name in _CREDENTIAL_HEADERS]
+    if len(found) != 1 or found[0][0] != contract.AUTHORIZATION_HEADER:
+        return None
+    scheme, _, credential = found[0][1].partition(b" ")
+    credential = credential.lstrip(b" ")
+    if scheme.lower() != b"bearer" or credential.startswith(b"peaje_") or not credential.isascii():
+        return None
+    text = credential.decode("ascii")
+    return text if 0 < len(text) <= TOKEN_BYTES_MAX and text.isprintable() and " " not in text else None
 
 
 def _headers(http: wire.AttributeContext.HttpRequest) -> Iterator[tuple[str, bytes]]:

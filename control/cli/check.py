@@ -2,7 +2,7 @@
 """
 `peaje check`: what would silently do nothing, or the wrong thing, before it is live.
 
-Envoy's own validation, our lint, the models document, and limits that can never act.
+Envoy's own validation, our lint, the models and identity documents, and limits that can never act.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from control.envoy_resources import publish
 from control.finding import Finding
 from control.laptop.binaries import find_envoy
 from control.laptop.envoy import SOURCE, validate
+from control.laptop.identity import find_faults as find_identity_faults
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
 
@@ -29,7 +30,7 @@ _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0
 def check(directory: str | None, *, as_json: bool) -> int:
     """Print findings, one line each; 0 if there are none."""
     source = Path(directory) if directory else SOURCE
-    findings = [*_envoy(source), *_limits()]
+    findings = [*_envoy(source), *find_identity_faults(os.environ), *_limits()]
     if as_json:
         print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
     else:

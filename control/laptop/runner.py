@@ -20,7 +20,7 @@ from typing import Any
 
 from chassis.contract import MODELS_PATH
 from control.envoy_resources import publish
-from control.laptop import binaries, engine, envoy, places, postgres, reporter, state, stores, valkey
+from control.laptop import binaries, engine, envoy, identity, places, postgres, reporter, state, stores, valkey
 from control.laptop.admission import Addresses, admit
 from control.laptop.engine import Engine, EngineChoice
 from control.laptop.parts import Part, service_environment, service_parts
@@ -127,6 +127,7 @@ def prepare(
     chosen = _choose_engine(options, place, environ, say)
     engine.publish_document(chosen, place)
     publish(place.home / MODELS_PATH, place.envoy)
+    identity.publish(place, options.ports, environ)
     envoy.render(place, options.ports)
     envoy.validate(programs.envoy, place)
 

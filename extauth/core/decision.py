@@ -15,6 +15,7 @@ from datetime import datetime
 from chassis import keys
 from chassis.contract import API_KEY_HEADER, AUTHORIZATION_HEADER
 from chassis.refusals import Refusal
+from extauth.core.token import Caller
 
 #: Longest credential that is looked at; a key has 61 characters. Longer ones are refused unread.
 CREDENTIAL_BYTES_MAX = 256
@@ -126,6 +127,26 @@ def decide(
         project_id=state.project_id,
         key_id=state.key_id,
         models=state.models,
+    )
+
+
+def decide_caller(
+    caller: Caller | Refusal, *, served: frozenset[str], model: str | None
+) -> Principal | Refusal:
+    """The same for a caller who came with a token or a certificate."""
+    if isinstance(caller, Refusal):
+        return caller
+    account, bearer = caller.account, caller.bearer
+    if not (account.tenant_active and account.project_active and account.account_active):
+        return _SUSPENDED
+    lists = [frozenset(models) for models in (bearer.models, account.models) if models is not None]
+    models = frozenset.intersection(*lists) - frozenset(account.denied_models) if lists else None
+    if model is not None and model not in served:
+        return _MODEL_UNKNOWN
+    if model is not None and (model in account.denied_models or (models is not None and model not in models)):
+        return _MODEL_FORBIDDEN
+    return Principal(
+        tenant_id=bearer.tenant_id, project_id=bearer.project_id, key_id=bearer.principal_id, models=models
     )
 
 
