@@ -41,7 +41,7 @@ REQ_STREAM: Final = "stream"
 REQ_PROMPT_BYTES: Final = "prompt_bytes"
 REQ_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 REQ_CHOICES: Final = "choices"
-#: "usage" when ext_proc must ask the engine for usage, else "no".
+#: Who asks the engine for usage: "insert" or "replace" the tap, "service" metering/ by ext_proc, "no" nobody.
 REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
 REQ_WANTS_USAGE: Final = "wants_usage"
@@ -57,6 +57,10 @@ REQUEST_KEYS: Final = (
     REQ_SHAPE,
     REQ_WANTS_USAGE,
 )
+
+#: Written on each route, under the name of the tap's filter: whether the pool's engine sends running usage.
+ROUTE_NAMESPACE: Final = "tap"
+ROUTE_RUNNING_USAGE: Final = "running_usage"
 
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 

@@ -1,15 +1,16 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- tap: the last filter before the model server, so it sees only admitted requests. Writes the
 -- journal's start record; what cannot be recorded may not pass. Answers GET /v1/models with
--- what extauth said this caller may use, reads token usage from each
--- piece of the answer into the metadata namespace peaje.usage (the journal's periodic records
--- carry it, so a cut stream is billed to the last piece), and hides what was not asked for.
+-- what extauth said this caller may use, asks the engine for usage where a splice can, reads token
+-- usage from each piece of the answer into the metadata namespace peaje.usage (the journal's periodic
+-- records carry it, so a cut stream is billed to the last piece), and hides what was not asked for.
 --
 -- If this script fails, Envoy skips it for that answer and counts lua.errors; the journal then
 -- has no usage and the collector bills by estimate, flagged.
 
 local journal = require('envoy.lua.journal')
 local reply = require('envoy.lua.reply')
+local shape = require('envoy.lua.shape')
 local usage = require('envoy.lua.usage')
 
 local REQUEST = 'peaje.request'
@@ -21,6 +22,15 @@ local EPOCH = os.getenv('PEAJE_ENVOY_EPOCH') or ''
 
 -- Dialects in which the caller can ask for usage, and so can also not have asked.
 local HIDES = { ['openai.chat'] = true, ['openai.completions'] = true }
+
+-- The body has been read by the gate, so this waits for nobody.
+local function ask_for_usage(handle, how)
+  -- Read first: taking the body is a yield, after which this wrapper is dead.
+  local can_run = handle:metadata():get('running_usage')
+  local body = handle:body()
+  local instead = body and shape.ask_for_usage(body:getBytes(0, body:length()), how, can_run)
+  if instead then body:setBytes(instead) end
+end
 
 function envoy_on_request(handle)
   local metadata = handle:streamInfo():dynamicMetadata()
@@ -39,7 +49,9 @@ function envoy_on_request(handle)
     handle:respond(reply.refusal(request.dialect, {
       status = 503, code = 'service_unavailable', message = 'The gateway cannot record this request. Try again.',
     }, id))
+    return
   end
+  if request.shape == shape.INSERT or request.shape == shape.REPLACE then ask_for_usage(handle, request.shape) end
 end
 
 local function publish(handle, reader)
