@@ -38,7 +38,7 @@ CHANNELS: Final = ("peaje_tenant", "peaje_project", "peaje_api_key", "peaje_serv
 #: so each change is said a second time, when every service has surely heard of it.
 SAID_AGAIN_AFTER_SECONDS: Final = 0.3
 #: Documents of the state directory that decisions depend on as well; a new one makes everything stale.
-DOCUMENTS: Final = (contract.MODELS_PATH,)
+DOCUMENTS: Final = (contract.MODELS_PATH, contract.IDENTITY_PATH)
 _TICK_SECONDS: Final = 0.05
 
 
