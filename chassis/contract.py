@@ -215,10 +215,10 @@ SOCKETS: Final = {
 CHANGES_PATH: Final = "run/changes"
 JOURNAL_PATH: Final = "journal/journal.jsonl"
 MODELS_PATH: Final = "envoy/models.yaml"
-#: Whose tokens and certificates are taken for whom; optional.
-IDENTITY_PATH: Final = "envoy/identity.yaml"
-#: Audience of the tokens that the control API signs for service accounts.
-TOKEN_AUDIENCE: Final = "peaje"
+#: Who else than a key may call: issuers of tokens, client certificates, attribute policies.
+IDENTITY_PATH: Final = "identity.yaml"
+#: Audience of the tokens that the control API mints for service accounts.
+SERVICE_ACCOUNT_AUDIENCE: Final = "peaje"
 
 # --- Dialects: path → how the request and the answer are read -----------------------------------
 
@@ -231,19 +231,35 @@ PATHS: Final = {
     "/v1/models": "openai.models",
 }
 
+#: What a credential may be limited to: dialect → the scope that it needs.
+DIALECT_SCOPES: Final = {
+    "openai.chat": "inference",
+    "openai.completions": "inference",
+    "openai.responses": "inference",
+    "anthropic.messages": "inference",
+    "openai.embeddings": "embeddings",
+    "openai.models": "models",
+}
+SCOPES: Final = tuple(sorted(set(DIALECT_SCOPES.values())))
+
 # --- Error codes: the closed list of what a caller may read in `error.code` ------------------------
 
 ERROR_CODES: Final = (
     "missing_credential",
     "invalid_api_key",
+    "invalid_token",
+    "unknown_certificate",
     "conflicting_credentials",
+    "key_disabled",
+    "service_account_suspended",
+    "project_suspended",
+    "tenant_not_allowed",
+    "address_not_allowed",
+    "scope_not_allowed",
+    "policy_denied",
     "model_not_allowed",
     "model_not_found",
     "tenant_suspended",
-    "tenant_not_allowed",
-    "invalid_token",
-    "token_expired",
-    "invalid_certificate",
     "invalid_request",
     "unsupported_encoding",
     "request_too_large",

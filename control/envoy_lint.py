@@ -25,6 +25,7 @@ _EXT_PROC: Final = "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor"
 _CONNECTION_MANAGER: Final = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 _HEADER_MUTATION: Final = "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"
 _METADATA_INPUT: Final = "envoy.extensions.matching.common_inputs.network.v3.DynamicMetadataInput"
+_DOWNSTREAM_TLS: Final = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"
 _CLUSTER: Final = "envoy.config.cluster.v3.Cluster"
 _ROUTES: Final = "envoy.config.route.v3.RouteConfiguration"
 
@@ -238,6 +239,22 @@ def _admin(document: Mapping, file: str) -> Iterator[Finding]:
         )
 
 
+def _downstream_tls(context: Mapping, file: str) -> Iterator[Finding]:
+    validation = context.at("common_tls_context", "validation_context")
+    if not isinstance(validation, Mapping):
+        return  # nobody is asked for a certificate, so none can be believed
+    if validation.get("trust_chain_verification") == "ACCEPT_UNTRUSTED":
+        yield Finding(
+            file=file, line=validation.line,
+            what="certificates of anybody are accepted, and their names would become identities.",
+            mend="Remove trust_chain_verification.",
+        )  # fmt: skip
+    if "trusted_ca" not in validation:
+        yield Finding(
+            file=file, line=validation.line, what="no trusted_ca: certificates are not verified.", mend="Name the clients' CA in trusted_ca."
+        )
+
+
 def _say(value: object) -> str:
     match value:
         case None:
@@ -253,6 +270,7 @@ _RULES: Final[dict[str, tuple[Rule, ...]]] = {
     _RATELIMIT: (_ratelimit,),
     _EXT_PROC: (_ext_proc,),
     _CONNECTION_MANAGER: (_connection_manager,),
+    _DOWNSTREAM_TLS: (_downstream_tls,),
     _CLUSTER: (_cluster,),
     _ROUTES: (_routes,),
 }

@@ -51,13 +51,6 @@ local function publish(handle, facts)
   metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
 end
 
--- Whether the client showed a certificate that Envoy has checked against the listener's authorities. One
--- that nobody has checked says nothing: without this a listener that asks for any would let all in.
-local function has_certificate(handle)
-  local tls = handle:streamInfo():downstreamSslConnection()
-  return tls ~= nil and tls:peerCertificatePresented() and tls:peerCertificateValidated()
-end
-
 local MODELS_FACTS = {
   model = '', stream = false, wants_usage = 'no', shape = 'no', output_tokens_max = 0, choices = 0, prompt_bytes = 0,
 }
@@ -81,7 +74,10 @@ function envoy_on_request(handle)
   local micros = handle:timestampString(EnvoyTimestampResolution.MICROSECOND)
   local started_at = string.sub(micros, 1, -7) .. '.' .. string.sub(micros, -6)
   local bearer, plain = headers:get('authorization'), headers:get('x-api-key')
-  if not bearer and not plain and not has_certificate(handle) then
+  -- A client certificate that Envoy has verified is a credential too; extauth knows whose.
+  local tls = handle:streamInfo():downstreamSslConnection()
+  local has_certificate = tls ~= nil and tls:peerCertificateValidated()
+  if not bearer and not plain and not has_certificate then
     return refuse(handle, dialect, {
       status = 401, code = 'missing_credential',
       message = 'No API key was sent. Send it as "authorization: Bearer KEY" or "x-api-key: KEY".',
@@ -99,10 +95,12 @@ function envoy_on_request(handle)
       status = 415, code = 'unsupported_encoding', message = 'Send the body without content-encoding.',
     })
   end
-  -- What one header may hold twice, or two headers may hold differently, extauth judges each time.
+  -- What one header may hold twice, two headers or a header and a certificate differently, extauth judges each time.
   local credential = nil
-  if not plain and headers:getNumValues('authorization') == 1 then credential = bearer end
-  if not bearer and headers:getNumValues('x-api-key') == 1 then credential = 'x-api-key ' .. plain end
+  if not has_certificate then
+    if not plain and headers:getNumValues('authorization') == 1 then credential = bearer end
+    if not bearer and headers:getNumValues('x-api-key') == 1 then credential = 'x-api-key ' .. plain end
+  end
   local request_id = headers:get('x-request-id')
 
   local buffered = handle:body()

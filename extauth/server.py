@@ -12,12 +12,24 @@ from chassis.secrets import load_peppers
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from chassis.wire import ext_authz_pb2 as wire
-from extauth.adapters.accounts import Accounts
 from extauth.adapters.directory import Directory
-from extauth.adapters.tokens import Tokens, watch
+from extauth.adapters.identities import Identities
+from extauth.adapters.key_writes import KeyWrites
 from extauth.servicer import METHOD, Servicer
+
+
+class ControlSettings(BaseSettings):
+    """Where the control API is: the issuer of service accounts' tokens."""
+
+    model_config = SettingsConfigDict(env_prefix="PEAJE_CONTROL_", frozen=True)
+
+    #: On loopback, as `up` starts it.
+    port: int = 10001
+    #: What its tokens name as their issuer, where that is not this machine's loopback.
+    issuer: str = ""
 
 
 class Settings(BaseSettings):
@@ -29,25 +41,33 @@ class Settings(BaseSettings):
     workers: int = 4
     #: Postgres connections per process; a read takes about a millisecond.
     connections: int = 4
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = 0
 
 
 def main() -> None:
     """Serve until SIGTERM."""
     configure("extauth")
     stores, settings = StoreSettings(), Settings()
-    pool = read_pool(stores.require_postgres(), name="extauth", connections=settings.connections)
-    directory = Directory(pool, clock=utc_now)
-    directory.watch(stores.require_postgres())
-    accounts = Accounts(pool, clock=utc_now)
-    accounts.watch(stores.require_postgres())
-    verifiers = watch(stores.home / contract.IDENTITY_PATH, home=stores.home, clock=utc_now)
-    catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
-    servicer = Servicer(
-        directory, peppers=load_peppers(stores.home), catalogue=catalogue.current, clock=utc_now,
-        tokens=Tokens(verifiers.current, accounts),
+    directory = Directory(
+        read_pool(stores.require_postgres(), name="extauth", connections=settings.connections), clock=utc_now
     )
+    directory.watch(stores.require_postgres())
+    control, peppers = ControlSettings(), load_peppers(stores.home)
+    writes = KeyWrites(stores.require_postgres(), clock=utc_now, newest_pepper=max(peppers))
+    identities = Identities(
+        directory, peppers=peppers, writes=writes, home=stores.home,
+        control_url=control.issuer.rstrip("/") or f"http://127.0.0.1:{control.port}",
+    )  # fmt: skip
+    identities.watch()
+    writes.start()
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+    catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
+    servicer = Servicer(identities, catalogue=catalogue.current, clock=utc_now)
     serve_unary(
         contract.SOCKETS[contract.CLUSTER_EXTAUTH],
         {METHOD: (servicer.check, wire.CheckRequest)},
         workers=settings.workers,
     )
+    writes.stop()

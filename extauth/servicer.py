@@ -9,127 +9,117 @@ fails or takes over 500 ms becomes 503 (failure_mode_allow: false in envoy.yaml)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 
 import grpc
 import orjson
 import structlog
 
 from chassis import contract
-from chassis.errors import Unavailable
+from chassis.keys import ParsedKey
 from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
+from chassis.telemetry import metrics
 from chassis.wire import ext_authz_pb2 as wire
-from extauth.adapters.directory import Directory
-from extauth.adapters.tokens import Tokens
+from extauth.adapters.identities import CANNOT_DECIDE, Identities
 from extauth.core import decision
-from extauth.core.token import TOKEN_BYTES_MAX
+from extauth.core.credential import find_credential
+from extauth.core.identity import Ask, Denial, Identity, Phase
 
 log = structlog.get_logger()
 
 METHOD = "/envoy.service.auth.v3.Authorization/Check"
 
-_CREDENTIAL_HEADERS = (contract.AUTHORIZATION_HEADER, contract.API_KEY_HEADER)
 _PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED.value[0]
-_CANNOT_DECIDE = Refusal(
-    status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again."
-)
+_GATE_MISSING = Denial(phase=Phase.CREDENTIAL, rule="gate_missing", refusal=CANNOT_DECIDE)
+_ALLOWED = metrics.DECISIONS.labels("ok")
 
 
 class Servicer:
-    """Wires the decision to the directory; one per process."""
+    """Wires the decision to whoever knows the callers; one per process."""
 
     def __init__(
-        self,
-        directory: Directory,
-        *,
-        peppers: Mapping[int, bytes],
-        catalogue: Callable[[], ModelCatalogue],
-        clock: Callable[[], datetime],
-        tokens: Tokens,
+        self, identities: Identities, *, catalogue: Callable[[], ModelCatalogue], clock: Callable[[], datetime]
     ) -> None:
-        self._directory = directory
-        self._tokens = tokens
-        self._peppers = peppers
+        self._identities = identities
         self._catalogue = catalogue
         self._clock = clock
 
     def check(self, request: wire.CheckRequest, context: grpc.ServicerContext) -> wire.CheckResponse:
         """Decide one request."""
         del context
-        headers = list(_headers(request.attributes.request.http))
-        request_id = _request_id(headers)
+        began = time.perf_counter()
+        http = request.attributes.request.http
+        headers = list(_headers(http))
+        # gate.lua may not have run to its end; then nothing about this request is known.
         facts = request.attributes.metadata_context.filter_metadata.get(contract.NS_REQUEST)
+        dialect = "" if facts is None else facts.fields[contract.REQ_DIALECT].string_value
+        remember_ms = 0
         if facts is None:
-            # gate.lua did not run to its end: nothing about this request is known.
-            log.error("gate_missing", request_id=request_id)
-            return _denied(_CANNOT_DECIDE, dialect="", request_id=request_id)
-        dialect = facts.fields[contract.REQ_DIALECT].string_value
-        model = facts.fields[contract.REQ_MODEL].string_value or None
-        answer = self._answer(headers, model, subject=request.attributes.source.principal)
-        if isinstance(answer, Refusal):
-            log.info("denied", request_id=request_id, code=answer.code, dialect=dialect)
-            return _denied(answer, dialect=dialect, request_id=request_id)
-        return self._allowed(answer, dialect)
-
-    def _answer(
-        self, headers: list[tuple[str, bytes]], model: str | None, *, subject: str
-    ) -> decision.Principal | Refusal:
-        text = _token(headers)
-        if text is not None:
-            return decision.decide_caller(
-                self._tokens.identify(text, self._clock()), served=self._catalogue().served, model=model
+            decided: Identity | Denial = _GATE_MISSING
+        else:
+            ask = Ask(
+                dialect=dialect,
+                model=facts.fields[contract.REQ_MODEL].string_value or None,
+                path=http.path.partition("?")[0],
+                host=http.host,
+                address=request.attributes.source.address.socket_address.address,
+                now=self._clock(),
             )
-        if subject and not any(name in _CREDENTIAL_HEADERS for name, _ in headers):
-            return decision.decide_caller(
-                self._tokens.identify_certificate(subject), served=self._catalogue().served, model=model
-            )
-        parsed = decision.find_key(headers)
-        if isinstance(parsed, Refusal):
-            return parsed
-        try:
-            state = self._directory.find(parsed.key_id)
-        except Unavailable:
-            return _CANNOT_DECIDE
-        return decision.decide(
-            parsed,
-            state,
-            peppers=self._peppers,
-            served=self._catalogue().served,
-            model=model,
-            now=self._clock(),
+            decided, remember_ms = self._decide(ask, headers, request.attributes.source.principal)
+        response = (
+            self._denied(decided, dialect=dialect, request_id=_request_id(headers))
+            if isinstance(decided, Denial)
+            else self._allowed(decided, dialect, remember_ms=remember_ms)
         )
+        metrics.DECISION_SECONDS.observe(time.perf_counter() - began)
+        return response
 
-    def _allowed(self, principal: decision.Principal, dialect: str) -> wire.CheckResponse:
+    def _decide(self, ask: Ask, headers: list[tuple[str, bytes]], principal: str) -> tuple[Identity | Denial, int]:
+        credential = find_credential(headers, principal=principal)
+        identity = (
+            credential
+            if isinstance(credential, Denial)
+            else self._identities.identify(credential, ask, principal=principal)
+        )
+        rules = decision.Rules(served=self._catalogue().served, policies=self._identities.policies)
+        decided = decision.decide(ask, credential, identity, rules)
+        if isinstance(decided, Identity):
+            self._identities.admitted(credential, decided, ask.now)
+            # Only keys: what a token says ends by its issuer's word, and a certificate is not in the lane's memory.
+            if isinstance(credential, ParsedKey) and not principal:
+                return decided, decision.memorable_for(ask, decided, rules) // timedelta(milliseconds=1)
+        return decided, 0
+
+    def _allowed(self, identity: Identity, dialect: str, *, remember_ms: int) -> wire.CheckResponse:
+        _ALLOWED.inc()
         response = wire.CheckResponse()
         response.ok_response.SetInParent()
         fields = response.dynamic_metadata.fields
-        fields[contract.ID_TENANT].string_value = principal.tenant_id
-        fields[contract.ID_PROJECT].string_value = principal.project_id
-        fields[contract.ID_KEY].string_value = principal.key_id
-        fields[contract.ID_CACHE_MS].number_value = 5000
+        fields[contract.ID_TENANT].string_value = identity.tenant_id
+        fields[contract.ID_PROJECT].string_value = identity.project_id
+        fields[contract.ID_KEY].string_value = identity.key_id
+        fields[contract.ID_CACHE_MS].number_value = remember_ms
         if dialect == "openai.models":
-            fields[contract.ID_MODELS_BODY].string_value = self._models_body(principal)
+            fields[contract.ID_MODELS_BODY].string_value = self._models_body(identity)
         return response
 
-    def _models_body(self, principal: decision.Principal) -> str:
-        names = decision.usable_models(principal, self._catalogue().served)
+    def _models_body(self, identity: Identity) -> str:
+        names = decision.usable_models(identity, self._catalogue().served)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "peaje"} for name in names]
         return orjson.dumps({"object": "list", "data": models}).decode()
 
-
-def _token(headers: list[tuple[str, bytes]]) -> str | None:
-    """The only credential, if it is a bearer that cannot be a key."""
-    found = [(name, value) for name, value in headers if name in _CREDENTIAL_HEADERS]
-    if len(found) != 1 or found[0][0] != contract.AUTHORIZATION_HEADER:
-        return None
-    scheme, _, credential = found[0][1].partition(b" ")
-    credential = credential.lstrip(b" ")
-    if scheme.lower() != b"bearer" or credential.startswith(b"peaje_") or not credential.isascii():
-        return None
-    text = credential.decode("ascii")
-    return text if 0 < len(text) <= TOKEN_BYTES_MAX and text.isprintable() and " " not in text else None
+    @staticmethod
+    def _denied(denial: Denial, *, dialect: str, request_id: str) -> wire.CheckResponse:
+        refusal = denial.refusal
+        metrics.DECISIONS.labels(refusal.code).inc()
+        metrics.DENIALS.labels(denial.phase, denial.rule).inc()
+        log.info(
+            "denied", request_id=request_id, code=refusal.code, phase=denial.phase, rule=denial.rule, dialect=dialect
+        )
+        return _refused(refusal, dialect=dialect, request_id=request_id)
 
 
 def _headers(http: wire.AttributeContext.HttpRequest) -> Iterator[tuple[str, bytes]]:
@@ -146,7 +136,7 @@ def _request_id(headers: list[tuple[str, bytes]]) -> str:
     return value.decode("ascii", "replace")
 
 
-def _denied(refusal: Refusal, *, dialect: str, request_id: str) -> wire.CheckResponse:
+def _refused(refusal: Refusal, *, dialect: str, request_id: str) -> wire.CheckResponse:
     response = wire.CheckResponse()
     response.status.code = _PERMISSION_DENIED
     denied = response.denied_response

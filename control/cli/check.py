@@ -13,16 +13,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from chassis.contract import IDENTITY_PATH
 from chassis.errors import PeajeError, Unavailable
 from control.cli.client import call
 from control.envoy_lint import lint
 from control.envoy_resources import publish
 from control.finding import Finding
 from control.laptop.binaries import find_envoy
-from control.laptop.envoy import SOURCE, validate
-from control.laptop.identity import find_faults as find_identity_faults
+from control.laptop.envoy import SOURCE, TLS_EXAMPLE, TLS_PATH, validate
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
+from extauth.adapters.document import load as load_identity
 
 _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0.1:1"]}]\n'
 
@@ -30,7 +31,7 @@ _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0
 def check(directory: str | None, *, as_json: bool) -> int:
     """Print findings, one line each; 0 if there are none."""
     source = Path(directory) if directory else SOURCE
-    findings = [*_envoy(source), *find_identity_faults(os.environ), *_limits()]
+    findings = [*_envoy(source), *_identity(), *_limits()]
     if as_json:
         print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
     else:
@@ -54,12 +55,25 @@ def _envoy(source: Path) -> list[str | Finding]:
             publish(home / "envoy/models.yaml", home / "envoy")
             for name in ("envoy.yaml", "clusters.yaml", "routes.yaml"):
                 found += lint(load(home / "envoy" / name), str(source / name))
+            for path in (source / TLS_EXAMPLE, read_home(os.environ) / TLS_PATH):
+                if path.exists():
+                    found += lint(load(path), str(path))
             validate(find_envoy(os.environ), Places(home))
         except PeajeError as exc:
             found.append(str(exc).replace(str(home / "envoy"), str(source)))
         except OSError as exc:
             found.append(f"{source}: {exc.strerror}.")
     return found
+
+
+def _identity() -> list[str]:
+    path = read_home(os.environ) / IDENTITY_PATH
+    try:
+        if path.exists():
+            load_identity(path)
+    except PeajeError as exc:
+        return [str(exc)]
+    return []
 
 
 def _limits() -> list[str]:

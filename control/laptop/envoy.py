@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -29,6 +30,9 @@ from control.laptop.places import REPOSITORY, Places, Ports, write_private
 from control.laptop.probes import http_client, http_ok
 
 SOURCE = REPOSITORY / "envoy"
+#: A second door, with TLS, where this file is in the state directory.
+TLS_PATH = "tls.yaml"
+TLS_EXAMPLE = "tls.example.yaml"
 _BOOTSTRAP = "envoy/envoy.yaml"
 _TENANTS_LISTENER = "tenants"
 _VALIDATE_SECONDS = 60
@@ -48,7 +52,28 @@ def render(places: Places, ports: Ports, *, source: Path = SOURCE) -> None:
         os.chmod(target, 0o600)
     bootstrap = _load(source / "envoy.yaml")
     _set_ports(bootstrap, ports)
+    _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+
+
+def _add_tls_listener(bootstrap: dict[str, Any], path: Path) -> None:
+    """
+    Where *path* exists, tenants may come by TLS too: the same listener again, with its address and transport socket.
+
+    A copy, so that no filter can be on one door and not on the other.
+    """
+    if not path.exists():
+        return
+    tls = _load(path)
+    listeners = bootstrap["static_resources"]["listeners"]
+    listener = copy.deepcopy(next(one for one in listeners if one["name"] == _TENANTS_LISTENER))
+    try:
+        listener["name"], listener["address"] = "tenants-tls", tls["address"]
+        for chain in listener["filter_chains"]:
+            chain["transport_socket"] = tls["transport_socket"]
+    except KeyError as exc:
+        raise Trouble(f"{path}: {exc.args[0]} is missing.") from exc
+    listeners.append(listener)
 
 
 def validate(program: Path, places: Places) -> None:

@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chassis.contract import MODELS_PATH
+from chassis.contract import IDENTITY_PATH, MODELS_PATH
 from control.envoy_resources import publish
-from control.laptop import binaries, engine, envoy, identity, places, postgres, reporter, state, stores, valkey
+from control.laptop import binaries, engine, envoy, places, postgres, reporter, state, stores, valkey
 from control.laptop.admission import Addresses, admit
 from control.laptop.engine import Engine, EngineChoice
 from control.laptop.parts import Part, service_environment, service_parts
 from control.laptop.places import Places, Ports
 from control.laptop.processes import PortNeed, check_ports, end, identify
 from control.laptop.supervisor import Supervisor
+from extauth.adapters import document as identity_document
 
 _SECRETS_TO_HIDE = ("postgres-password", "valkey-password", "admin-token", "demo-key", "probe-key")
 _LEFTOVERS_GRACE_SECONDS = 15.0
@@ -126,8 +127,8 @@ def prepare(
     programs = _find_programs(environ, own_postgres=own_postgres, own_redis=own_redis)
     chosen = _choose_engine(options, place, environ, say)
     engine.publish_document(chosen, place)
+    _publish_identity(place)
     publish(place.home / MODELS_PATH, place.envoy)
-    identity.publish(place, options.ports, environ)
     envoy.render(place, options.ports)
     envoy.validate(programs.envoy, place)
 
@@ -261,6 +262,14 @@ def _facts(
         "versions": {**versions, "python": platform.python_version()},
         "notes": notes,
     }
+
+
+def _publish_identity(place: Places) -> None:
+    """Give a new installation its identity document; an operator's own is never touched, a faulty one refused here."""
+    path = place.home / IDENTITY_PATH
+    if not path.exists():
+        places.write_private(path, identity_document.DEFAULT_TEXT)
+    identity_document.load(path)
 
 
 def _port_needs(ports: Ports) -> tuple[PortNeed, ...]:

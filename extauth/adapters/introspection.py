@@ -1,147 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Ask an introspection endpoint about opaque tokens (RFC 7662), and remember its answers for a short while.
+Ask an issuer what its opaque token is (RFC 7662), and remember it briefly.
 
-An answer that did not come, or is none, is `Unavailable`: the caller is told to try again, and nothing
-is remembered. An endpoint that keeps failing is left alone for a moment, so that who waits for it does
-not hold up those who need not.
+Positive only where the answer says JSON `true`. Anything that is neither a yes nor a no is
+`Unavailable`: extauth answers 503 and remembers nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, Final
 
-import structlog
+import httpx
 
 from chassis.errors import Unavailable
-from chassis.refusals import Refusal
-from extauth.core.issuers import Introspector
-from extauth.core.token import Bearer, check_introspection
+from extauth.core.claims import Unusable, check_times, strict_object
 
-log = structlog.get_logger()
+#: Seconds. An answer is used no longer than this, and no longer than the token lives.
+REMEMBER_SECONDS_MAX: Final = 30.0
+REMEMBER_COUNT_MAX: Final = 10_000
+ANSWER_BYTES_MAX: Final = 64 * 1024
+#: Below Envoy's 500 ms for the whole decision.
+TIMEOUT_SECONDS: Final = 0.35
+#: Questions at a time; more would take all of extauth's threads while an issuer is slow.
+IN_FLIGHT_MAX: Final = 2
 
-#: An answer is believed this long, or until the token expires: the bound on a revocation at the provider.
-REMEMBERED_FOR: Final = timedelta(seconds=30)
-#: Active ones and others are bounded apart: made-up tokens cannot push out good ones.
-ACTIVE_MAX: Final = 10_000
-INACTIVE_MAX: Final = 10_000
-#: Longest that a request waits. Envoy waits 500 ms for the whole decision.
-WAIT_SECONDS: Final = 0.3
-#: Questions under way at one endpoint; more are refused at once.
-IN_FLIGHT_MAX: Final = 32
-_THREADS: Final = 8
-#: Failures in a row after which the endpoint is left alone, and for how long.
-FAILURES_MAX: Final = 3
-LEFT_ALONE_FOR: Final = timedelta(seconds=2)
-
-_Answer = Bearer | Refusal
+Ask = Callable[[str], tuple[int, bytes]]
 
 
 class Introspection:
-    """Asks one endpoint; safe to use from several threads."""
+    """One introspection endpoint; safe to call from several threads."""
 
-    def __init__(
-        self,
-        introspector: Introspector,
-        ask: Callable[[str], dict[str, Any]],
-        *,
-        active_max: int = ACTIVE_MAX,
-        inactive_max: int = INACTIVE_MAX,
-        wait_seconds: float = WAIT_SECONDS,
-    ) -> None:
-        self.introspector = introspector
+    def __init__(self, ask: Ask, *, issuer: str | None, audiences: frozenset[str] | None) -> None:
         self._ask = ask
-        self._wait_seconds = wait_seconds
+        self._issuer = issuer
+        self._audiences = audiences
         self._lock = threading.Lock()
-        self._active: OrderedDict[bytes, tuple[Bearer, datetime]] = OrderedDict()
-        self._inactive: OrderedDict[bytes, tuple[Refusal, datetime]] = OrderedDict()
-        self._active_max = active_max
-        self._inactive_max = inactive_max
-        self._under_way: dict[bytes, Future[_Answer]] = {}
-        self._failures = 0
-        self._left_alone_until: datetime | None = None
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="introspection")
+        self._slots = threading.BoundedSemaphore(IN_FLIGHT_MAX)
+        self._remembered: tuple[OrderedDict[bytes, tuple[Mapping[str, Any] | None, float]], ...] = (
+            OrderedDict(),
+            OrderedDict(),
+        )
 
-    def find(self, text: str, now: datetime) -> _Answer:
-        """Whom *text* stands for, or why nobody; raises `Unavailable`."""
-        # The whole token: two that begin alike are two.
-        digest = hashlib.sha256(text.encode("ascii")).digest()
+    def claims(self, token: str, now: datetime) -> Mapping[str, Any]:
+        """What the issuer says of *token*; raises `Unusable` for a no, `Unavailable` for no answer."""
+        digest, seconds = hashlib.sha256(token.encode("ascii")).digest(), now.timestamp()
         with self._lock:
-            remembered = self._remembered(digest, now)
-            if remembered is not None:
-                return remembered
-            future = self._under_way.get(digest)
-            if future is None:
-                self._refuse_if_left_alone(now)
-                if len(self._under_way) >= IN_FLIGHT_MAX:
-                    raise Unavailable("Too many questions to the introspection endpoint are under way.")
-                future = self._pool.submit(self._answer, digest, text, now)
-                self._under_way[digest] = future
+            for table in self._remembered:
+                found = table.get(digest)
+                if found is not None and seconds < found[1]:
+                    table.move_to_end(digest)
+                    return _active(found[0])
+        if not self._slots.acquire(blocking=False):
+            raise Unavailable("The token's issuer is slow.")
         try:
-            return future.result(self._wait_seconds)
-        except FutureTimeoutError as exc:
-            raise Unavailable("The introspection endpoint did not answer in time.") from exc
+            status, body = self._ask(token)
+        except httpx.HTTPError as exc:
+            raise Unavailable("The token's issuer does not answer.") from exc
+        finally:
+            self._slots.release()
+        claims, until = self._read(status, body, now)
+        self._remember(digest, claims, until)
+        return _active(claims)
 
-    def stop(self) -> None:
-        """End the threads after the questions under way."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def __len__(self) -> int:
-        return len(self._active) + len(self._inactive)
-
-    def _answer(self, digest: bytes, text: str, now: datetime) -> _Answer:
+    def _read(self, status: int, body: bytes, now: datetime) -> tuple[Mapping[str, Any] | None, float]:
+        if status != httpx.codes.OK or len(body) > ANSWER_BYTES_MAX:
+            raise Unavailable("The token's issuer does not answer.")
         try:
-            answer = check_introspection(self._ask(text), self.introspector, now=now)
-            if answer is None:
-                raise Unavailable("it does not say whether the token is active")
-        except Unavailable as exc:
-            log.warning("introspection_failed", source=self.introspector.name, reason=exc.message)
-            with self._lock:
-                self._under_way.pop(digest, None)
-                self._failures += 1
-                if self._failures >= FAILURES_MAX:
-                    self._left_alone_until = now + LEFT_ALONE_FOR
-            raise
+            answer = strict_object(body)
+        except Unusable as exc:
+            raise Unavailable("The token's issuer gave no usable answer.") from exc
+        active, latest = answer.get("active"), now.timestamp() + REMEMBER_SECONDS_MAX
+        if active is False:
+            return None, latest
+        if active is not True:
+            raise Unavailable("The token's issuer gave no usable answer.")
+        try:
+            until = min(latest, check_times(answer, now)) if "exp" in answer else latest
+            self._check(answer)
+        except Unusable:
+            return None, latest
+        return answer, until
+
+    def _check(self, answer: Mapping[str, Any]) -> None:
+        if self._issuer is not None and answer.get("iss") != self._issuer:
+            raise Unusable("issuer_wrong")
+        if self._audiences is not None:
+            audience = answer.get("aud")
+            audiences = [audience] if isinstance(audience, str) else audience
+            if not isinstance(audiences, list) or self._audiences.isdisjoint(map(str, audiences)):
+                raise Unusable("audience_wrong")
+
+    def _remember(self, digest: bytes, claims: Mapping[str, Any] | None, until: float) -> None:
+        # Yes and no apart, so that a flood of garbage cannot push out good tokens.
+        table = self._remembered[claims is None]
         with self._lock:
-            self._under_way.pop(digest, None)
-            self._failures = 0
-            self._left_alone_until = None
-            self._remember(digest, answer, now)
-        return answer
+            table[digest] = (claims, until)
+            while len(table) > REMEMBER_COUNT_MAX:
+                table.popitem(last=False)
 
-    def _refuse_if_left_alone(self, now: datetime) -> None:
-        if self._left_alone_until is None:
-            return
-        if now < self._left_alone_until:
-            raise Unavailable("The introspection endpoint does not answer.")
-        # This question is the probe; others wait for what becomes of it.
-        self._left_alone_until = now + LEFT_ALONE_FOR
 
-    def _remembered(self, digest: bytes, now: datetime) -> _Answer | None:
-        for table in (self._active, self._inactive):
-            found = table.get(digest)
-            if found is not None and now < found[1]:
-                table.move_to_end(digest)
-                return found[0]
-        return None
+def over_http(url: str, *, client_id: str, client_secret: str) -> Ask:
+    """Ask with a form POST and HTTP Basic, as RFC 7662 has it; no redirects, bounded in size and time."""
+    client = httpx.Client(
+        follow_redirects=False, trust_env=False, timeout=TIMEOUT_SECONDS, auth=(client_id, client_secret),
+        limits=httpx.Limits(max_connections=IN_FLIGHT_MAX),
+    )  # fmt: skip
 
-    def _remember(self, digest: bytes, answer: _Answer, now: datetime) -> None:
-        self._active.pop(digest, None)
-        self._inactive.pop(digest, None)
-        until = now + REMEMBERED_FOR
-        if isinstance(answer, Refusal):
-            self._inactive[digest] = (answer, until)
-        else:
-            ends_at = until if answer.expires_at is None else min(until, answer.expires_at)
-            self._active[digest] = (answer, ends_at)
-        while len(self._active) > self._active_max:
-            self._active.popitem(last=False)
-        while len(self._inactive) > self._inactive_max:
-            self._inactive.popitem(last=False)
+    def ask(token: str) -> tuple[int, bytes]:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        body = bytearray()
+        form = {"token": token, "token_type_hint": "access_token"}
+        with client.stream("POST", url, data=form, headers={"accept": "application/json", "accept-encoding": "identity"}) as answer:
+            for piece in answer.iter_raw():
+                body += piece
+                if len(body) > ANSWER_BYTES_MAX or time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer is too long or too slow")
+        return answer.status_code, bytes(body)
+
+    return ask
+
+
+def _active(claims: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if claims is None:
+        raise Unusable("inactive")
+    return claims

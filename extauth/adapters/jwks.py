@@ -1,220 +1,234 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The keys of an issuer, fetched in the background and remembered.
+An issuer's key set: fetched in the background, kept while the issuer is away.
 
-A request waits for the network in two cases only, both bounded: before the first set is here, and when
-its key id is new (an issuer that has just begun to sign with it). What is unknown after that is known
-to be unknown. An issuer that does not answer costs nothing but the age of its keys, up to a day.
+A request waits for a fetch in two cases only, each bounded: nothing has been fetched yet, and a
+key id that nobody has seen, which may be a new key. The second happens once per 30 seconds
+and issuer, however many such ids arrive.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Any, Final
 
+import httpx
 import structlog
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt import PyJWK
+from jwt.exceptions import PyJWTError
 
-from chassis.errors import Unavailable
-from extauth.adapters.jose import VerificationKey, parse_set
-from extauth.core.issuers import Issuer
+from chassis.telemetry import metrics
+from extauth.core.claims import Unusable, strict_object
 
 log = structlog.get_logger()
 
-REFRESH_EVERY: Final = timedelta(minutes=5)
-#: After a fetch that failed, before the next; the first set is tried for more often.
-RETRY_AFTER: Final = timedelta(seconds=30)
-FIRST_RETRY_AFTER: Final = timedelta(seconds=1)
-#: Fetches that unknown key ids may cause: anybody can make those up.
-UNKNOWN_KID_FETCH_EVERY: Final = timedelta(seconds=30)
-#: An id that a fetch did not bring is not asked for again.
-UNKNOWN_KID_FOR: Final = timedelta(minutes=5)
-UNKNOWN_KIDS_MAX: Final = 1000
-#: Keys of an issuer that does not answer are believed this long.
-STALE_FOR: Final = timedelta(hours=24)
-#: Longest that a request waits. Envoy waits 500 ms for the whole decision.
-WAIT_SECONDS: Final = 0.25
-FETCH_SECONDS: Final = 5.0
+REFRESH_SECONDS: Final = 300.0
+#: A failed fetch is tried again after this.
+RETRY_SECONDS: Final = 10.0
+UNKNOWN_KEY_REFRESH_SECONDS: Final = 30.0
+#: A set that could not be renewed is used this long.
+STALE_SECONDS: Final = 24 * 3600.0
+DOCUMENT_BYTES_MAX: Final = 256 * 1024
+KEYS_MAX: Final = 50
+#: Unknown ids that do not cause another fetch.
+UNKNOWN_KEYS_MAX: Final = 1000
+FETCH_SECONDS_MAX: Final = 5.0
+#: Below Envoy's 500 ms for the whole decision.
+WAIT_SECONDS_MAX: Final = 0.25
+RSA_BITS_MIN: Final = 2048
+
+_CURVES: Final = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521", "EdDSA": "Ed25519"}
+_KINDS: Final = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
 
 
-class Keys(Protocol):
-    """Where the keys of an issuer are."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySet:
+    """An issuer's keys by id, each bound to one algorithm."""
 
-    @property
-    def generation(self) -> int:
-        """Another number after each change: what was proven with keys of the last one is to be proven again."""
-
-    def find(self, kid: str, now: datetime) -> VerificationKey | None:
-        """The key called *kid*; raises `Unavailable` while no keys are known."""
-
-    def stop(self) -> None:
-        """End what goes on in the background."""
+    keys: Mapping[str, PyJWK]
+    #: Seconds of a monotonic clock.
+    fetched_at: float
 
 
-class FixedKeys:
-    """Keys that stand in the identity document."""
-
-    generation = 0
-
-    def __init__(self, keys: Mapping[str, VerificationKey]) -> None:
-        self._keys = keys
-
-    def find(self, kid: str, now: datetime) -> VerificationKey | None:
-        """The key called *kid*."""
-        del now
-        return self._keys.get(kid)
-
-    def stop(self) -> None:
-        """Nothing goes on."""
-
-
-class FetchedKeys:
-    """Keys behind a URL. One thread fetches; requests read what it has brought."""
+class KeySource:
+    """The keys of one issuer; safe to call from several threads."""
 
     def __init__(
         self,
-        issuer: Issuer,
-        fetch: Callable[[], dict[str, Any]],
         *,
-        clock: Callable[[], datetime],
-        wait_seconds: float = WAIT_SECONDS,
+        name: str,
+        url: str,
+        algorithms: tuple[str, ...],
+        clock: Callable[[], float] = time.monotonic,
+        fetch: Callable[[str], bytes] | None = None,
     ) -> None:
-        self._issuer = issuer
-        self._fetch = fetch
+        self.identity = (url, algorithms)
+        self._name = name
+        self._url = url
+        self._algorithms = algorithms
         self._clock = clock
-        self._wait_seconds = wait_seconds
-        self._changed = threading.Condition()
-        self._keys: Mapping[str, VerificationKey] = {}
-        self._fetched_at: datetime | None = None
-        self._generation = 0
-        #: Fetches that have ended, well or not; the one that requests wait for; whether one goes on.
-        self._rounds = 0
-        self._wanted_round = 0
-        self._is_fetching = False
-        self._is_stopped = False
-        #: False once somebody has waited in vain: an issuer that is slow is not waited for again.
-        self._is_prompt = True
-        self._last_caused: datetime | None = None
-        self._unknown: OrderedDict[str, datetime] = OrderedDict()
+        self._fetch = fetch or fetch_document
+        self._set: KeySet | None = None
+        #: Counts fetches that ended, well or not; guarded by the condition.
+        self._fetch_count = 0
+        self._condition = threading.Condition()
+        self._asked = threading.Event()
+        self._unknown_refresh_at = -UNKNOWN_KEY_REFRESH_SECONDS
+        self._unknown: OrderedDict[str, None] = OrderedDict()
+        self._is_closed = False
 
     def start(self) -> None:
-        """Fetch now, and again every five minutes, from a daemon thread."""
-        threading.Thread(target=self._run, name="jwks", daemon=True).start()
+        """Begin to fetch, from a thread of its own."""
+        threading.Thread(target=self._run, name=f"jwks-{self._name}", daemon=True).start()
 
-    def stop(self) -> None:
-        """End the thread after the fetch under way."""
-        with self._changed:
-            self._is_stopped = True
-            self._changed.notify_all()
+    def close(self) -> None:
+        """Stop fetching."""
+        self._is_closed = True
+        self._asked.set()
 
-    @property
-    def generation(self) -> int:
-        """Grows when the set changes or is no longer believed."""
-        return self._generation
+    def find(self, key_id: str) -> PyJWK | None:
+        """The key with this id; None if the issuer has none or its set is too old. Raises `LookupError` while there is no set."""
+        keys = self._current()
+        if keys is None:
+            self._wait_for_fetch(after=0)
+            keys = self._current()
+            if keys is None:
+                raise LookupError("no key set yet")
+        found = keys.get(key_id)
+        if found is not None or not self._may_refresh(key_id):
+            return found
+        with self._condition:
+            before = self._fetch_count
+        self._asked.set()
+        self._wait_for_fetch(after=before)
+        return (self._current() or {}).get(key_id)
 
-    def find(self, kid: str, now: datetime) -> VerificationKey | None:
-        """The key called *kid*, None if the issuer has none; raises `Unavailable` while it has said nothing."""
-        with self._changed:
-            if self._fetched_at is None:
-                self._wait_until(self._next_round())
-            if not self._is_believed(now):
-                raise Unavailable("No keys of the issuer are known.")
-            key = self._keys.get(kid)
-            if key is not None or not self._is_fetched_for(kid, now):
-                return key
-            if not self._wait_until(self._wanted_round):
-                raise Unavailable("The issuer is asked for its keys right now.")
-            key = self._keys.get(kid)
-            if key is None:
-                self._remember_unknown(kid, now)
-            return key
-
-    def refresh(self) -> None:
-        """Fetch once; a set that is not one, or has no usable key, leaves the last one in force."""
-        with self._changed:
-            self._is_fetching = True
+    def refresh(self) -> bool:
+        """Fetch once, now; whether there is a new set."""
+        fetched = None
         try:
-            document = self._fetch()
-            parsed = parse_set(document, algorithms=self._issuer.algorithms)
-            if isinstance(parsed, str):
-                raise Unavailable(parsed)
-            if not parsed.keys:
-                raise Unavailable("it has no usable key")
-        except Unavailable as exc:
-            log.warning("jwks_refused", issuer=self._issuer.issuer, reason=exc.message)
-            with self._changed:
-                self._end_round()
-            return
-        for fault in parsed.faults:
-            log.warning("jwk_refused", issuer=self._issuer.issuer, reason=fault)
-        with self._changed:
-            if parsed.keys != self._keys:
-                log.info("jwks_changed", issuer=self._issuer.issuer, count=len(parsed.keys))
-                self._keys = parsed.keys
-                self._generation += 1
-                self._unknown.clear()
-            self._fetched_at = self._clock()
-            self._is_prompt = True
-            self._end_round()
+            fetched = KeySet(keys=self._read(self._fetch(self._url)), fetched_at=self._clock())
+            log.debug("jwks_fetched", issuer=self._name, count=len(fetched.keys))
+        except (httpx.HTTPError, OSError, Unusable) as exc:
+            log.warning("jwks_refused", issuer=self._name, error=type(exc).__name__, reason=_reason(exc))
+        metrics.JWKS_FETCHES.labels(self._name, "ok" if fetched else "failed").inc()
+        with self._condition:
+            if fetched is not None:
+                self._set = fetched
+            self._fetch_count += 1
+            self._condition.notify_all()
+        return fetched is not None
 
     def _run(self) -> None:
-        while True:
-            began = self._clock()
-            self.refresh()
-            with self._changed:
-                pause = self._pause(is_good=self._fetched_at is not None and self._fetched_at >= began)
-                self._changed.wait_for(
-                    lambda: self._rounds < self._wanted_round or self._is_stopped, pause.total_seconds()
-                )
-                if self._is_stopped:
-                    return
+        while not self._is_closed:
+            # Cleared first: who asks from here on is answered by this fetch or by the next.
+            self._asked.clear()
+            wait = REFRESH_SECONDS if self.refresh() else RETRY_SECONDS
+            if self._set is not None:
+                metrics.JWKS_AGE_SECONDS.labels(self._name).set(self._clock() - self._set.fetched_at)
+            self._asked.wait(wait)
 
-    def _pause(self, *, is_good: bool) -> timedelta:
-        if is_good:
-            return REFRESH_EVERY
-        return RETRY_AFTER if self._fetched_at is not None else FIRST_RETRY_AFTER
+    def _current(self) -> Mapping[str, PyJWK] | None:
+        current = self._set
+        if current is None or self._clock() - current.fetched_at > STALE_SECONDS:
+            return None
+        return current.keys
 
-    def _is_believed(self, now: datetime) -> bool:
-        if self._fetched_at is None or now - self._fetched_at < STALE_FOR:
-            return self._fetched_at is not None
-        if self._keys:
-            log.error("jwks_too_old", issuer=self._issuer.issuer)
-            self._keys = {}
-            self._generation += 1
-        return False
-
-    def _is_fetched_for(self, kid: str, now: datetime) -> bool:
-        """Whether a fetch is on its way that may bring *kid*: one that others have caused, or a new one, if it is time."""
-        since = self._unknown.get(kid)
-        if since is not None and now - since < UNKNOWN_KID_FOR:
-            self._unknown.move_to_end(kid)
-            return False
-        if self._rounds < self._wanted_round:
-            return True
-        if self._last_caused is not None and now - self._last_caused < UNKNOWN_KID_FETCH_EVERY:
-            return False
-        self._last_caused = now
-        self._wanted_round = self._next_round()
-        self._changed.notify_all()
+    def _may_refresh(self, key_id: str) -> bool:
+        """Whether this unknown id is worth a fetch: others wait for one that is under way."""
+        now = self._clock()
+        with self._condition:
+            if now - self._unknown_refresh_at < WAIT_SECONDS_MAX:
+                return True
+            if key_id in self._unknown or now - self._unknown_refresh_at < UNKNOWN_KEY_REFRESH_SECONDS:
+                return False
+            self._unknown_refresh_at = now
+            self._unknown[key_id] = None
+            while len(self._unknown) > UNKNOWN_KEYS_MAX:
+                self._unknown.popitem(last=False)
         return True
 
-    def _next_round(self) -> int:
-        """The first fetch that begins from now on."""
-        return self._rounds + (2 if self._is_fetching and self._fetched_at is not None else 1)
+    def _wait_for_fetch(self, *, after: int) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._fetch_count > after, WAIT_SECONDS_MAX)
 
-    def _wait_until(self, round_number: int) -> bool:
-        if self._is_prompt and not self._changed.wait_for(lambda: self._rounds >= round_number, self._wait_seconds):
-            self._is_prompt = False
-        return self._rounds >= round_number
+    def _read(self, document: bytes) -> dict[str, PyJWK]:
+        entries = strict_object_of_keys(document)
+        keys: dict[str, PyJWK] = {}
+        repeated: set[str] = set()
+        for entry in entries:
+            try:
+                kid, key = read_key(entry, self._algorithms)
+            except Unusable as exc:
+                # One bad key must not cost the others.
+                log.info("jwk_ignored", issuer=self._name, reason=str(exc))
+                continue
+            if kid in keys:
+                repeated.add(kid)
+            keys[kid] = key
+        for kid in repeated:
+            del keys[kid]
+        if not keys:
+            raise Unusable("no_usable_key")
+        return keys
 
-    def _end_round(self) -> None:
-        self._rounds += 1
-        self._is_fetching = False
-        self._changed.notify_all()
 
-    def _remember_unknown(self, kid: str, now: datetime) -> None:
-        self._unknown[kid] = now
-        while len(self._unknown) > UNKNOWN_KIDS_MAX:
-            self._unknown.popitem(last=False)
+def strict_object_of_keys(document: bytes) -> list[dict[str, Any]]:
+    """The entries of a JWKS document; raises `Unusable` if it is none or has too many."""
+    entries = strict_object(document).get("keys")
+    if not isinstance(entries, list) or len(entries) > KEYS_MAX:
+        raise Unusable("not_a_key_set")
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def read_key(entry: Mapping[str, Any], algorithms: tuple[str, ...]) -> tuple[str, PyJWK]:
+    """A key's id and the key, bound to the one algorithm it may verify; raises `Unusable`."""
+    kid, use = entry.get("kid"), entry.get("use", "sig")
+    operations = entry.get("key_ops", ["verify"])
+    if not isinstance(kid, str) or not kid or use != "sig" or not isinstance(operations, list) or "verify" not in operations:
+        raise Unusable("not_for_signatures")
+    algorithm = entry.get("alg") or next((one for one in algorithms if _fits(one, entry)), None)
+    if algorithm not in algorithms or not _fits(algorithm, entry):
+        raise Unusable("algorithm_refused")
+    try:
+        key = PyJWK(dict(entry), algorithm=algorithm)
+    except (PyJWTError, ValueError, TypeError, KeyError) as exc:
+        raise Unusable("malformed_key") from exc
+    if isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < RSA_BITS_MIN:
+        raise Unusable("rsa_too_short")
+    return kid, key
+
+
+def fetch_document(url: str) -> bytes:
+    """Get a JWKS document: no redirects, no proxies from the environment, bounded in size and time."""
+    deadline = time.monotonic() + FETCH_SECONDS_MAX
+    data = bytearray()
+    with (
+        httpx.Client(follow_redirects=False, trust_env=False, timeout=2.0) as client,
+        client.stream("GET", url, headers={"accept": "application/json", "accept-encoding": "identity"}) as answer,
+    ):
+        if answer.status_code != httpx.codes.OK:
+            raise Unusable("status_not_200")
+        for piece in answer.iter_raw():
+            data += piece
+            if len(data) > DOCUMENT_BYTES_MAX:
+                raise Unusable("document_too_large")
+            if time.monotonic() > deadline:
+                raise Unusable("too_slow")
+    return bytes(data)
+
+
+def _fits(algorithm: str, entry: Mapping[str, Any]) -> bool:
+    return entry.get("kty") == _KINDS[algorithm[:2]] and (
+        algorithm not in _CURVES or entry.get("crv") == _CURVES[algorithm]
+    )
+
+
+def _reason(exc: Exception) -> str:
+    # Only our own words: an issuer's answer is not for the log.
+    return str(exc) if isinstance(exc, Unusable) else ""

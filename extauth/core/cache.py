@@ -3,13 +3,15 @@
 Remember what the directory said, for a bounded time and in bounded memory.
 
 Known and unknown ids are bounded apart, so that a flood of garbage cannot push out real keys.
+A change that is heard of is remembered as a mark with a time: an answer that was asked for
+before the mark is not used, whichever of the two arrives first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -22,67 +24,100 @@ GRACE_FOR = timedelta(seconds=300)
 UNKNOWN_FOR = timedelta(seconds=30)
 KNOWN_COUNT_MAX = 100_000
 UNKNOWN_COUNT_MAX = 10_000
+#: Changes that are remembered; one more forgets everything, which costs reads and is never wrong.
+MARKS_COUNT_MAX = 10_000
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found(Generic[Value]):
     """A remembered answer; *value* None means that the id is known not to exist."""
 
     value: Value | None
-    fetched_at: datetime
+    #: When it was asked for, not when the answer came.
+    asked_at: datetime
+    owner: str
 
 
 class Remembered(Generic[Value]):
-    """Two bounded least-recently-used tables: ids that exist, ids that do not."""
+    """Two bounded least-recently-used tables: ids that exist, ids that do not. Not safe for threads by itself."""
 
     def __init__(
-        self, *, known_count_max: int = KNOWN_COUNT_MAX, unknown_count_max: int = UNKNOWN_COUNT_MAX
+        self,
+        *,
+        known_count_max: int = KNOWN_COUNT_MAX,
+        unknown_count_max: int = UNKNOWN_COUNT_MAX,
+        marks_count_max: int = MARKS_COUNT_MAX,
     ) -> None:
         self._known: OrderedDict[str, Found[Value]] = OrderedDict()
         self._unknown: OrderedDict[str, Found[Value]] = OrderedDict()
+        self._marks: OrderedDict[str, datetime] = OrderedDict()
+        self._floor = _NEVER
         self._known_count_max = known_count_max
         self._unknown_count_max = unknown_count_max
+        self._marks_count_max = marks_count_max
 
     def fresh(self, key: str, now: datetime) -> Found[Value] | None:
         """The answer for *key* if it is recent enough to act on without asking."""
-        return self._younger(self._known, key, now, FRESH_FOR) or self._younger(
-            self._unknown, key, now, UNKNOWN_FOR
-        )
+        found = self._known.get(key)
+        if found is not None:
+            if now - found.asked_at >= FRESH_FOR or found.asked_at <= self._floor or self._is_outdated(key, found):
+                return None
+            self._known.move_to_end(key)
+            return found
+        found = self._unknown.get(key)
+        if found is None or now - found.asked_at >= UNKNOWN_FOR or self._is_outdated(key, found):
+            return None
+        self._unknown.move_to_end(key)
+        return found
 
     def stale(self, key: str, now: datetime) -> Found[Value] | None:
-        """The answer for *key* within the outage grace; only keys that existed have one."""
-        return self._younger(self._known, key, now, GRACE_FOR)
+        """
+        The answer for *key* within the outage grace; only ids that existed have one.
 
-    def put(self, key: str, value: Value | None, now: datetime) -> None:
-        """Remember *value*, dropping the least recently used of its kind beyond the bound."""
-        self.drop(key)
+        Not one that is known to have changed: an outage must not bring a revoked key back.
+        """
+        found = self._known.get(key)
+        if found is None or now - found.asked_at >= GRACE_FOR or self._is_outdated(key, found):
+            return None
+        return found
+
+    def put(self, key: str, value: Value | None, asked_at: datetime, *, owner: str = "") -> None:
+        """
+        Remember *value*, dropping the least recently used of its kind beyond the bound.
+
+        *owner* is the tenant with which it changes.
+        """
+        self._known.pop(key, None)
+        self._unknown.pop(key, None)
         table, most = (
             (self._unknown, self._unknown_count_max) if value is None else (self._known, self._known_count_max)
         )
-        table[key] = Found(value, now)
+        table[key] = Found(value=value, asked_at=asked_at, owner=owner)
         while len(table) > most:
             table.popitem(last=False)
 
-    def drop(self, key: str) -> None:
-        """Forget one id."""
-        self._known.pop(key, None)
-        self._unknown.pop(key, None)
+    def mark(self, name: str, now: datetime) -> None:
+        """Something about this id, or about this owner, has changed: what was asked before now is not used again."""
+        self._marks[name] = now
+        self._marks.move_to_end(name)
+        if len(self._marks) > self._marks_count_max:
+            self._marks.clear()
+            self._known.clear()
+            self._unknown.clear()
+            self._floor = now
 
     def expire_all(self, now: datetime) -> None:
-        """Make every answer ask again, keeping known ones for the outage grace."""
+        """Anything may have changed: make every answer ask again, keeping known ones for the outage grace."""
         self._unknown.clear()
-        for key, found in list(self._known.items()):
-            self._known[key] = Found(found.value, min(found.fetched_at, now - FRESH_FOR))
+        self._floor = now
 
     def __len__(self) -> int:
         return len(self._known) + len(self._unknown)
 
-    @staticmethod
-    def _younger(
-        table: OrderedDict[str, Found[Value]], key: str, now: datetime, age: timedelta
-    ) -> Found[Value] | None:
-        found = table.get(key)
-        if found is None or now - found.fetched_at >= age:
-            return None
-        table.move_to_end(key)
-        return found
+    def _is_outdated(self, key: str, found: Found[Value]) -> bool:
+        marks = self._marks
+        if not marks:
+            return False
+        return found.asked_at <= marks.get(key, _NEVER) or found.asked_at <= marks.get(found.owner, _NEVER)

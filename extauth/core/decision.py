@@ -1,170 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Decide whether a request may pass, and as whom.
+Decide whether a request may pass, and as whom. A denial is a value.
 
-Knows credentials, keys, states and model lists. Must not know gRPC, Postgres or the time:
-all of these arrive as arguments. A denial is a value.
+Five phases, in order: the *credential* has been found, the *identity* behind it is proven, its
+*state* is looked at, then *policy*, then the *answer*. The rules of state and policy are one
+table; `decide` stops at the first that says no, `trace` tells what each of them says.
+Must not know gRPC, Postgres or the time: all of these arrive as arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
+from typing import Final
 
-from chassis import keys
-from chassis.contract import API_KEY_HEADER, AUTHORIZATION_HEADER
+from chassis import contract, keys
 from chassis.refusals import Refusal
-from extauth.core.token import Caller
+from extauth.core.credential import INVALID_KEY, Credential
+from extauth.core.identity import Ask, Denial, Identity, KeyState, Phase, is_within
+from extauth.core.policy import Policy
 
-#: Longest credential that is looked at; a key has 61 characters. Longer ones are refused unread.
-CREDENTIAL_BYTES_MAX = 256
-
-_NOT_A_KEY = Refusal(status=401, code="invalid_api_key", message="The API key is not valid.")
-_CONFLICT = Refusal(
-    status=400,
-    code="conflicting_credentials",
-    message="authorization and x-api-key hold different credentials; send one.",
+INVALID_TOKEN: Final = Refusal(status=401, code="invalid_token", message="The token is not valid.")
+_KEY_DISABLED: Final = Refusal(status=403, code="key_disabled", message="This key is disabled.")
+_ACCOUNT_SUSPENDED: Final = Refusal(
+    status=403, code="service_account_suspended", message="This service account is suspended."
 )
-_MISSING = Refusal(
-    status=401,
-    code="missing_credential",
-    message='No API key was sent. Send it as "authorization: Bearer KEY" or "x-api-key: KEY".',
+_TENANT_SUSPENDED: Final = Refusal(status=403, code="tenant_suspended", message="This account is suspended.")
+_PROJECT_SUSPENDED: Final = Refusal(status=403, code="project_suspended", message="This project is suspended.")
+_ADDRESS_FORBIDDEN: Final = Refusal(
+    status=403, code="address_not_allowed", message="This credential may not be used from this address."
 )
-_SUSPENDED = Refusal(status=403, code="tenant_suspended", message="This account is suspended.")
-_MODEL_UNKNOWN = Refusal(status=404, code="model_not_found", message="No such model.", param="model")
-_MODEL_FORBIDDEN = Refusal(
+_SCOPE_FORBIDDEN: Final = Refusal(
+    status=403, code="scope_not_allowed", message="This credential may not be used for this kind of request."
+)
+_MODEL_UNKNOWN: Final = Refusal(status=404, code="model_not_found", message="No such model.", param="model")
+_MODEL_FORBIDDEN: Final = Refusal(
     status=403, code="model_not_allowed", message="This key may not use that model.", param="model"
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyState:
-    """What is known of an API key; everything a decision depends on and nothing more."""
-
-    key_id: str
-    tenant_id: str
-    project_id: str
-    key_hash: bytes
-    pepper_version: int
-    #: Models the key may use; None for every model that is served.
-    models: frozenset[str] | None
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    tenant_active: bool
-    project_active: bool
+#: How long Envoy's express lane may remember an admission: the revocation bound.
+REMEMBER_FOR: Final = timedelta(milliseconds=5000)
+_NOT: Final = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Principal:
-    """Who calls: written to Envoy's metadata, never to a header."""
+class Rules:
+    """What holds for everybody: the models that are served and the operator's policies."""
 
-    tenant_id: str
-    project_id: str
-    key_id: str
-    models: frozenset[str] | None
+    served: frozenset[str]
+    policies: Sequence[Policy] = ()
 
 
-def find_key(headers: Iterable[tuple[str, bytes]]) -> keys.ParsedKey | Refusal:
-    """
-    Phase 1, credential: the one well-formed key among *headers*, or why there is none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One rule's say about one request; *refusal* None means that it lets it pass."""
 
-    No precedence between headers and none between repeated ones: two that differ are refused,
-    because "the last one wins" is how a proxy and its policy come to disagree.
-    """
-    bearer: list[bytes] = []
-    plain: list[bytes] = []
-    for name, value in headers:
-        if name == AUTHORIZATION_HEADER:
-            bearer.append(value)
-        elif name == API_KEY_HEADER:
-            plain.append(value)
-    if len(bearer) > 1 or len(plain) > 1:
-        return _NOT_A_KEY
-    found: list[bytes] = []
-    if bearer:
-        scheme, _, token = bearer[0].partition(b" ")
-        if scheme.lower() != b"bearer":
-            return _NOT_A_KEY
-        found.append(token.lstrip(b" "))
-    found += plain
-    if not found:
-        return _MISSING
-    if len(set(found)) > 1:
-        return _CONFLICT
-    return _parse(found[0])
+    phase: Phase
+    rule: str
+    refusal: Refusal | None
 
 
 def decide(
-    parsed: keys.ParsedKey,
-    state: KeyState | None,
-    *,
-    peppers: Mapping[int, bytes],
-    served: frozenset[str],
-    model: str | None,
-    now: datetime,
-) -> Principal | Refusal:
+    ask: Ask, credential: Credential | Denial, identity: Identity | Denial, rules: Rules
+) -> Identity | Denial:
+    """Let *ask* pass as the identity that is returned, or say no."""
+    # 1. Credential: is there exactly one, and does it look like one?
+    if isinstance(credential, Denial):
+        return credential
+    # 2. Identity: is it genuine, and whose is it?
+    if isinstance(identity, Denial):
+        return identity
+    # 3. State: is everybody it belongs to in good standing?  4. Policy: may they do this?
+    for phase, name, check in CHECKS:
+        refusal = check(ask, identity, rules)
+        if refusal is not None:
+            return Denial(phase=phase, rule=name, refusal=refusal)
+    for policy in rules.policies:
+        refusal = policy.refusal(ask, identity)
+        if refusal is not None:
+            return Denial(phase=Phase.POLICY, rule=f"policy:{policy.name}", refusal=refusal)
+    # 5. Answer: what Envoy's metadata will say of the caller.
+    return identity
+
+
+def trace(ask: Ask, identity: Identity, rules: Rules) -> list[Step]:
+    """Tell what every rule says of *ask*, also after the first no; the first refusal is the decision."""
+    return [
+        *(Step(phase=phase, rule=name, refusal=check(ask, identity, rules)) for phase, name, check in CHECKS),
+        *(
+            Step(phase=Phase.POLICY, rule=f"policy:{policy.name}", refusal=policy.refusal(ask, identity))
+            for policy in rules.policies
+        ),
+    ]
+
+
+def memorable_for(ask: Ask, identity: Identity, rules: Rules) -> timedelta:
     """
-    Phases 2 to 4, identity, state and policy: *state* is what the directory knows of *parsed*.
+    How long the same credential, dialect and model may pass without asking again; zero for not at all.
 
-    *model* is None for requests that name none (the list of models). A key that is expired
-    (`now >= expires_at`) or revoked answers like one that never was.
+    Not where the answer depended on anything else, not past the moment at which the identity ends,
+    and not where each use is to be counted.
     """
-    if state is None or not _is_genuine(parsed, state, peppers):
-        return _NOT_A_KEY
-    if state.revoked_at is not None and now >= state.revoked_at:
-        return _NOT_A_KEY
-    if state.expires_at is not None and now >= state.expires_at:
-        return _NOT_A_KEY
-    if not (state.tenant_active and state.project_active):
-        return _SUSPENDED
-    if model is not None and model not in served:
-        return _MODEL_UNKNOWN
-    if model is not None and state.models is not None and model not in state.models:
-        return _MODEL_FORBIDDEN
-    return Principal(
-        tenant_id=state.tenant_id,
-        project_id=state.project_id,
-        key_id=state.key_id,
-        models=state.models,
-    )
+    if identity.networks is not None or identity.is_rotated or not all(policy.is_lasting for policy in rules.policies):
+        return _NOT
+    # The bound counts from when Postgres was asked, not from now: ages add up.
+    until = (identity.known_at or ask.now) + REMEMBER_FOR
+    if identity.expires_at is not None:
+        until = min(until, identity.expires_at)
+    return max(_NOT, until - ask.now)
 
 
-def decide_caller(
-    caller: Caller | Refusal, *, served: frozenset[str], model: str | None
-) -> Principal | Refusal:
-    """The same for a caller who came with a token or a certificate."""
-    if isinstance(caller, Refusal):
-        return caller
-    account, bearer = caller.account, caller.bearer
-    if not (account.tenant_active and account.project_active and account.account_active):
-        return _SUSPENDED
-    lists = [frozenset(models) for models in (bearer.models, account.models) if models is not None]
-    models = frozenset.intersection(*lists) - frozenset(account.denied_models) if lists else None
-    if model is not None and model not in served:
-        return _MODEL_UNKNOWN
-    if model is not None and (model in account.denied_models or (models is not None and model not in models)):
-        return _MODEL_FORBIDDEN
-    return Principal(
-        tenant_id=bearer.tenant_id, project_id=bearer.project_id, key_id=bearer.principal_id, models=models
-    )
+def prove_key(parsed: keys.ParsedKey, state: KeyState | None, peppers: Mapping[int, bytes]) -> Identity | Denial:
+    """
+    Phase 2 for keys: whose key it is, if it is the one whose hash is stored.
+
+    An unknown id costs the same hash as a wrong secret, so that the time of a refusal does not
+    tell one from the other.
+    """
+    version = state.pepper_version if state is not None else max(peppers)
+    pepper = peppers.get(version)
+    if pepper is None:
+        return _unproven("pepper_missing")
+    is_genuine = keys.verify(pepper, parsed.key, state.key_hash if state is not None else _NO_HASH)
+    if state is None:
+        return _unproven("key_unknown")
+    return state.identity if is_genuine else _unproven("secret_wrong")
 
 
-def usable_models(principal: Principal, served: Iterable[str]) -> list[str]:
-    """The served models that *principal* may use, sorted by name."""
-    return sorted(name for name in served if principal.models is None or name in principal.models)
+def usable_models(identity: Identity, served: Iterable[str]) -> list[str]:
+    """The served models that *identity* may use, sorted by name."""
+    return sorted(name for name in served if _may_use(identity, name))
 
 
-def _parse(credential: bytes) -> keys.ParsedKey | Refusal:
-    if len(credential) > CREDENTIAL_BYTES_MAX:
-        return _NOT_A_KEY
-    try:
-        text = credential.decode("ascii")
-    except UnicodeDecodeError:
-        return _NOT_A_KEY
-    return keys.parse(text) or _NOT_A_KEY
+def _may_use(identity: Identity, model: str) -> bool:
+    # Deny wins.
+    return (identity.models is None or identity.models.match(model)) and not identity.denied_models.match(model)
 
 
-def _is_genuine(parsed: keys.ParsedKey, state: KeyState, peppers: Mapping[int, bytes]) -> bool:
-    pepper = peppers.get(state.pepper_version)
-    return pepper is not None and keys.verify(pepper, parsed.key, state.key_hash)
+def _revoked(ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    # A key that is over answers like one that never was.
+    return INVALID_KEY if identity.revoked_at is not None and ask.now >= identity.revoked_at else None
+
+
+def _expired(ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    if identity.expires_at is None or ask.now < identity.expires_at:
+        return None
+    return INVALID_TOKEN if identity.claims else INVALID_KEY
+
+
+def _disabled(_ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    return None if identity.is_active else _KEY_DISABLED
+
+
+def _account(_ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    return None if identity.account_active else _ACCOUNT_SUSPENDED
+
+
+def _tenant(_ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    return None if identity.standing.tenant_active else _TENANT_SUSPENDED
+
+
+def _project(_ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    return None if identity.standing.project_active else _PROJECT_SUSPENDED
+
+
+def _address(ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    if identity.networks is None or is_within(ask.address, identity.networks):
+        return None
+    return _ADDRESS_FORBIDDEN
+
+
+def _scope(ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    if identity.scopes is None or contract.DIALECT_SCOPES.get(ask.dialect) in identity.scopes:
+        return None
+    return _SCOPE_FORBIDDEN
+
+
+def _model_served(ask: Ask, _identity: Identity, rules: Rules) -> Refusal | None:
+    return None if ask.model is None or ask.model in rules.served else _MODEL_UNKNOWN
+
+
+def _model_allowed(ask: Ask, identity: Identity, _rules: Rules) -> Refusal | None:
+    return None if ask.model is None or _may_use(identity, ask.model) else _MODEL_FORBIDDEN
+
+
+Check = Callable[[Ask, Identity, Rules], Refusal | None]
+
+#: In this order. What is over answers first, so that its owner learns nothing more; then who is
+#: suspended, from the key up; then what may be done.
+CHECKS: Final[tuple[tuple[Phase, str, Check], ...]] = (
+    (Phase.STATE, "not_revoked", _revoked),
+    (Phase.STATE, "not_expired", _expired),
+    (Phase.STATE, "key_active", _disabled),
+    (Phase.STATE, "service_account_active", _account),
+    (Phase.STATE, "tenant_active", _tenant),
+    (Phase.STATE, "project_active", _project),
+    (Phase.POLICY, "address_allowed", _address),
+    (Phase.POLICY, "scope_allowed", _scope),
+    (Phase.POLICY, "model_served", _model_served),
+    (Phase.POLICY, "model_allowed", _model_allowed),
+)
+
+_NO_HASH: Final = bytes(32)
+
+
+def _unproven(rule: str) -> Denial:
+    return Denial(phase=Phase.IDENTITY, rule=rule, refusal=INVALID_KEY)

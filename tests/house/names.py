@@ -21,6 +21,10 @@ import yaml
 #: Names of the contract that Envoy has no reason to spell, and why.
 NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
+    "IDENTITY_PATH": "extauth reads it; Envoy asks extauth",
+    "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",
+    "DIALECT_SCOPES": "extauth's rule; Envoy knows dialects, not what they need",
+    "SCOPES": "extauth's rule, as above",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
