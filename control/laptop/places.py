@@ -11,7 +11,7 @@ import os
 import secrets as random_source
 import stat
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ MARKER = "peaje-state"
 LAYOUT = "1\n"
 
 #: Made on the first `up`; the services read them, `chassis.secrets` checks their modes.
-ADMIN_TOKEN_PREFIX = "peaje_admin_"
+ADMIN_TOKEN_PREFIX = "peaje_admin_"  # noqa: S105 - not one by itself
 _URL_SAFE = string.ascii_letters + string.digits
 
 
@@ -229,7 +229,7 @@ def _make_secrets(places: Places) -> None:
     def token(length: int) -> str:
         return "".join(random_source.choice(_URL_SAFE) for _ in range(length))
 
-    makers = {
+    makers: Mapping[str, Callable[[], str]] = {
         "postgres-password": lambda: token(43),
         "valkey-password": lambda: token(43),
         "pepper-1": lambda: random_source.token_hex(32),

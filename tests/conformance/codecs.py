@@ -314,7 +314,7 @@ def from_typed(message: betterproto2.Message) -> Tree:
     return tree | ({"(unknown)": message._unknown_fields} if message._unknown_fields else {})
 
 
-def _typed_leaf(kind: str, unwraps: bool, value: Any) -> Any:  # noqa: FBT001 - two facts of one field
+def _typed_leaf(kind: str, unwraps: bool, value: Any) -> Any:
     match value:
         case typed_google.Struct():
             return "struct", value.to_dict()

@@ -99,7 +99,7 @@ def postgres_url(postgres_server: str, _migrated_template: str) -> str:
 def _create_database(server_url: str, *, template: str) -> str:
     name = f"t{secrets.token_hex(6)}"
     with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(f"create database {name} template {template}")  # type: ignore[call-overload]
+        connection.execute(f"create database {name} template {template}")
     return f"{server_url.rpartition('/')[0]}/{name}"
 
 

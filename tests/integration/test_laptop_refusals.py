@@ -438,7 +438,7 @@ def test_a_database_that_refuses_our_tables_is_named_by_the_migrations(home: Pat
     server = urlsplit(postgres_url)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("drop role if exists reader")
-        connection.execute(f"create role reader login password '{_PASSWORD}'")  # type: ignore[call-overload]
+        connection.execute(f"create role reader login password '{_PASSWORD}'")
         connection.execute("create database readonly template template0")
     url = f"postgresql://reader:{_PASSWORD}@{server.hostname}:{server.port}/readonly"
 
