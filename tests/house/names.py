@@ -23,13 +23,18 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
-#: Namespaces that a service's answer fills; Lua may read but never write them.
+#: Namespaces that Lua fills, all of their keys.
 _WRITTEN_BY_LUA: Final = {"NS_REQUEST": "REQUEST_KEYS", "NS_USAGE": "USAGE_KEYS"}
-_RATELIMIT: Final = "envoy.filters.http.ratelimit"
+#: Namespaces that a service's answer fills, and on the express lane, by this script alone, what it remembers of one.
+_REMEMBERED: Final = {"NS_IDENTITY": "ID_", "NS_ADMISSION": "ADM_"}
+_REMEMBERED_BY: Final = "express.lua"
 
 _LUA_COMMENT: Final = re.compile(r"--.*")
 _LUA_LOCAL: Final = re.compile(r"^local (\w+) = '([^']*)'", re.MULTILINE)
 _LUA_SET: Final = re.compile(r":set\(\s*([\w']+[\w.]*'?)\s*,\s*([^,]+?)\s*,")
+#: What a script says through a helper of its own: `tell('key', value)` sets the key in `USAGE`.
+_LUA_TELL: Final = re.compile(r"\btell\('(\w+)'")
+_LUA_TELLER: Final = "metadata:set(USAGE, name, value)"
 _LUA_CODE: Final = re.compile(r"\bcode = '([^']+)'")
 _LUA_DIALECT: Final = re.compile(r"\['(/[^']*)'\] = '([^']+)'")
 _JSON_MEMBER: Final = re.compile(r"\"(\w+)\":")
@@ -109,11 +114,15 @@ def _scalars(node: Any) -> Iterator[object]:
 def _metadata(contract: ModuleType, lua: Mapping[str, str]) -> Iterator[str]:
     """What the scripts write to metadata is exactly what the contract says is there."""
     keys_of = {getattr(contract, name): set(getattr(contract, keys)) for name, keys in _WRITTEN_BY_LUA.items()}
+    remembered = {getattr(contract, name): _prefixed(contract, prefix) for name, prefix in _REMEMBERED.items()}
     written: dict[str, set[str]] = {namespace: set() for namespace in keys_of}
     for file, text in lua.items():
         named = dict(_LUA_LOCAL.findall(text))
-        for first, second in _LUA_SET.findall(text):
+        written[contract.NS_USAGE] |= set(_LUA_TELL.findall(text))
+        for first, second in _LUA_SET.findall(text.replace(_LUA_TELLER, "")):
             namespace = named.get(first, first.strip("'"))
+            if file == _REMEMBERED_BY and second.strip("'") in remembered.get(namespace, ()):
+                continue
             if namespace not in keys_of:
                 yield f"{file} writes to {namespace}, which is not a namespace that Lua fills"
             elif not second.startswith("'"):
@@ -125,13 +134,17 @@ def _metadata(contract: ModuleType, lua: Mapping[str, str]) -> Iterator[str]:
         yield from (f"no script writes {namespace}:{key}" for key in sorted(keys - written[namespace]))
 
 
+def _prefixed(contract: ModuleType, prefix: str) -> set[str]:
+    return {value for name, value in vars(contract).items() if name.startswith(prefix)}
+
+
 def _metadata_read(contract: ModuleType, bootstrap: Any) -> Iterator[str]:
     """Metadata that Envoy's own filters read exists."""
     known = {
         contract.NS_REQUEST: set(contract.REQUEST_KEYS),
         contract.NS_USAGE: set(contract.USAGE_KEYS),
-        contract.NS_IDENTITY: {value for name, value in vars(contract).items() if name.startswith("ID_")},
-        contract.NS_ADMISSION: {value for name, value in vars(contract).items() if name.startswith("ADM_")},
+        contract.NS_IDENTITY: _prefixed(contract, "ID_"),
+        contract.NS_ADMISSION: _prefixed(contract, "ADM_"),
     }
     for mapping in _mappings(bootstrap):
         namespace = mapping.get("filter", mapping.get("key"))
@@ -152,9 +165,7 @@ def _descriptors(contract: ModuleType, bootstrap: Any) -> Iterator[str]:
     """The admit and the settle descriptor have the contract's keys, in its order."""
     sent: dict[str, tuple[str, ...]] = {}
     for mapping in _mappings(bootstrap):
-        if mapping.get("name") != _RATELIMIT:
-            continue
-        for entry in mapping["typed_config"]["rate_limits"]:
+        for entry in mapping.get("rate_limits", ()):
             keys = tuple(next(iter(action.values()))["descriptor_key"] for action in entry["actions"])
             phase = next((a["generic_key"]["descriptor_value"] for a in entry["actions"] if "generic_key" in a), "")
             sent[phase] = keys

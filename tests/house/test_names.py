@@ -89,6 +89,8 @@ def test_a_contract_that_envoy_does_not_follow_is_found(
         ("gate.lua", "['/v1/messages']", "['/v1/message']", "gate.lua and the contract differ in /v1/message"),
         ("gate.lua", "code = 'not_found'", "code = 'unknown_path'", "says the error code unknown_path"),
         ("tap.lua", "(USAGE, 'total'", "(IDENTITY, 'total'", "tap.lua writes to envoy.filters.http.ext_authz"),
+        ("lua/answer.lua", "tell('output'", "tell('spent'", "the contract does not have peaje.usage:spent"),
+        ("lua/express.lua", "(IDENTITY, 'key_id'", "(IDENTITY, 'key'", "express.lua writes to envoy.filters.http.ext_authz"),
         ("lua/journal.lua", '"epoch":', '"life":', "the start record has the member life"),
         ("envoy.yaml", "descriptor_value: admit", "descriptor_value: enter", "the admit descriptor has no keys"),
         ("envoy.yaml", "path: [{key: seen}]", "path: [{key: saw}]", "envoy.yaml reads peaje.usage:saw"),
