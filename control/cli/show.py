@@ -12,7 +12,9 @@ def show(document: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    rows = next((value for value in document.values() if isinstance(value, list)), None)
+    values = list(document.values())
+    # One thing alone, and a list: that is what was asked for. A list among other fields is one of them.
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else None
     if rows is None:
         _pairs(document)
     elif rows and isinstance(rows[0], dict):
@@ -48,5 +50,5 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "-"
     return str(value)
