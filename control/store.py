@@ -43,7 +43,7 @@ class Store:
                 "row_factory": dict_row,
                 "application_name": "control",
                 "connect_timeout": 2,
-                "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}",
+                "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC",
             },
             open=True,
         )

@@ -25,6 +25,7 @@ import pytest
 
 from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
+from tests.integration.control_plane import ControlPlane, sign_in_first, start
 
 #: Postgres refuses to run as root; every Unix has this user.
 _NOBODY = 65534
@@ -139,3 +140,12 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+@pytest.fixture
+def control(postgres_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
+    """Give a control API with its first operator, on a fresh database."""
+    plane = start(postgres_url, tmp_path)
+    sign_in_first(plane)
+    yield plane
+    plane.services.store.close()
