@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,7 +114,10 @@ class SigningKeys:
         text = private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode("ascii")
-        path = self._directory / f"signing-key-{now.astimezone(UTC).strftime(_MOMENT)}.pem"
+        # Two in one microsecond would be one file: the second is made a microsecond later.
+        taken = [_moment(name) for name in self._look()]
+        created_at = max([now.astimezone(UTC), *(moment + timedelta(microseconds=1) for moment in taken)])
+        path = self._directory / f"signing-key-{created_at.strftime(_MOMENT)}.pem"
         try:
             write_private(path, text)
         except OSError as exc:
@@ -135,9 +138,10 @@ def rotate(store: Store, act: Act, keys: SigningKeys, *, at_once: bool) -> dict[
     waiting = known[-1].created_at if len(known) > 1 else None
     if not at_once and waiting is not None and act.now < waiting + tokens.PUBLISH_AHEAD:
         raise Conflict("A new signing key is waiting for its turn already.", mend="Wait ten minutes, or use --at-once.")
-    made = keys.replace(now=act.now) if at_once else keys.add(now=act.now)
-    listed = describe(keys, now=act.now)
+    # The transaction first: while Postgres is away there would be no entry, so there is no rotation.
     with store.transaction(act.scope) as connection:
+        made = keys.replace(now=act.now) if at_once else keys.add(now=act.now)
+        listed = describe(keys, now=act.now)
         audit.append(
             connection, act, "signing_key.replaced" if at_once else "signing_key.rotated", made.kid, tenant_id=None,
             after={"keys": listed},
@@ -160,8 +164,6 @@ def describe(keys: SigningKeys, *, now: datetime) -> list[dict[str, Any]]:
 
 
 def _load(path: Path) -> SigningKey:
-    matched = _NAME.fullmatch(path.name)
-    assert matched is not None
     try:
         private = serialization.load_pem_private_key(read_private(path).encode("ascii"), password=None)
     except ValueError as exc:
@@ -171,9 +173,15 @@ def _load(path: Path) -> SigningKey:
     public = json.loads(ECAlgorithm.to_jwk(private.public_key()))
     kid = _thumbprint(public)
     return SigningKey(
-        created_at=datetime.strptime(matched[1], _MOMENT).replace(tzinfo=UTC), kid=kid, private=private,
+        created_at=_moment(path.name), kid=kid, private=private,
         public=public | {"kid": kid, "use": "sig", "alg": ALGORITHM},
     )  # fmt: skip
+
+
+def _moment(name: str) -> datetime:
+    matched = _NAME.fullmatch(name)
+    assert matched is not None
+    return datetime.strptime(matched[1], _MOMENT).replace(tzinfo=UTC)
 
 
 def _thumbprint(public: Mapping[str, Any]) -> str:

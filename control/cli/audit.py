@@ -22,10 +22,8 @@ def list_audit(
 ) -> None:
     """List entries, oldest first."""
     answer = call("GET", "/v1/audit", query={"after": str(after), "limit": str(limit)})
-    if not as_json:
-        shown = ("sequence", "at", "actor", "tenant_id", "action", "object")
-        answer = {"entries": [{name: entry[name] for name in shown} for entry in answer["entries"]]}
-    show(answer, as_json=as_json)
+    columns = ("sequence", "at", "actor", "tenant_id", "action", "object")
+    show(answer if as_json else {"entries": answer["entries"]}, as_json=as_json, columns=columns)
 
 
 @app.command("verify")

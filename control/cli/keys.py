@@ -13,6 +13,11 @@ from control.cli.show import show
 
 app = typer.Typer(no_args_is_help=True, help="API keys.")
 
+#: What a person looks for in a list; `show` has the rest.
+_LISTED = (
+    "key_id", "tenant_id", "project_id", "name", "environment", "state", "expires_at", "revoked_at", "last_used_at",
+)  # fmt: skip
+
 
 @app.command("create")
 def create_key(
@@ -46,7 +51,8 @@ def create_key(
 @app.command("list")
 def list_keys(tenant: AnyTenant = None, as_json: Json = False) -> None:
     """List keys, without their secrets."""
-    show(call_pages("/v1/keys" if tenant is None else at("/v1/tenants/{}/keys", tenant), "keys"), as_json=as_json)
+    path = "/v1/keys" if tenant is None else at("/v1/tenants/{}/keys", tenant)
+    show(call_pages(path, "keys"), as_json=as_json, columns=_LISTED)
 
 
 @app.command("show")
