@@ -50,7 +50,7 @@ def append(
     entry = chain.Entry(
         sequence=head["sequence"] + 1, at=act.now, actor=act.actor, tenant_id=tenant_id, action=action,
         object=object_, request_id=act.request_id, detail={name: it for name, it in detail.items() if it is not None},
-    )  # fmt: skip
+    )
     connection.execute(
         _INSERT,
         {
@@ -59,7 +59,7 @@ def append(
             "detail": Jsonb(entry.detail), "previous_hash": head["hash"],
             "hash": chain.link(bytes(head["hash"]), entry),
         },
-    )  # fmt: skip
+    )
 
 
 def list_entries(store: Store, act: Act, *, after: int, limit: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def list_entries(store: Store, act: Act, *, after: int, limit: int) -> dict[str,
         append(
             connection, act, "audit.read", "audit", tenant_id=act.tenant_id,
             after={"after": after, "entries": len(rows)},
-        )  # fmt: skip
+        )
     entries = [row | {"hash": row["hash"].hex()} for row in rows]
     return {"entries": entries, "next": rows[-1]["sequence"] if len(rows) == limit else None}
 
@@ -94,7 +94,7 @@ def verify(store: Store, act: Act, *, anchor: str | None) -> dict[str, Any]:
     return {
         "intact": verdict.fault is None, "fault": verdict.fault, "entries": verdict.end.sequence,
         "anchor": f"{verdict.end.sequence}:{verdict.end.hash.hex()}",
-    }  # fmt: skip
+    }
 
 
 def _links(connection: Connection) -> Iterator[chain.Link]:
@@ -106,7 +106,7 @@ def _links(connection: Connection) -> Iterator[chain.Link]:
             entry = chain.Entry(
                 sequence=row["sequence"], at=row["at"], actor=row["actor"], tenant_id=row["tenant_id"],
                 action=row["action"], object=row["object"], request_id=row["request_id"], detail=row["detail"],
-            )  # fmt: skip
+            )
             yield chain.Link(entry=entry, previous_hash=bytes(row["previous_hash"]), hash=bytes(row["hash"]))
 
 

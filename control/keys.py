@@ -27,7 +27,7 @@ NAME_LENGTH_MAX = 100
 _RIGHTS = (
     "tenant_id", "project_id", "name", "environment", "service_account_id", "scopes", "models", "denied_models",
     "allowed_cidrs",
-)  # fmt: skip
+)
 _COLUMNS = (
     "key_id, tenant_id, project_id, service_account_id, name, environment, state, last_four, scopes, models, "
     "denied_models, allowed_cidrs, created_at, expires_at, revoked_at, rotated_to, last_used_at, uses_after_rotation"
@@ -208,7 +208,7 @@ def _insert(connection: Connection, mint: Mint, row: dict[str, Any]) -> tuple[di
     secret = {
         "key_id": minted.key_id, "last_four": minted.last_four, "key_hash": hashed.hash,
         "pepper_version": hashed.pepper_version,
-    }  # fmt: skip
+    }
     made = connection.execute(_INSERT, row | secret).fetchone()
     assert made is not None
     return made, minted.key

@@ -70,7 +70,7 @@ def put(
         audit.append(
             connection, act, "limit.set", str(limit["limit_id"]), tenant_id=limit["tenant_id"], before=existing,
             after=limit,
-        )  # fmt: skip
+        )
     return limit
 
 

@@ -69,7 +69,7 @@ def issue(store: Store, issuer: Issuer, asked: TokenRequest, *, now: datetime) -
     log.info("token_issued", service_account=account.service_account_id, tenant=account.tenant_id, token_id=token_id)
     answer = {
         "access_token": token, "token_type": "Bearer", "expires_in": int(tokens.TOKEN_LIFETIME.total_seconds()),
-    }  # fmt: skip
+    }
     return answer if scopes is None else answer | {"scope": " ".join(scopes)}
 
 

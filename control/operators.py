@@ -108,7 +108,7 @@ def create(
 def insert(
     connection: Connection, act: Act, mint: Mint, *, name: str, role: Role, tenant_id: str | None,
     expires_at: datetime | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Store a new operator whose rights were checked, within a use case's transaction."""
     minted, hashed = mint.token(formats.OPERATOR_TOKEN)
     made = connection.execute(
@@ -117,7 +117,7 @@ def insert(
             "operator_id": ID_PREFIX + minted.token_id, "name": name, "role": role.value, "tenant_id": tenant_id,
             "token_hash": hashed.hash, "pepper_version": hashed.pepper_version, "created_at": act.now,
             "expires_at": expires_at,
-        },  # fmt: skip
+        },
     ).fetchone()
     assert made is not None
     audit.append(connection, act, "operator.created", made["operator_id"], tenant_id=tenant_id, after=made)

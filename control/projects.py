@@ -87,5 +87,5 @@ def change(
         audit.append(
             connection, act, "project.changed", f"{after['tenant_id']}/{after['project_id']}",
             tenant_id=after["tenant_id"], before=before, after=after,
-        )  # fmt: skip
+        )
     return after

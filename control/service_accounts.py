@@ -81,7 +81,7 @@ def create(
             | {
                 "service_account_id": ID_PREFIX + minted.token_id, "tenant_id": tenant_id, "project_id": project_id,
                 "secret_hash": hashed.hash, "pepper_version": hashed.pepper_version,
-            },  # fmt: skip
+            },
         ).fetchone()
         assert made is not None
         audit.append(
@@ -159,13 +159,13 @@ def rotate_secret(
             {
                 "id": service_account_id, "now": act.now, "end": act.now + overlap, "secret_hash": hashed.hash,
                 "pepper_version": hashed.pepper_version,
-            },  # fmt: skip
+            },
         ).fetchone()
         assert after is not None
         audit.append(
             connection, act, "service_account.secret_rotated", service_account_id, tenant_id=after["tenant_id"],
             before=before, after=after,
-        )  # fmt: skip
+        )
     return _with_secret(after, minted.token)
 
 

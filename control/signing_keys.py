@@ -145,7 +145,7 @@ def rotate(store: Store, act: Act, keys: SigningKeys, *, at_once: bool) -> dict[
         audit.append(
             connection, act, "signing_key.replaced" if at_once else "signing_key.rotated", made.kid, tenant_id=None,
             after={"keys": listed},
-        )  # fmt: skip
+        )
     return {"kid": made.kid, "keys": listed}
 
 
@@ -158,7 +158,7 @@ def describe(keys: SigningKeys, *, now: datetime) -> list[dict[str, Any]]:
         {
             "kid": key.kid, "created_at": key.created_at, "is_published": index in wanted,
             "state": "signing" if index == signing else "waiting" if index > signing else "retired",
-        }  # fmt: skip
+        }
         for index, key in enumerate(known)
     ]
 
@@ -175,7 +175,7 @@ def _load(path: Path) -> SigningKey:
     return SigningKey(
         created_at=_moment(path.name), kid=kid, private=private,
         public=public | {"kid": kid, "use": "sig", "alg": ALGORITHM},
-    )  # fmt: skip
+    )
 
 
 def _moment(name: str) -> datetime:

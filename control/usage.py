@@ -42,5 +42,5 @@ def report(store: Store, act: Act, *, tenant: str | None, since: datetime, by: B
         audit.append(
             connection, act, "usage.read", "usage", tenant_id=tenant_id or act.tenant_id,
             after={"since": since, "by": by, "rows": len(rows)},
-        )  # fmt: skip
+        )
     return rows

@@ -59,7 +59,7 @@ def act_of(request: Request) -> Act:
     return Act(
         actor=operator.operator_id, scope=operator.scope, request_id=request.state.request_id,
         now=request.state.now,
-    )  # fmt: skip
+    )
 
 
 def act_as(request: Request, actor: str) -> Act:

@@ -40,7 +40,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
     secret_scanning, bootstrap,
-)  # fmt: skip
+)
 
 
 def build(services: Services) -> FastAPI:

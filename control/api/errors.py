@@ -18,11 +18,11 @@ log = structlog.get_logger()
 #: The most specific first.
 _STATUSES: dict[type[PeajeError], int] = {
     TooManyTokens: 413, Invalid: 400, Forbidden: 403, NotFound: 404, Conflict: 409, Unavailable: 503,
-}  # fmt: skip
+}
 _CODES = {
     400: "invalid_request", 401: "invalid_token", 403: "forbidden", 404: "not_found", 405: "invalid_request",
     409: "conflict", 413: "request_too_large", 503: "service_unavailable",
-}  # fmt: skip
+}
 
 
 def add_errors(app: FastAPI) -> None:

@@ -30,7 +30,7 @@ def add(app: FastAPI, services: Services) -> None:
         asked = tokens.read_request(
             authorization=request.headers.get("authorization"),
             content_type=request.headers.get("content-type"), body=body,
-        )  # fmt: skip
+        )
         if isinstance(asked, Refused):
             return _refuse(asked)
         try:

@@ -28,7 +28,7 @@ def add(app: FastAPI, services: Services) -> None:
             secret_scanning.load_public_keys(services.scanning_keys_path),
             identifier=request.headers.get(_IDENTIFIER_HEADER), signature=request.headers.get(_SIGNATURE_HEADER),
             body=body,
-        )  # fmt: skip
+        )
         if not signed:
             raise Unauthenticated("The signature is missing or wrong.")
         texts = secret_scanning.read_tokens(body)

@@ -74,7 +74,7 @@ def add(app: FastAPI, services: Services) -> None:
     @app.post(
         "/v1/service-accounts/{service_account_id}/rotate", status_code=201,
         **needs(Permission.SERVICE_ACCOUNTS_WRITE),
-    )  # fmt: skip
+    )
     def rotate_secret(service_account_id: str, body: SecretRotation, act: CurrentAct) -> dict[str, Any]:
         overlap = duration(body.overlap, what="overlap")
         made = service_accounts.rotate_secret(store, act, mint, service_account_id, overlap=overlap)

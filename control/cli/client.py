@@ -43,7 +43,7 @@ def call_pages(path: str, name: str) -> dict[str, Any]:
 def call(
     method: str, path: str, *, body: dict[str, Any] | None = None, query: dict[str, str | None] | None = None,
     is_public: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """The answer's JSON; raises `Invalid` with the API's own sentence, or `Unavailable`."""
     import httpx  # noqa: PLC0415 - half of a command's start-up time
 

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="API keys.")
 #: What a person looks for in a list; `show` has the rest.
 _LISTED = (
     "key_id", "tenant_id", "project_id", "name", "environment", "state", "expires_at", "revoked_at", "last_used_at",
-)  # fmt: skip
+)
 
 
 @app.command("create")

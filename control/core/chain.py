@@ -71,7 +71,7 @@ def canonical(entry: Entry) -> bytes:
         "sequence": entry.sequence, "at": entry.at.astimezone(UTC).isoformat(timespec="microseconds"),
         "actor": entry.actor, "tenant": entry.tenant_id, "action": entry.action, "object": entry.object,
         "request_id": entry.request_id, "detail": entry.detail,
-    }  # fmt: skip
+    }
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 

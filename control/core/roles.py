@@ -51,7 +51,7 @@ _P = Permission
 #: Never an operator's of a tenant, whatever its role.
 PLATFORM_ONLY: Final = frozenset({
     _P.TENANTS_WRITE, _P.LIMITS_WRITE, _P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.SIGNING_KEYS_READ, _P.SIGNING_KEYS_WRITE,
-})  # fmt: skip
+})
 
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     Role.PLATFORM_ADMIN: frozenset(Permission),
@@ -64,7 +64,7 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     Role.AUDITOR: frozenset(
         {permission for permission in Permission if permission.endswith(":read")} | {_P.LIMITS_CHECK, _P.AUDIT_VERIFY}
     ),
-}  # fmt: skip
+}
 
 #: Roles that make sense without a tenant; the schema holds the same.
 _ON_ALL_TENANTS: Final = frozenset({Role.PLATFORM_ADMIN, Role.BILLING_READER, Role.AUDITOR})

@@ -71,7 +71,7 @@ def read_request(*, authorization: str | None, content_type: str | None, body: b
         pairs = parse_qsl(
             body.decode("ascii"), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=FIELDS_MAX,
             errors="strict",
-        )  # fmt: skip
+        )
     except ValueError:
         return _invalid("The body is not a form.")
     names = [name for name, _ in pairs]
@@ -117,7 +117,7 @@ def claims(
         "iss": issuer, "sub": account.service_account_id, "aud": AUDIENCE, "client_id": account.service_account_id,
         "iat": issued_at, "exp": issued_at + int(TOKEN_LIFETIME.total_seconds()), "jti": token_id,
         "tenant": account.tenant_id, "project": account.project_id,
-    }  # fmt: skip
+    }
     return document if scopes is None else document | {"scope": " ".join(scopes)}
 
 
