@@ -46,6 +46,14 @@ REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
 REQ_WANTS_USAGE: Final = "wants_usage"
 
+#: Set by the gate to the request id: this worker remembered the decision, so nobody was asked.
+REQ_EXPRESS: Final = "express"
+#: Set by the gate to the request id: what is answered will be remembered, if it may be.
+REQ_ASKED: Final = "asked"
+#: What was left of a lease that ended: requests and tokens (less than 0: a debt), as text.
+REQ_LEASE_REQUESTS: Final = "lease_requests"
+REQ_LEASE_TOKENS: Final = "lease_tokens"
+
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
     REQ_DIALECT,
@@ -56,15 +64,11 @@ REQUEST_KEYS: Final = (
     REQ_CHOICES,
     REQ_SHAPE,
     REQ_WANTS_USAGE,
+    REQ_EXPRESS,
+    REQ_ASKED,
+    REQ_LEASE_REQUESTS,
+    REQ_LEASE_TOKENS,
 )
-
-#: Set by the gate to the request id: this worker remembered the decision, so nobody was asked.
-REQ_EXPRESS: Final = "express"
-#: Set by the gate to the request id: what is answered will be remembered, if it may be.
-REQ_ASKED: Final = "asked"
-#: What was left of a lease that ended: requests and tokens (less than 0: a debt), as text.
-REQ_LEASE_REQUESTS: Final = "lease_requests"
-REQ_LEASE_TOKENS: Final = "lease_tokens"
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
 ROUTE_NAMESPACES: Final = ("gate", "tap")
