@@ -32,6 +32,7 @@ _COLUMNS = (
     "key_id, tenant_id, project_id, service_account_id, name, environment, state, last_four, scopes, models, "
     "denied_models, allowed_cidrs, created_at, expires_at, revoked_at, rotated_to, last_used_at, uses_after_rotation"
 )
+_SELECT = f"select {_COLUMNS} from api_key where key_id = %s"
 _INSERT = f"""
 insert into api_key (key_id, tenant_id, project_id, service_account_id, name, environment, key_hash, pepper_version,
                      last_four, scopes, models, denied_models, allowed_cidrs, created_at, expires_at)
@@ -99,12 +100,15 @@ def list_page(store: Store, act: Act, tenant: str | None, *, after: str | None, 
 def find(store: Store, act: Act, key_id: str) -> dict[str, Any]:
     """One key; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
-        return resolve(connection, key_id)
+        found = connection.execute(_SELECT, (key_id,)).fetchone()
+    if found is None:
+        raise no_such(key_id)
+    return found
 
 
 def resolve(connection: Connection, key_id: str) -> dict[str, Any]:
     """One key, locked until the transaction ends; raises `NotFound`."""
-    found = connection.execute(f"select {_COLUMNS} from api_key where key_id = %s for update", (key_id,)).fetchone()
+    found = connection.execute(f"{_SELECT} for update", (key_id,)).fetchone()
     if found is None:
         raise no_such(key_id)
     return found

@@ -26,6 +26,7 @@ NAME_LENGTH_MAX: Final = 100
 EXPIRES_DEFAULT: Final = "365d"
 
 _COLUMNS = "operator_id, name, role, tenant_id, created_at, expires_at, revoked_at"
+_SELECT = f"select {_COLUMNS} from operator where operator_id = %s"
 _INSERT = f"""
 insert into operator (operator_id, name, role, tenant_id, token_hash, pepper_version, created_at, expires_at)
 values (%(operator_id)s, %(name)s, %(role)s, %(tenant_id)s, %(token_hash)s, %(pepper_version)s, %(created_at)s,
@@ -136,7 +137,10 @@ def list_page(store: Store, act: Act, *, after: str | None, limit: int) -> list[
 def find(store: Store, act: Act, operator_id: str) -> dict[str, Any]:
     """One operator; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
-        return _resolve(connection, operator_id)
+        found = connection.execute(_SELECT, (operator_id,)).fetchone()
+    if found is None:
+        raise _no_such(operator_id)
+    return found
 
 
 def revoke(store: Store, act: Act, operator_id: str) -> dict[str, Any]:
@@ -146,10 +150,9 @@ def revoke(store: Store, act: Act, operator_id: str) -> dict[str, Any]:
     The last platform-admin stays: without one, only the owner of the database could help.
     """
     with store.transaction(act.scope) as connection:
-        before = _resolve(connection, operator_id)
-        if before["revoked_at"] is not None:
-            return before
-        admins = [row["operator_id"] for row in connection.execute(f"{_USABLE_ADMINS} for update", (act.now,))]
+        # All of them, in one order: of two who revoke each other at once, one is the last.
+        rows = connection.execute(f"{_USABLE_ADMINS} order by operator_id for update", (act.now,))
+        admins = [row["operator_id"] for row in rows]
         if admins == [operator_id]:
             raise Conflict(f"{operator_id} is the last platform-admin.", mend="Make another one first.")
         return revoke_in(connection, act, operator_id)
@@ -176,9 +179,11 @@ def has_platform_admin(connection: Connection, now: datetime) -> bool:
 
 
 def _resolve(connection: Connection, operator_id: str) -> dict[str, Any]:
-    found = connection.execute(
-        f"select {_COLUMNS} from operator where operator_id = %s for update", (operator_id,)
-    ).fetchone()
+    found = connection.execute(f"{_SELECT} for update", (operator_id,)).fetchone()
     if found is None:
-        raise NotFound(f"There is no operator {operator_id!r}.", mend="See `peaje operators list`.")
+        raise _no_such(operator_id)
     return found
+
+
+def _no_such(operator_id: str) -> NotFound:
+    return NotFound(f"There is no operator {operator_id!r}.", mend="See `peaje operators list`.")

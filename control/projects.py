@@ -77,7 +77,11 @@ def change(
         raise Invalid("Nothing is to be changed.", mend="Give a state, labels, or both.")
     checked = None if labels is None else Jsonb(rights.labels(labels))
     with store.transaction(act.scope) as connection:
-        before = resolve(connection, tenants.resolve(connection, tenant)["tenant_id"], project)
+        tenant_id = tenants.resolve(connection, tenant)["tenant_id"]
+        connection.execute(
+            "select from project where tenant_id = %s and project_id = %s for update", (tenant_id, project)
+        )
+        before = resolve(connection, tenant_id, project)
         after = connection.execute(
             "update project set state = coalesce(%s, state), labels = coalesce(%s, labels) "
             f"where tenant_id = %s and project_id = %s returning {_COLUMNS}",

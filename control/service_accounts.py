@@ -31,6 +31,7 @@ _COLUMNS = (
     "service_account_id, tenant_id, project_id, name, state, scopes, models, denied_models, created_at, "
     "previous_secret_expires_at"
 )
+_SELECT = f"select {_COLUMNS} from service_account where service_account_id = %s"
 _INSERT = f"""
 insert into service_account (service_account_id, tenant_id, project_id, name, scopes, models, denied_models,
                              secret_hash, pepper_version, created_at)
@@ -103,14 +104,15 @@ def list_page(store: Store, act: Act, tenant: str, *, after: str | None, limit: 
 def find(store: Store, act: Act, service_account_id: str) -> dict[str, Any]:
     """One service account; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
-        return resolve(connection, service_account_id)
+        found = connection.execute(_SELECT, (service_account_id,)).fetchone()
+    if found is None:
+        raise no_such(service_account_id)
+    return found
 
 
 def resolve(connection: Connection, service_account_id: str) -> dict[str, Any]:
     """One service account, locked until the transaction ends; raises `NotFound`."""
-    found = connection.execute(
-        f"select {_COLUMNS} from service_account where service_account_id = %s for update", (service_account_id,)
-    ).fetchone()
+    found = connection.execute(f"{_SELECT} for update", (service_account_id,)).fetchone()
     if found is None:
         raise no_such(service_account_id)
     return found

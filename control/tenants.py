@@ -92,7 +92,10 @@ def resolve_id(connection: Connection, tenant: str | None) -> str | None:
 def set_state(store: Store, act: Act, tenant: str, state: State) -> dict[str, Any]:
     """Suspend or activate a tenant; acts on its requests within a second."""
     with store.transaction(act.scope) as connection:
-        before = resolve(connection, tenant)
+        before = connection.execute(
+            f"select {_COLUMNS} from tenant where tenant_id = %s for update", (resolve(connection, tenant)["tenant_id"],)
+        ).fetchone()
+        assert before is not None
         after = connection.execute(
             f"update tenant set state = %s where tenant_id = %s returning {_COLUMNS}", (state, before["tenant_id"])
         ).fetchone()

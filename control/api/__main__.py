@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import structlog
 import uvicorn
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from chassis import contract
 from chassis.clock import utc_now
@@ -59,7 +59,7 @@ class Settings(StoreSettings):
 def main() -> None:
     """Serve until SIGTERM."""
     configure("control")
-    settings = Settings()
+    settings = _read_settings()
     secrets_directory = settings.home / "secrets"
     mint = Mint(peppers=load_peppers(settings.home), random_bytes=secrets.token_bytes)
     load_public_keys(settings.secret_scanning_keys)  # a bad file is refused now, not at the first alert
@@ -79,6 +79,14 @@ def main() -> None:
     uvicorn.run(
         app, host="127.0.0.1", port=settings.control_port, access_log=False, log_config=None, server_header=False
     )
+
+
+def _read_settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise Invalid(f"PEAJE_{str(first['loc'][0]).upper()}: {first['msg']}.") from exc
 
 
 def _open_bootstrap(services: Services) -> bool:

@@ -13,6 +13,9 @@ from control.cli.show import show
 
 app = typer.Typer(no_args_is_help=True, help="What was done, by whom; append-only and chained.")
 
+#: A long log takes its time: about ten seconds a million entries.
+_VERIFY_SECONDS = 600.0
+
 
 @app.command("list")
 def list_audit(
@@ -34,7 +37,7 @@ def verify_audit(
     as_json: Json = False,
 ) -> None:
     """Check that no entry was changed, removed or moved; exit status 1 if one was."""
-    answer = call("GET", "/v1/audit/verify", query={"anchor": anchor})
+    answer = call("GET", "/v1/audit/verify", query={"anchor": anchor}, timeout_seconds=_VERIFY_SECONDS)
     show(answer, as_json=as_json)
     if not answer["intact"]:
         raise typer.Exit(1)

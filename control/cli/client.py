@@ -42,7 +42,7 @@ def call_pages(path: str, name: str) -> dict[str, Any]:
 
 def call(
     method: str, path: str, *, body: dict[str, Any] | None = None, query: dict[str, str | None] | None = None,
-    is_public: bool = False,
+    is_public: bool = False, timeout_seconds: float = _TIMEOUT_SECONDS,
 ) -> Any:
     """The answer's JSON; raises `Invalid` with the API's own sentence, or `Unavailable`."""
     import httpx  # noqa: PLC0415 - half of a command's start-up time
@@ -53,7 +53,7 @@ def call(
         answer = httpx.request(
             method, base_url(home) + quote(path, safe="/%"), json=body,
             params={name: value for name, value in (query or {}).items() if value is not None},
-            headers={"authorization": f"Bearer {token}"} if token else {}, timeout=_TIMEOUT_SECONDS,
+            headers={"authorization": f"Bearer {token}"} if token else {}, timeout=timeout_seconds,
         )
     except httpx.HTTPError as exc:
         raise Unavailable("Peaje is not running here.", mend="Start it with ./peaje up.") from exc

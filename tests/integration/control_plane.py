@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -53,7 +52,7 @@ class ControlPlane:
     clock: Clock
     admin: str = ""
 
-    def ask(self, method: str, path: str, token: str | None = None, **arguments: Any) -> httpx.Response:
+    def ask(self, method: str, path: str, token: str | None = None, **arguments: Any) -> Any:
         """Call as the platform-admin, or as the operator whose token is given."""
         headers = {"authorization": f"Bearer {token or self.admin}"} | arguments.pop("headers", {})
         return self.client.request(method, path, headers=headers, **arguments)
@@ -62,7 +61,7 @@ class ControlPlane:
         """The document of a call that must succeed."""
         answer = self.ask(method, path, token, json=body)
         assert answer.is_success, answer.text
-        return answer.json()
+        return dict(answer.json())
 
     def operator(self, role: str, tenant: str | None = None) -> str:
         """The token of a new operator."""

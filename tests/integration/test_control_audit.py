@@ -18,11 +18,11 @@ from tests.integration.control_plane import CATALOGUE, ControlPlane
 
 
 def entries(control: ControlPlane) -> list[dict[str, Any]]:
-    return control.ask("GET", "/v1/audit?limit=1000").json()["entries"]
+    return list(control.ask("GET", "/v1/audit?limit=1000").json()["entries"])
 
 
 def verdict(control: ControlPlane, anchor: str | None = None) -> dict[str, Any]:
-    return control.ask("GET", "/v1/audit/verify", params={"anchor": anchor} if anchor else {}).json()
+    return dict(control.ask("GET", "/v1/audit/verify", params={"anchor": anchor} if anchor else {}).json())
 
 
 def tamper(postgres_url: str, *statements: LiteralString) -> None:

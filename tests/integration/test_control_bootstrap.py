@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import httpx
 import psycopg
 import pytest
 
@@ -35,7 +35,7 @@ def open_road(plane: ControlPlane) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def exchange(plane: ControlPlane, token: str | None) -> httpx.Response:
+def exchange(plane: ControlPlane, token: str | None) -> Any:
     return plane.client.post("/v1/bootstrap", json={"token": token})
 
 
@@ -87,7 +87,7 @@ def test_every_wrong_token_has_one_answer(fresh: ControlPlane) -> None:
 def test_with_a_platform_admin_there_is_no_road(fresh: ControlPlane) -> None:
     """Not even for a token that was written before: two starts may race."""
     token = open_road(fresh)
-    with psycopg.connect(fresh.services.store._pool.conninfo) as connection:
+    with psycopg.connect(str(fresh.services.store._pool.conninfo)) as connection:
         connection.execute(
             "insert into operator (operator_id, name, role, token_hash, pepper_version, created_at) "
             "values ('op_000000000000', 'x', 'platform-admin', decode(repeat('00', 32), 'hex'), 1, now())"
@@ -101,7 +101,7 @@ def test_without_a_usable_platform_admin_the_road_opens_again(fresh: ControlPlan
     """How the database's owner gets back in when the last token is lost."""
     assert 201 == exchange(fresh, open_road(fresh)).status_code
     assert open_road(fresh) is None
-    with psycopg.connect(fresh.services.store._pool.conninfo) as connection:
+    with psycopg.connect(str(fresh.services.store._pool.conninfo)) as connection:
         connection.execute("update operator set revoked_at = now()")
 
     assert 201 == exchange(fresh, open_road(fresh)).status_code
@@ -121,7 +121,7 @@ def test_a_database_that_does_not_lend_the_role_says_what_to_grant(postgres_url:
     """On a managed Postgres the role may have been made by somebody else."""
     name = f"app_{secrets.token_hex(4)}"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"create role {name} login password 'pw' nosuperuser")  # type: ignore[call-overload]
+        connection.execute(f"create role {name} login password 'pw' nosuperuser")
     plane = start(f"postgresql://{name}:pw@{postgres_url.rpartition('@')[2]}", tmp_path)
 
     answer = exchange(plane, formats.mint_token("boot", secrets.token_bytes).token)
@@ -130,4 +130,4 @@ def test_a_database_that_does_not_lend_the_role_says_what_to_grant(postgres_url:
     assert f"grant peaje_control to {name}" in answer.text
     plane.services.store.close()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"drop role {name}")  # type: ignore[call-overload]
+        connection.execute(f"drop role {name}")

@@ -287,3 +287,41 @@ def test_no_secret_is_in_the_log(process: Process, peaje: Peaje) -> None:
 
 def peaje_token(process: Process) -> str:
     return (process.home / "secrets/admin-token").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "spoil", "words"),
+    [
+        ({}, ("pepper-1", "0123456789abcdef" * 4, 0o600), "is a sample value"),
+        ({}, ("pepper-1", None, 0o640), "is open to others"),
+        ({}, ("signing-key-20260101T000000000000Z.pem", "x", 0o600), "is not a private key"),
+        ({"PEAJE_CONTROL_ISSUER": "control.example.com"}, None, "PEAJE_CONTROL_ISSUER is"),
+        ({"PEAJE_CONTROL_PORT": "0"}, None, "PEAJE_CONTROL_PORT"),
+        ({"PEAJE_SECRET_SCANNING_KEYS": "/nowhere/keys.json"}, None, "PEAJE_SECRET_SCANNING_KEYS"),
+        ({"PEAJE_POSTGRES_URL": ""}, None, "PEAJE_POSTGRES_URL is not set"),
+    ],
+)
+def test_a_start_with_a_bad_secret_or_setting_is_refused_in_one_line(
+    tmp_path: Path, settings: dict[str, str], spoil: tuple[str, str | None, int] | None, words: str
+) -> None:
+    """Before it listens, and before it looks for Postgres."""
+    home = tmp_path / "home"
+    make(Places(home), passable=False)
+    (home / "envoy/models.yaml").write_text(MODELS)
+    if spoil is not None:
+        name, text, mode = spoil
+        path = home / "secrets" / name
+        if text is not None:
+            path.write_text(text)
+        path.chmod(mode)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PEAJE_")} | {
+        "PEAJE_HOME": str(home), "PEAJE_POSTGRES_URL": "postgresql://x:y@127.0.0.1:1/x", "PYTHONPATH": str(ROOT),
+    } | settings  # fmt: skip
+
+    done = subprocess.run(
+        [sys.executable, "-m", "control.api"], env=environment, capture_output=True, text=True, timeout=60, check=False, cwd=home
+    )
+
+    assert 1 == done.returncode, done.stderr
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -109,7 +109,7 @@ def everything(postgres_url: str) -> dict[str, list[Any]]:
     tables = ("tenant", "project", "api_key", "rate_limit", "service_account", "operator")
     with psycopg.connect(postgres_url) as connection:
         return {
-            table: sorted(connection.execute(f"select to_jsonb(t)::text from {table} t").fetchall())  # type: ignore[call-overload]
+            table: sorted(connection.execute(f"select to_jsonb(t)::text from {table} t").fetchall())
             for table in tables
         }
 
@@ -280,9 +280,9 @@ def test_the_database_shows_one_tenants_rows_to_a_query_without_where(
     for table in tables:
         query = f"select tenant_id from {table}"
         with store.transaction(OneTenant("rival")) as connection:
-            assert {"rival"} == {row["tenant_id"] for row in connection.execute(query)}, table  # type: ignore[call-overload]
+            assert {"rival"} == {row["tenant_id"] for row in connection.execute(query)}, table
         with store.transaction(ALL_TENANTS) as connection:
-            everybody = {row["tenant_id"] for row in connection.execute(query)}  # type: ignore[call-overload]
+            everybody = {row["tenant_id"] for row in connection.execute(query)}
             assert "rival" in everybody
             assert everybody >= {"acme", "rival"} or table in ("rate_limit", "refusal")
 
@@ -292,7 +292,7 @@ def test_the_database_shows_nothing_when_no_scope_is_set(control: ControlPlane, 
     with psycopg.connect(postgres_url) as connection:
         connection.execute("set local role peaje_control")
         for table in ("tenant", "project", "api_key", "service_account", "operator", "audit_event", "usage_event"):
-            assert [] == connection.execute(f"select * from {table}").fetchall()  # type: ignore[call-overload]
+            assert [] == connection.execute(f"select * from {table}").fetchall()
 
 
 def test_a_scope_ends_with_its_transaction(control: ControlPlane, acme: Tenant) -> None:

@@ -14,7 +14,7 @@ NEVER_SHOWN = {"key", "key_hash", "pepper_version", "client_secret", "secret_has
 
 
 def shown(control: ControlPlane, key_id: str) -> dict[str, Any]:
-    return control.ask("GET", f"/v1/keys/{key_id}").json()
+    return dict(control.ask("GET", f"/v1/keys/{key_id}").json())
 
 
 def test_a_key_keeps_all_that_was_asked_of_it_and_is_shown_once(control: ControlPlane) -> None:

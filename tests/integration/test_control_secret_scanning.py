@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -37,7 +36,7 @@ class Partner:
         )
         return {"public_keys": [{"key_identifier": self.identifier, "key": pem.decode(), "is_current": True}]}
 
-    def send(self, control: ControlPlane, body: bytes, **headers: str) -> httpx.Response:
+    def send(self, control: ControlPlane, body: bytes, **headers: str) -> Any:
         """Post *body*, signed; *headers* replace ours."""
         signature = base64.b64encode(self.private.sign(body, ec.ECDSA(hashes.SHA256()))).decode()
         own = {"Github-Public-Key-Identifier": self.identifier, "Github-Public-Key-Signature": signature}
@@ -127,7 +126,7 @@ def test_a_bad_signature_is_401_and_ends_nothing(control: ControlPlane, partner:
     of_other_body = base64.b64encode(partner.private.sign(b"[]", ec.ECDSA(hashes.SHA256()))).decode()
     with_sha512 = base64.b64encode(partner.private.sign(body, ec.ECDSA(hashes.SHA512()))).decode()
 
-    answers = [
+    answers: list[Any] = [
         Partner().send(control, body),
         Partner().send(control, body, **{"Github-Public-Key-Identifier": partner.identifier}),
         partner.send(control, body, **{"Github-Public-Key-Identifier": "nobody"}),

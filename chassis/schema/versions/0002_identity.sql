@@ -1,4 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
+-- People name a tenant by its id or by its name.
+create index tenant_by_name on tenant (name);
+
 -- Projects carry labels that policies read.
 alter table project
     add column name   text check (length(name) between 1 and 100),
@@ -88,10 +91,12 @@ create table audit_head (
 insert into audit_head (sequence, hash) values (0, decode(repeat('00', 32), 'hex'));
 
 -- Who appends waits here for the one before. As the owner: an entry of any tenant may be the last.
-create function lock_audit_head() returns audit_head language sql security definer set search_path from current as $$
+create function lock_audit_head() returns audit_head language sql security definer
+    set search_path = pg_catalog, public, pg_temp as $$
     select * from audit_head for update;
 $$;
-create function advance_audit_head() returns trigger language plpgsql security definer set search_path from current as $$
+create function advance_audit_head() returns trigger language plpgsql security definer
+    set search_path = pg_catalog, public, pg_temp as $$
 begin
     update audit_head set sequence = new.sequence, hash = new.hash
     where sequence = new.sequence - 1 and hash = new.previous_hash;
@@ -150,6 +155,8 @@ grant select, insert on secret_alert to peaje_control;
 grant select on usage_event, usage_hour, usage_conflict, open_exchange, refusal to peaje_control;
 grant select, insert on audit_event to peaje_control;
 grant select on audit_head to peaje_control;
+revoke execute on function lock_audit_head() from public;
+grant execute on function lock_audit_head() to peaje_control;
 
 create function peaje_may_see(owner text) returns boolean stable language sql
     return current_setting('peaje.tenant', true) = '*' or owner = current_setting('peaje.tenant', true);
