@@ -51,6 +51,9 @@ class ControlPlane:
     client: TestClient
     clock: Clock
     admin: str = ""
+    #: Of the shared one only.
+    acme: Tenant | None = None
+    rival: Tenant | None = None
 
     def ask(self, method: str, path: str, token: str | None = None, **arguments: Any) -> Any:
         """Call as the platform-admin, or as the operator whose token is given."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import stat
 from collections.abc import Iterator
@@ -11,12 +12,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 
 from chassis import keys as formats
 from control import bootstrap
+from control.laptop import admission
+from control.laptop.admission import Addresses
+from control.laptop.errors import Trouble
+from control.laptop.places import Places
 from tests.integration.control_plane import ControlPlane, start
+
+ADDRESSES = Addresses(endpoint="http://endpoint.test", control="http://control.test")
 
 
 @pytest.fixture
@@ -115,6 +123,51 @@ def test_of_many_at_once_one_becomes_the_first(fresh: ControlPlane) -> None:
         statuses = sorted(answer.status_code for answer in pool.map(lambda _: exchange(fresh, token), range(8)))
 
     assert [201, *[401] * 7] == statuses
+
+
+def ensure(plane: ControlPlane, places: Places) -> None:
+    """What `up` does, against this control API."""
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app=plane.app)
+        async with httpx.AsyncClient(transport=transport) as client:
+            await admission.ensure_operator(client, places, ADDRESSES)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("left", [None, "peaje_admin_of_an_earlier_version_0000000", "another databases"])
+def test_up_gets_itself_the_first_operators_token(fresh: ControlPlane, tmp_path: Path, left: str | None) -> None:
+    """Also when the file holds what an earlier database knew; a token that works is left alone."""
+    places = Places(tmp_path)
+    places.secrets.mkdir()
+    token_path = places.secrets / "admin-token"
+    if left is not None:
+        token_path.write_text(left)
+    token = open_road(fresh)
+    assert token is not None
+    (places.secrets / "bootstrap-token").write_text(token + "\n")
+
+    ensure(fresh, places)
+    made = token_path.read_text().strip()
+    ensure(fresh, places)
+
+    assert 200 == fresh.ask("GET", "/v1/operators", made).status_code
+    assert made == token_path.read_text().strip()
+    assert 0o600 == stat.S_IMODE(token_path.stat().st_mode)
+
+
+def test_up_without_a_token_that_works_says_what_to_do(
+    fresh: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that has operators already, and none of them is at hand."""
+    assert 201 == exchange(fresh, open_road(fresh)).status_code
+    places = Places(tmp_path)
+    places.secrets.mkdir()
+    monkeypatch.setattr(admission, "_OPERATOR_SECONDS", 0.0)
+
+    with pytest.raises(Trouble, match="admin-token is not the token of an operator"):
+        ensure(fresh, places)
 
 
 def test_a_database_that_does_not_lend_the_role_says_what_to_grant(postgres_url: str, tmp_path: Path) -> None:

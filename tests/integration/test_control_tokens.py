@@ -146,11 +146,14 @@ def test_every_way_not_to_be_the_client_has_one_answer(control: ControlPlane, ac
     ],
 )
 def test_a_bad_request_has_the_error_of_rfc_6749(
-    control: ControlPlane, acme: Tenant, body: str, content_type: str, error: str
+    idle_control: ControlPlane, body: str, content_type: str, error: str
 ) -> None:
     """With the right client: the mistake is in the form."""
-    answer = control.client.post(
-        "/oauth2/token", content=body, auth=(acme.account["client_id"], acme.account["client_secret"]),
+    assert idle_control.acme is not None
+    account = idle_control.acme.account
+
+    answer = idle_control.client.post(
+        "/oauth2/token", content=body, auth=(account["client_id"], account["client_secret"]),
         headers={"content-type": content_type},
     )  # fmt: skip
 
