@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 import yaml
 
 from chassis import contract
@@ -18,78 +19,113 @@ from chassis.clock import utc_now
 from chassis.errors import Unavailable
 from chassis.models import Endpoint, Model, ModelCatalogue
 from chassis.wire import ext_authz_pb2 as wire
-from extauth.adapters.tokens import Tokens, Verifiers
-from extauth.core.token import Account
+from extauth.adapters.identities import Identities
+from extauth.core import decision
+from extauth.core.credential import find_credential
+from extauth.core.identity import AccountState, Ask, Denial, Identity, Standing
+from extauth.core.patterns import NOTHING
 from extauth.servicer import METHOD, Servicer
-from tests.provider import CLIENT_ID, Provider
+from tests.provider import CLIENT_ID, CLIENT_SECRET, Provider
 
 ROWS: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "bad_inputs/tokens.yaml").read_text())["rows"]
 SECRET_FILE = "secrets/corp"
 SPIFFE_ID = "spiffe://example.com/ns/prod/sa/chat"
+SERVED = frozenset({"tiny"})
+ACTIVE = Standing(tenant_active=True, project_active=True)
 
 
 def rows(scenario: str | None = None) -> list[Any]:
     """The rows with a recipe, or those of a scenario, named by their ids."""
-    import pytest  # noqa: PLC0415 - this module is also read without it
-
     chosen = [row for row in ROWS if row.get("scenario") == scenario and ("token" in row) == (scenario is None)]
     return [pytest.param(row, id=row["id"]) for row in chosen]
 
 
-def document_for(provider: Provider, *, tenant: str = "acme", inline: bool = False, **changes: Any) -> dict[str, Any]:
+def document_for(provider: Provider, *, tenant: str = "acme", **changes: Any) -> dict[str, Any]:
     """Trusts *provider* for one tenant: its signed tokens, its introspection, and one certificate."""
-    keys = {"jwks": provider.jwks()} if inline else {"jwks_url": f"{provider.url}/jwks"}
+    common = {"tenants": [tenant], "claims": {"tenant": "tenant", "project": "project", "models": "models"}}
     return {
         "issuers": [
             {
-                "kind": "jwt", "issuer": provider.url, **keys, "audiences": ["peaje"],
-                "algorithms": ["ES256", "RS256", "PS256"], "tenants": [tenant], **changes,
+                "name": "idp", "kind": "jwt", "issuer": provider.url, "jwks_url": f"{provider.url}/jwks",
+                "audiences": ["peaje"], "algorithms": ["ES256", "RS256", "PS256"], **common, **changes,
             },
             {
-                "kind": "introspection", "name": "corp", "url": f"{provider.url}/introspect", "client_id": CLIENT_ID,
-                "client_secret_file": SECRET_FILE, "tenants": [tenant], "prefix": "opaque-", "without_scope": "every",
+                "name": "corp", "kind": "introspection", "url": f"{provider.url}/introspect", "client_id": CLIENT_ID,
+                "client_secret_file": SECRET_FILE, "token_prefix": "opaque-", **common,
             },
         ],
-        "certificates": [{"uri": "spiffe://example.com/ns/prod/sa/*", "tenant": tenant}],
+        "certificates": [{"name": "chat", "san": SPIFFE_ID, "tenant": tenant}],
     }  # fmt: skip
 
 
-@dataclass
-class FakeAccounts:
-    """Our own record: tenants and service accounts by name, as they are changed."""
+def write_home(home: Path, document: dict[str, Any]) -> None:
+    """A state directory with the document and the secret that it names."""
+    secret = home / SECRET_FILE
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text(CLIENT_SECRET)
+    secret.chmod(0o600)
+    write_document(home, document)
 
-    known: dict[tuple[str, str, str | None], Account] = field(default_factory=dict)
+
+def write_document(home: Path, document: dict[str, Any] | str) -> None:
+    """Replace the document whole, as an editor does."""
+    text = document if isinstance(document, str) else yaml.safe_dump(document)
+    temporary = home / "identity.new"
+    temporary.write_text(text)
+    temporary.replace(home / contract.IDENTITY_PATH)
+
+
+@dataclass
+class FakeDirectory:
+    """Who exists, as a test says it."""
+
+    projects: dict[tuple[str, str], Standing] = field(default_factory=lambda: {("acme", "default"): ACTIVE})
+    accounts: dict[str, AccountState] = field(default_factory=dict)
     is_away: bool = False
 
-    def add(self, tenant: str, project: str = "default", account: str | None = None, **changes: Any) -> None:
-        """Know an active one, or one that differs as said."""
-        facts = {"tenant_active": True, "project_active": True, "account_active": True} | changes
-        self.known[tenant, project, account] = Account(**facts)
+    def find(self, key_id: str) -> None:
+        """There are no keys here."""
+        del key_id
 
-    def find(self, tenant_id: str, project_id: str, service_account_id: str | None) -> Account | None:
-        """As `Accounts`."""
+    def find_project(self, tenant_id: str, project_id: str) -> Standing | None:
+        """As `Directory`."""
         if self.is_away:
             raise Unavailable("Postgres did not answer.")
-        return self.known.get((tenant_id, project_id, service_account_id))
+        return self.projects.get((tenant_id, project_id))
+
+    def find_account(self, account_id: str) -> AccountState | None:
+        """As `Directory`."""
+        return self.accounts.get(account_id)
+
+    def add_account(self, account_id: str, **changes: Any) -> None:
+        """Know a service account of acme's."""
+        facts = {
+            "tenant_id": "acme", "project_id": "default", "is_active": True, "scopes": None, "models": None,
+            "denied_models": NOTHING, "standing": ACTIVE,
+        } | changes  # fmt: skip
+        self.accounts[account_id] = AccountState(**facts)
 
 
-class NoKeys:
-    """A directory without any key."""
+def identities_in(home: Path, directory: FakeDirectory, *, control_url: str = "http://127.0.0.1:1") -> Identities:
+    """Everybody who may call by the document in *home*."""
+    return Identities(directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url)  # type: ignore[arg-type]
 
-    def find(self, key_id: str) -> None:
-        """None."""
-        del key_id
+
+def ask_function(identities: Identities, *headers: tuple[str, bytes], subject: str = "") -> Identity | Denial:
+    """Decide a chat request without a transport."""
+    ask = Ask(
+        dialect="openai.chat", model="tiny", path="/v1/chat/completions", host="h", address="127.0.0.1", now=utc_now()
+    )
+    credential = find_credential(headers, principal=subject)
+    identity = credential if isinstance(credential, Denial) else identities.identify(credential, ask, principal=subject)
+    return decision.decide(ask, credential, identity, decision.Rules(served=SERVED, policies=identities.policies))
 
 
 @contextmanager
-def serving(socket: Path, verifiers: Callable[[], Verifiers | None], accounts: FakeAccounts) -> Iterator[Callable[..., wire.CheckResponse]]:
+def serving(socket: Path, identities: Identities) -> Iterator[Callable[..., wire.CheckResponse]]:
     """Serve extauth on *socket*; gives a function that asks it as Envoy does."""
-    tokens = Tokens(verifiers, accounts)  # type: ignore[arg-type]
     models = (Model(name="tiny", engine="openai", endpoints=(Endpoint(scheme="http", host="h", port=1),)),)
-    servicer = Servicer(
-        NoKeys(), peppers={1: b"p" * 32}, catalogue=lambda: ModelCatalogue(models=models), clock=utc_now,  # type: ignore[arg-type]
-        tokens=tokens,
-    )  # fmt: skip
+    servicer = Servicer(identities, catalogue=lambda: ModelCatalogue(models=models), clock=utc_now)
     server = grpc.server(ThreadPoolExecutor(4))
     _, service, method = METHOD.split("/")
     handler = grpc.unary_unary_rpc_method_handler(

@@ -23,7 +23,7 @@ from control.laptop.binaries import find_envoy
 from control.laptop.envoy import SOURCE, TLS_EXAMPLE, TLS_PATH, validate
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
-from extauth.adapters.document import load as load_identity
+from extauth.adapters.document import load_whole as load_identity
 
 _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0.1:1"]}]\n'
 
@@ -67,10 +67,12 @@ def _envoy(source: Path) -> list[str | Finding]:
 
 
 def _identity() -> list[str]:
-    path = read_home(os.environ) / IDENTITY_PATH
+    """What is wrong with the document that the next `up` would use, or that is in force."""
+    home, named = read_home(os.environ), os.environ.get("PEAJE_IDENTITY")
+    path = Path(named) if named else home / IDENTITY_PATH
     try:
-        if path.exists():
-            load_identity(path)
+        if named or path.exists():
+            load_identity(path, home=home)
     except PeajeError as exc:
         return [str(exc)]
     return []

@@ -47,6 +47,8 @@ def up(
     from control.laptop import daemon, envoy, runner  # noqa: PLC0415
 
     environ = os.environ
+    if environ.get("PEAJE_IDENTITY"):  # `run` changes the working directory
+        environ["PEAJE_IDENTITY"] = os.path.abspath(environ["PEAJE_IDENTITY"])
     models = environ.get("PEAJE_MODELS")
     if models and (model_server or engine):
         raise Trouble(

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from chassis.contract import IDENTITY_PATH, MODELS_PATH
+from chassis.errors import Invalid
 from control.envoy_resources import publish
 from control.laptop import binaries, engine, envoy, places, postgres, reporter, state, stores, valkey
 from control.laptop.admission import Addresses, admit
 from control.laptop.engine import Engine, EngineChoice
+from control.laptop.errors import Trouble
 from control.laptop.parts import Part, service_environment, service_parts
 from control.laptop.places import Places, Ports
 from control.laptop.processes import PortNeed, check_ports, end, identify
@@ -127,7 +129,7 @@ def prepare(
     programs = _find_programs(environ, own_postgres=own_postgres, own_redis=own_redis)
     chosen = _choose_engine(options, place, environ, say)
     engine.publish_document(chosen, place)
-    _publish_identity(place)
+    _publish_identity(place, environ)
     publish(place.home / MODELS_PATH, place.envoy)
     envoy.render(place, options.ports)
     envoy.validate(programs.envoy, place)
@@ -264,12 +266,23 @@ def _facts(
     }
 
 
-def _publish_identity(place: Places) -> None:
-    """Give a new installation its identity document; an operator's own is never touched, a faulty one refused here."""
-    path = place.home / IDENTITY_PATH
+def _publish_identity(place: Places, environ: Mapping[str, str]) -> None:
+    """
+    Put the identity document into the state directory: the one that PEAJE_IDENTITY names, each time.
+
+    Without one a new installation gets ours, and an operator's own is never touched. A faulty one is refused here.
+    """
+    path, named = place.home / IDENTITY_PATH, environ.get("PEAJE_IDENTITY")
+    try:
+        if named:
+            identity_document.load_whole(Path(named), home=place.home)
+            places.write_private(path, Path(named).read_text("utf-8"))
+            return
+    except Invalid as exc:
+        raise Trouble(f"PEAJE_IDENTITY: {exc}") from exc
     if not path.exists():
         places.write_private(path, identity_document.DEFAULT_TEXT)
-    identity_document.load(path)
+    identity_document.load_whole(path, home=place.home)
 
 
 def _port_needs(ports: Ports) -> tuple[PortNeed, ...]:

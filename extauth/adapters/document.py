@@ -34,7 +34,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chassis.contract import SERVICE_ACCOUNT_AUDIENCE
-from chassis.errors import Invalid
+from chassis.errors import Invalid, PeajeError
+from chassis.secrets import read_secret
 from extauth.core.claims import ClaimMap, Expected
 from extauth.core.policy import MESSAGE_DEFAULT, MESSAGE_LENGTH_MAX, Policy, compile_policy
 
@@ -42,6 +43,9 @@ BYTES_MAX: Final = 1 << 20
 ISSUERS_MAX: Final = 50
 CERTIFICATES_MAX: Final = 10_000
 POLICIES_MAX: Final = 100
+#: A document with more faults is not one.
+_FAULTS_TOLD_MAX: Final = 50
+_KINDS: Final = frozenset({"jwt", "service_accounts", "introspection"})
 
 _ASYMMETRIC = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
@@ -248,35 +252,46 @@ def load(path: Path) -> IdentityDocument:
 
 
 def parse(value: object) -> IdentityDocument:
-    """Check a parsed document."""
+    """Check a parsed document; raises `Invalid` that names every fault of it, each with the path of its field."""
     try:
         document = _Document.model_validate({} if value is None else value)
     except ValidationError as exc:
-        first = exc.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise Invalid(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from exc
-    _refuse_twice("issuer", [issuer.name for issuer in document.issuers])
-    _refuse_twice("iss", [one.issuer for one in document.issuers if isinstance(one, JwtIssuer)])
-    _refuse_twice("kind", [one.kind for one in document.issuers if isinstance(one, ServiceAccounts)])
-    _refuse_twice(
-        "token_prefix", [one.token_prefix for one in document.issuers if isinstance(one, IntrospectionIssuer)]
-    )
-    _refuse_twice("certificate", [entry.name for entry in document.certificates])
-    _refuse_twice("san", [entry.san for entry in document.certificates])
-    _refuse_twice("policy", [entry.name for entry in document.policies])
-    return IdentityDocument(
-        issuers=tuple(document.issuers),
-        certificates=tuple(document.certificates),
-        policies=tuple(
-            compile_policy(
-                name=entry.name,
-                expression=entry.deny if entry.deny is not None else entry.allow or "",
-                refuses_when=entry.deny is not None,
-                message=entry.message,
+        faults = [_told(error) for error in exc.errors(include_input=False, include_url=False)]
+        raise Invalid(f"{'; '.join(faults[:_FAULTS_TOLD_MAX])}.") from exc
+    faults = _doubles(document)
+    policies = []
+    for index, entry in enumerate(document.policies):
+        try:
+            policies.append(
+                compile_policy(
+                    name=entry.name,
+                    expression=entry.deny if entry.deny is not None else entry.allow or "",
+                    refuses_when=entry.deny is not None,
+                    message=entry.message,
+                )
             )
-            for entry in document.policies
-        ),
+        except Invalid as exc:
+            faults.append(f"policies[{index}]: {exc.message.rstrip('.')}")
+    if faults:
+        raise Invalid(f"{'; '.join(faults[:_FAULTS_TOLD_MAX])}.")
+    return IdentityDocument(
+        issuers=tuple(document.issuers), certificates=tuple(document.certificates), policies=tuple(policies)
     )
+
+
+def load_whole(path: Path, *, home: Path) -> IdentityDocument:
+    """The same as `load`, and the secret files that the document names below *home* are there and fit to hold one."""
+    document = load(path)
+    faults = []
+    for index, entry in enumerate(document.issuers):
+        if isinstance(entry, IntrospectionIssuer):
+            try:
+                read_secret(home / entry.client_secret_file)
+            except PeajeError as exc:
+                faults.append(f"issuers[{index}].client_secret_file: {exc.message.rstrip('.')}")
+    if faults:
+        raise Invalid(f"{path}: {'; '.join(faults)}.")
+    return document
 
 
 def service_accounts_issuer(entry: ServiceAccounts, *, control_url: str) -> JwtIssuer:
@@ -316,12 +331,44 @@ def _path(value: str | list[str] | None) -> tuple[str, ...] | None:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _refuse_twice(what: str, values: list[str]) -> None:
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            raise Invalid(f"{what} {value!r} is given twice.")
-        seen.add(value)
+def _doubles(document: _Document) -> list[str]:
+    """What may be there once only: names, and whatever decides who is asked about a credential."""
+    found: dict[tuple[str, object], str] = {}
+    faults = []
+    for index, issuer in enumerate(document.issuers):
+        marks: list[tuple[str, object]] = [("name", issuer.name)]
+        match issuer:
+            case JwtIssuer():
+                marks.append(("issuer", issuer.issuer))
+            case ServiceAccounts():
+                marks.append(("kind", issuer.kind))
+            case IntrospectionIssuer():
+                marks.append(("token_prefix", issuer.token_prefix))
+        for field, value in marks:
+            first = found.setdefault((field, value), f"issuers[{index}].{field}")
+            if first != f"issuers[{index}].{field}":
+                faults.append(f"issuers[{index}].{field}: the same as {first}")
+    for name, entries, fields in (
+        ("certificates", document.certificates, ("name", "san")), ("policies", document.policies, ("name",)),
+    ):  # fmt: skip
+        for index, entry in enumerate(entries):
+            for field in fields:
+                place = f"{name}[{index}].{field}"
+                first = found.setdefault((f"{name}.{field}", getattr(entry, field)), place)
+                if first != place:
+                    faults.append(f"{place}: the same as {first}")
+    return faults
+
+
+def _told(error: Any) -> str:
+    path = ""
+    for step in error["loc"]:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step not in _KINDS:  # pydantic's name for the kind of an entry, which is no field
+            path += f".{step}" if path else str(step)
+    what = str(error["msg"]).removeprefix("Value error, ")
+    return f"{path or 'the document'}: {what[:1].lower()}{what[1:]}"
 
 
 class _Loader(yaml.SafeLoader):

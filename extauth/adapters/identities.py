@@ -133,6 +133,8 @@ class Identities:
         for name, source in old.sources.items():
             if new.sources.get(name) is not source:
                 source.close()
+        for _, _, introspection in old.introspections:
+            introspection.close()
         metrics.IDENTITY_RELOADS.labels("taken").inc()
         log.info("identity_reloaded", issuers=len(new.issuers), policies=len(new.policies))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ SUBJECT_LENGTH_MAX: Final = 256
 LIST_COUNT_MAX: Final = 200
 
 #: Each would let a token say how it is to be verified, or be read by rules that are not ours.
-_REFUSED_HEADERS: Final = frozenset({"jku", "x5u", "jwk", "x5c", "crit", "b64", "zip", "enc", "p2c", "p2s"})
+_REFUSED_HEADERS: Final = frozenset({"jku", "x5u", "jwk", "x5c", "crit", "b64", "zip", "enc", "epk", "p2c", "p2s"})
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]+")
+#: The year 10000: what no time of this world is.
+_SECONDS_END: Final = 253_402_300_800
 _SLUG: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 #: A claim's place: one name, or the names on the way to it.
@@ -140,8 +143,11 @@ def check_times(claims: Mapping[str, Any], now: datetime) -> float:
 
 def read_subject(claims: Mapping[str, Any], places: ClaimMap, known_scopes: frozenset[str]) -> Subject:
     """Read whom *claims* name; raises `Unusable`. Scopes that are not ours are somebody else's business."""
+    if "cnf" in claims:
+        # Bound to a key that its holder was to show (RFC 8705, 9449): worth nothing by itself.
+        raise Unusable("bound_to_a_key")
     subject = _at(claims, places.subject)
-    if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_LENGTH_MAX:
+    if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_LENGTH_MAX or not subject.isprintable():
         raise Unusable("subject_missing")
     tenant = places.fixed_tenant if places.tenant is None else _at(claims, places.tenant)
     project = None if places.project is None else _at(claims, places.project)
@@ -164,7 +170,11 @@ def strict_object(data: bytes) -> dict[str, Any]:
     if data.count(b"{") + data.count(b"[") > CONTAINERS_MAX:
         raise Unusable("too_deep")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
+        )
+        # Half of a surrogate pair is no text: whoever writes it somewhere would fail.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as exc:
         raise Unusable("not_json") from exc
     if not isinstance(value, dict):
@@ -188,6 +198,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("too large")
+    return value
+
+
 def _no_constant(_text: str) -> None:
     raise ValueError("not a number")
 
@@ -196,10 +213,10 @@ def _moment(claims: Mapping[str, Any], name: str) -> int | None:
     value = claims.get(name)
     if value is None and name not in claims:
         return None
-    # JSON's true is an int to Python; text and fractions are what lenient parsers disagree about.
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+    # JSON's true is an int to Python. RFC 7519 2 allows fractions, and some libraries write them.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _SECONDS_END:
         raise Unusable("time_malformed")
-    return value
+    return int(value)
 
 
 def _at(claims: Mapping[str, Any], path: Path) -> Any:
