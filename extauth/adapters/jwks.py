@@ -76,6 +76,9 @@ class KeySource:
         self._set: KeySet | None = None
         #: Counts fetches that ended, well or not; guarded by the condition.
         self._fetch_count = 0
+        self._is_fetching = False
+        #: The fetch that waiters for an unknown id wait for is the one after this.
+        self._awaited = 0
         self._condition = threading.Condition()
         self._asked = threading.Event()
         self._unknown_refresh_at = -UNKNOWN_KEY_REFRESH_SECONDS
@@ -100,17 +103,18 @@ class KeySource:
             if keys is None:
                 raise LookupError("no key set yet")
         found = keys.get(key_id)
-        if found is not None or not self._may_refresh(key_id):
+        if found is not None:
             return found
-        with self._condition:
-            before = self._fetch_count
-        self._asked.set()
-        self._wait_for_fetch(after=before)
+        awaited = self._ask_about(key_id)
+        if awaited is not None:
+            self._wait_for_fetch(after=awaited)
         return (self._current() or {}).get(key_id)
 
     def refresh(self) -> bool:
         """Fetch once, now; whether there is a new set."""
         fetched = None
+        with self._condition:
+            self._is_fetching = True
         try:
             fetched = KeySet(keys=self._read(self._fetch(self._url)), fetched_at=self._clock())
             log.debug("jwks_fetched", issuer=self._name, count=len(fetched.keys))
@@ -121,6 +125,7 @@ class KeySource:
             if fetched is not None:
                 self._set = fetched
             self._fetch_count += 1
+            self._is_fetching = False
             self._condition.notify_all()
         return fetched is not None
 
@@ -139,19 +144,27 @@ class KeySource:
             return None
         return current.keys
 
-    def _may_refresh(self, key_id: str) -> bool:
-        """Whether this unknown id is worth a fetch: others wait for one that is under way."""
+    def _ask_about(self, key_id: str) -> int | None:
+        """
+        Have the set fetched for an unknown id, if it is time; the number of the last fetch that is too early to know it.
+
+        None if it is not worth waiting. Whoever comes while such a fetch is under way waits for that one.
+        """
         now = self._clock()
         with self._condition:
-            if now - self._unknown_refresh_at < WAIT_SECONDS_MAX:
-                return True
-            if key_id in self._unknown or now - self._unknown_refresh_at < UNKNOWN_KEY_REFRESH_SECONDS:
-                return False
+            since = now - self._unknown_refresh_at
+            if since < WAIT_SECONDS_MAX:
+                return self._awaited
+            if key_id in self._unknown or since < UNKNOWN_KEY_REFRESH_SECONDS:
+                return None
             self._unknown_refresh_at = now
+            # One that has already begun may have missed the key by an instant.
+            self._awaited = self._fetch_count + (1 if self._is_fetching else 0)
             self._unknown[key_id] = None
             while len(self._unknown) > UNKNOWN_KEYS_MAX:
                 self._unknown.popitem(last=False)
-        return True
+            self._asked.set()
+            return self._awaited
 
     def _wait_for_fetch(self, *, after: int) -> None:
         with self._condition:

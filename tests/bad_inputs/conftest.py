@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bad_inputs import issuer as issuers
+from tests.integration.conftest import _migrated_template, postgres_server, postgres_url
+
+__all__ = ["_migrated_template", "issuer", "postgres_server", "postgres_url"]
 
 
 @pytest.fixture(scope="module")
