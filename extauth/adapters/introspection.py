@@ -32,7 +32,7 @@ TIMEOUT_SECONDS: Final = 0.35
 #: Questions under way at one endpoint; more are refused at once.
 IN_FLIGHT_MAX: Final = 32
 _CONNECTIONS_MAX: Final = 8
-#: Failures in a row after which an endpoint is left alone, and for how many seconds: who waits for it holds a
+#: Questions in a row without any answer after which an endpoint is left alone, and for how many seconds: who waits for it holds a
 #: thread that others need.
 FAILURES_MAX: Final = 3
 LEFT_ALONE_SECONDS: Final = 2.0
@@ -98,7 +98,8 @@ class Introspection:
         except (httpx.HTTPError, Unavailable) as exc:
             with self._lock:
                 self._under_way.pop(digest, None)
-                self._failures += 1
+                # A bad answer that is quick holds nobody up.
+                self._failures = 0 if isinstance(exc, Unavailable) else self._failures + 1
                 if self._failures >= FAILURES_MAX:
                     self._left_alone_until = now.timestamp() + LEFT_ALONE_SECONDS
             raise Unavailable("The token's issuer does not answer.") from exc

@@ -90,7 +90,9 @@ class KeySource:
         self._rounds = 0
         self._wanted_round = 0
         self._is_fetching = False
+        self._is_started = False
         self._is_closed = False
+        #: False once somebody has waited in vain.
         self._is_prompt = True
         self._generation = 0
         self._unknown_refresh_at = -UNKNOWN_KEY_REFRESH_SECONDS
@@ -102,7 +104,8 @@ class KeySource:
         return self._generation
 
     def start(self) -> None:
-        """Begin to fetch, from a thread of its own."""
+        """Begin to fetch, from a thread of its own. Until then nobody waits for a fetch: there would be none."""
+        self._is_started = True
         threading.Thread(target=self._run, name=f"jwks-{self._name}", daemon=True).start()
 
     def close(self) -> None:
@@ -125,7 +128,7 @@ class KeySource:
             if keys is None:
                 raise LookupError("no key set")
             found = keys.get(key_id)
-            if found is not None or not self._is_fetched_for(key_id):
+            if found is not None or not self._is_started or not self._is_fetched_for(key_id):
                 return found
             if not self._wait_until(self._wanted_round):
                 raise LookupError("the key set is being fetched")
