@@ -34,6 +34,7 @@ METHOD = "/envoy.service.auth.v3.Authorization/Check"
 
 _PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED.value[0]
 _GATE_MISSING = Denial(phase=Phase.CREDENTIAL, rule="gate_missing", refusal=CANNOT_DECIDE)
+_MILLISECOND = timedelta(milliseconds=1)
 _ALLOWED = metrics.DECISIONS.labels("ok")
 
 
@@ -46,6 +47,7 @@ class Servicer:
         self._identities = identities
         self._catalogue = catalogue
         self._clock = clock
+        self._latest = decision.Rules(served=catalogue().served, policies=identities.policies)
 
     def check(self, request: wire.CheckRequest, context: grpc.ServicerContext) -> wire.CheckResponse:
         """Decide one request."""
@@ -84,14 +86,21 @@ class Servicer:
             if isinstance(credential, Denial)
             else self._identities.identify(credential, ask, principal=principal)
         )
-        rules = decision.Rules(served=self._catalogue().served, policies=self._identities.policies)
+        rules = self._rules()
         decided = decision.decide(ask, credential, identity, rules)
         if isinstance(decided, Identity):
             self._identities.admitted(credential, decided, ask.now)
             # Only keys: what a token says ends by its issuer's word, and a certificate is not in the lane's memory.
             if isinstance(credential, ParsedKey) and not principal:
-                return decided, decision.memorable_for(ask, decided, rules) // timedelta(milliseconds=1)
+                return decided, decision.memorable_for(ask, decided, rules) // _MILLISECOND
         return decided, 0
+
+    def _rules(self) -> decision.Rules:
+        # The same object until a document changes: to make one for each request would cost more than to ask it.
+        rules, served, policies = self._latest, self._catalogue().served, self._identities.policies
+        if rules.served is not served or rules.policies is not policies:
+            rules = self._latest = decision.Rules(served=served, policies=policies)
+        return rules
 
     def _allowed(self, identity: Identity, dialect: str, *, remember_ms: int) -> wire.CheckResponse:
         _ALLOWED.inc()
@@ -114,8 +123,8 @@ class Servicer:
     @staticmethod
     def _denied(denial: Denial, *, dialect: str, request_id: str) -> wire.CheckResponse:
         refusal = denial.refusal
-        metrics.DECISIONS.labels(refusal.code).inc()
-        metrics.DENIALS.labels(denial.phase, denial.rule).inc()
+        for counter in metrics.denial(refusal.code, denial.phase, denial.rule):
+            counter.inc()
         log.info(
             "denied", request_id=request_id, code=refusal.code, phase=denial.phase, rule=denial.rule, dialect=dialect
         )

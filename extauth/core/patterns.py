@@ -31,7 +31,9 @@ class Patterns:
 
     def match(self, name: str) -> bool:
         """Whether any pattern covers the whole of *name*; time grows with length, never with how stars combine."""
-        return name in self.exact or any(_covers(parts, name) for parts in self.cut)
+        if name in self.exact:
+            return True
+        return bool(self.cut) and any(_covers(parts, name) for parts in self.cut)
 
 
 NOTHING = Patterns.of(())

@@ -16,6 +16,7 @@ import grpc
 import orjson
 
 from chassis import contract
+from chassis.clock import utc_now
 from chassis.models import Endpoint, Model, ModelCatalogue
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.servicer import METHOD, Servicer
@@ -102,11 +103,16 @@ class Clock:
 
     def __init__(self, now: datetime) -> None:
         self._lock = threading.Lock()
-        self._now = now
+        self._now: datetime | None = now
 
     def __call__(self) -> datetime:
         with self._lock:
-            return self._now
+            return self._now or utc_now()
+
+    def run(self) -> None:
+        """Go with the machine's from here on."""
+        with self._lock:
+            self._now = None
 
     def move(self, to: datetime) -> None:
         """Make it another time."""

@@ -84,7 +84,7 @@ def test_who_is_over_learns_nothing_else() -> None:
 
 def test_a_model_that_is_not_served_is_404_whoever_asks() -> None:
     """Also for a key that may use every model."""
-    assert "model_not_found" == code(IDENTITY, replace(ASK, model="Tiny"))
+    assert "model_not_found" == code(IDENTITY, ASK._replace(model="Tiny"))
 
 
 @pytest.mark.parametrize(
