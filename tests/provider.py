@@ -9,12 +9,13 @@ is to be wrong.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,10 +57,11 @@ class Provider:
     signers: dict[str, tuple[str, Any]] = field(default_factory=dict)
     #: Kids that are published; None: all.
     published: set[str] | None = None
-    #: none, "500", "html", "huge", "malformed_key", "slow", "redirect", "doubled_member", "many", "empty"
+    #: One of `_FAULTS`, or "".
     fault: str = ""
-    #: What introspection answers, by token; callables get no argument. Absent: inactive.
+    #: What introspection answers, by token. Absent: inactive.
     active: dict[str, Any] = field(default_factory=dict)
+    #: "500", "html", "slow", or "".
     introspection_fault: str = ""
     fetches: int = 0
     introspections: int = 0
@@ -118,31 +120,28 @@ class Provider:
 
     def _sign(self, how: str, kid: str, signing_input: bytes) -> bytes:
         algorithm, key = self.signers[kid]
-        pem = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        match how:
-            case "key":
-                return jwt.get_algorithm_by_name(algorithm).sign(signing_input, key)
-            case "none":
-                return b""
-            case "zeros":
-                return bytes(64)
-            case "stranger":
-                return jwt.get_algorithm_by_name("ES256").sign(signing_input, ec.generate_private_key(ec.SECP256R1()))
-            case "hmac_pem":
-                return hmac.digest(pem, signing_input, hashlib.sha256)
-            case "hmac_pem_indented":
-                return hmac.digest(b"\n  " + pem, signing_input, hashlib.sha256)
-            case "hmac_pkcs1":
-                return hmac.digest(
-                    key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.PKCS1),
-                    signing_input, hashlib.sha256,
-                )  # fmt: skip
-            case "hmac_jwk":
-                return hmac.digest(dump(public_jwk(key, kid, algorithm)), signing_input, hashlib.sha256)
-            case _:
-                return jwt.get_algorithm_by_name(how).sign(signing_input, key)
+        if how in _CONFUSIONS:
+            return hmac.digest(_CONFUSIONS[how](public_jwk(key, kid, algorithm), key), signing_input, hashlib.sha256)
+        if how in ("none", "zeros"):
+            return b"" if how == "none" else bytes(64)
+        if how == "stranger":
+            algorithm, key = "ES256", ec.generate_private_key(ec.SECP256R1())
+        elif how != "key":
+            algorithm = how
+        return jwt.get_algorithm_by_name(algorithm).sign(signing_input, key)
+
+
+def _pem(key: Any, form: serialization.PublicFormat) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.PEM, form)
+
+
+#: What an attacker takes for the secret of an HMAC.
+_CONFUSIONS: dict[str, Callable[[dict[str, Any], Any], bytes]] = {
+    "hmac_pem": lambda _, key: _pem(key, serialization.PublicFormat.SubjectPublicKeyInfo),
+    "hmac_pem_indented": lambda _, key: b"\n  " + _pem(key, serialization.PublicFormat.SubjectPublicKeyInfo),
+    "hmac_pkcs1": lambda _, key: _pem(key, serialization.PublicFormat.PKCS1),
+    "hmac_jwk": lambda jwk, _: dump(jwk),
+}
 
 
 def _changed(members: dict[str, Any], changes: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -183,74 +182,62 @@ def running_provider(**settings: Any) -> Iterator[Provider]:
         server.server_close()
 
 
-def _handler(provider: Provider) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
-            match self.path:
-                case "/jwks":
-                    provider.fetches += 1
-                    self._serve_keys()
-                case "/.well-known/openid-configuration":
-                    self._answer(200, dump({"issuer": provider.url, "jwks_uri": f"{provider.url}/jwks"}))
-                case _:
-                    provider.elsewhere += 1
-                    self._answer(404, b"{}")
+#: What the key set's URL answers instead: a status, a type, and the body made of the good set.
+_FAULTS: dict[str, tuple[int, str, Callable[[dict[str, Any]], bytes]]] = {
+    "500": (500, "text/plain", lambda _: b"oops"),
+    "html": (200, "text/html", lambda _: b"<html><body>Sign in</body></html>"),
+    "huge": (200, "application/json", lambda good: dump({**good, "pad": "a" * (10 << 20)})),
+    "redirect": (302, "text/plain", lambda _: b""),
+    "doubled_member": (200, "application/json", lambda good: dump(good)[:-1] + b',"keys":[]}'),
+    "many": (200, "application/json", lambda good: dump({"keys": good["keys"] * 30})),
+    "empty": (200, "application/json", lambda _: dump({"keys": []})),
+    "malformed_key": (
+        200, "application/json",
+        lambda good: dump({"keys": [
+            {"kty": "RSA", "kid": "bad", "alg": "RS256", "n": "AA", "e": "A"},
+            {"kty": "RSA", "kid": "worse", "alg": "RS256", "n": 7, "e": None}, None, *good["keys"],
+        ]}),
+    ),
+}  # fmt: skip
 
-        def do_POST(self) -> None:  # noqa: N802 - the library's name
-            body = self.rfile.read(int(self.headers["content-length"])).decode()
-            if self.path != "/introspect":
+
+def _handler(provider: Provider) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one class, its branches are one question each
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/jwks":
+                provider.fetches += 1
+                status, kind, make = _FAULTS.get(provider.fault, (200, "application/json", dump))
+                self._answer(status, make(provider.jwks()), kind=kind)
+            elif self.path == "/.well-known/openid-configuration":
+                self._answer(200, dump({"issuer": provider.url, "jwks_uri": f"{provider.url}/jwks"}))
+            else:
                 provider.elsewhere += 1
-                return self._answer(404, b"{}")
+                self._answer(404, b"{}")
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"])).decode()
             provider.introspections += 1
             expected = "Basic " + base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
-            if self.headers["authorization"] != expected:
-                return self._answer(401, b"{}")
-            token = parse_qs(body)["token"][0]
-            match provider.introspection_fault:
-                case "500":
-                    return self._answer(500, b"{}")
-                case "slow":
+            if self.path != "/introspect" or self.headers["authorization"] != expected:
+                self._answer(401, b"{}")
+            elif provider.introspection_fault == "500":
+                self._answer(500, b"{}")
+            elif provider.introspection_fault == "html":
+                self._answer(200, b"<html>")
+            else:
+                if provider.introspection_fault == "slow":
                     time.sleep(1.0)
-                case "html":
-                    return self._answer(200, b"<html>")
-            return self._answer(200, dump(provider.active.get(token, {"active": False})))
+                self._answer(200, dump(provider.active.get(parse_qs(body)["token"][0], {"active": False})))
 
-        def _serve_keys(self) -> None:
-            good = provider.jwks()
-            match provider.fault:
-                case "500":
-                    return self._answer(500, b"oops")
-                case "html":
-                    return self._answer(200, b"<html><body>Sign in</body></html>", kind="text/html")
-                case "huge":
-                    return self._answer(200, dump({"keys": [], "pad": "a" * (10 << 20)}))
-                case "redirect":
-                    return self._answer(302, b"", location=f"{provider.url}/elsewhere")
-                case "doubled_member":
-                    return self._answer(200, dump(good)[:-1] + b',"keys":[]}')
-                case "many":
-                    return self._answer(200, dump({"keys": good["keys"] * 30}))
-                case "empty":
-                    return self._answer(200, dump({"keys": []}))
-                case "slow":
-                    time.sleep(1.0)
-                case "malformed_key":
-                    bad = {"kty": "RSA", "kid": "bad", "alg": "RS256", "n": "AA", "e": "A"}
-                    worse = {"kty": "RSA", "kid": "worse", "alg": "RS256", "n": 7, "e": None}
-                    return self._answer(200, dump({"keys": [bad, worse, None, *good["keys"]]}))
-            return self._answer(200, dump(good))
-
-        def _answer(self, status: int, body: bytes, *, kind: str = "application/json", location: str = "") -> None:
-            try:
+        def _answer(self, status: int, body: bytes, *, kind: str = "application/json") -> None:
+            with contextlib.suppress(OSError):  # the asker had enough
                 self.send_response(status)
                 self.send_header("content-type", kind)
                 self.send_header("content-length", str(len(body)))
-                if location:
-                    self.send_header("location", location)
+                if status == 302:
+                    self.send_header("location", f"{provider.url}/elsewhere")
                 self.end_headers()
                 self.wfile.write(body)
-            except OSError:
-                pass  # the asker had enough
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

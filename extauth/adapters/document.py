@@ -240,7 +240,7 @@ def load(path: Path) -> IdentityDocument:
     if len(data) > BYTES_MAX:
         raise Invalid(f"{path}: larger than {BYTES_MAX} bytes.")
     try:
-        return parse(yaml.load(data.decode("utf-8"), _Loader))
+        return parse(yaml.load(data.decode("utf-8"), _Loader))  # noqa: S506 - a SafeLoader
     except Invalid as exc:
         raise Invalid(f"{path}: {exc.message}", mend=exc.mend) from exc
     except (UnicodeDecodeError, RecursionError) as exc:
@@ -333,31 +333,31 @@ def _path(value: str | list[str] | None) -> tuple[str, ...] | None:
 
 def _doubles(document: _Document) -> list[str]:
     """What may be there once only: names, and whatever decides who is asked about a credential."""
-    found: dict[tuple[str, object], str] = {}
-    faults = []
-    for index, issuer in enumerate(document.issuers):
-        marks: list[tuple[str, object]] = [("name", issuer.name)]
-        match issuer:
-            case JwtIssuer():
-                marks.append(("issuer", issuer.issuer))
-            case ServiceAccounts():
-                marks.append(("kind", issuer.kind))
-            case IntrospectionIssuer():
-                marks.append(("token_prefix", issuer.token_prefix))
-        for field, value in marks:
-            first = found.setdefault((field, value), f"issuers[{index}].{field}")
-            if first != f"issuers[{index}].{field}":
-                faults.append(f"issuers[{index}].{field}: the same as {first}")
-    for name, entries, fields in (
-        ("certificates", document.certificates, ("name", "san")), ("policies", document.policies, ("name",)),
-    ):  # fmt: skip
-        for index, entry in enumerate(entries):
-            for field in fields:
-                place = f"{name}[{index}].{field}"
-                first = found.setdefault((f"{name}.{field}", getattr(entry, field)), place)
-                if first != place:
-                    faults.append(f"{place}: the same as {first}")
-    return faults
+    marks = [
+        (f"issuers[{index}].{field}", ("issuers", field, value))
+        for index, issuer in enumerate(document.issuers)
+        for field, value in _marks(issuer)
+    ]
+    marks += [
+        (f"certificates[{index}].{field}", ("certificates", field, getattr(entry, field)))
+        for index, entry in enumerate(document.certificates)
+        for field in ("name", "san")
+    ]
+    marks += [(f"policies[{index}].name", ("policies", "name", one.name)) for index, one in enumerate(document.policies)]
+    first: dict[object, str] = {}
+    return [
+        f"{place}: the same as {first[mark]}" for place, mark in marks if first.setdefault(mark, place) != place
+    ]
+
+
+def _marks(issuer: JwtIssuer | ServiceAccounts | IntrospectionIssuer) -> list[tuple[str, str]]:
+    match issuer:
+        case JwtIssuer():
+            return [("name", issuer.name), ("issuer", issuer.issuer)]
+        case ServiceAccounts():
+            return [("name", issuer.name), ("kind", issuer.kind)]
+        case IntrospectionIssuer():
+            return [("name", issuer.name), ("token_prefix", issuer.token_prefix)]
 
 
 def _told(error: Any) -> str:

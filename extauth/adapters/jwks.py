@@ -174,7 +174,7 @@ class KeySource:
     def _retry_seconds(self) -> float:
         if self._set is not None:
             return RETRY_SECONDS
-        return min(RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(self._rounds - 1, 10))
+        return min(RETRY_SECONDS, FIRST_RETRY_SECONDS * float(2 ** min(self._rounds - 1, 10)))
 
     def _current(self) -> Mapping[str, PyJWK] | None:
         current = self._set

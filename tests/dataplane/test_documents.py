@@ -68,7 +68,7 @@ def test_the_readme_stays_a_front_door() -> None:
     assert len(README.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/billing.md", "docs/operations.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/billing.md", "docs/operations.md", "docs/identity.md"])
 def test_links_lead_somewhere(page: str) -> None:
     """Relative links name files that exist."""
     path = REPOSITORY / page

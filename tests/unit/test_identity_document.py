@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.identities import (
 )
 from tests.provider import Provider, running_provider
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PROVIDER = Provider(url="https://id.example.com")
 
 
@@ -222,3 +224,10 @@ def test_while_postgres_is_away_nobody_unknown_is_let_in(tmp_path: Path) -> None
 
     assert isinstance(answer, Denial)
     assert 503 == answer.refusal.status
+
+
+def test_the_document_of_the_manual_is_a_good_one() -> None:
+    """As it stands in docs/identity.md."""
+    [shown] = re.findall(r"^```yaml\n(.*?)^```", (REPOSITORY / "docs/identity.md").read_text(), re.DOTALL | re.MULTILINE)
+
+    assert 3 == len(parse(yaml.safe_load(shown)).issuers)

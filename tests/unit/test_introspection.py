@@ -166,7 +166,7 @@ def test_made_up_tokens_do_not_push_out_good_ones() -> None:
 
 
 @pytest.mark.parametrize(("claims", "is_let_in"), [({"iss": "a"}, True), ({"iss": "b"}, False), ({}, False)])
-def test_an_answer_for_another_issuer_is_a_no(claims: dict[str, str], is_let_in: bool) -> None:  # noqa: FBT001
+def test_an_answer_for_another_issuer_is_a_no(claims: dict[str, str], is_let_in: bool) -> None:
     """Where the document names one."""
     asked = made(Endpoint({**ACTIVE, **claims}), issuer="a")
 

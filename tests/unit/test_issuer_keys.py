@@ -124,7 +124,7 @@ def test_two_keys_of_one_id_are_no_key() -> None:
 def test_a_short_rsa_key_is_refused() -> None:
     """Below 2,048 bits."""
     with pytest.raises(Unusable):
-        read_key(public_jwk(rsa.generate_private_key(65537, 1024), "weak", "RS256"), ALGORITHMS)
+        read_key(public_jwk(rsa.generate_private_key(65537, 1024), "weak", "RS256"), ALGORITHMS)  # noqa: S505 - it is to be refused
 
 
 def test_a_set_has_a_bounded_number_of_keys() -> None:
