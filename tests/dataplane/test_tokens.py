@@ -233,7 +233,7 @@ def test_a_service_account_signs_in_and_is_out_when_it_is_suspended(trusting: Tr
     account = installation.control("POST", f"/v1/tenants/{TENANT}/service-accounts", json={"name": "batch"}).json()
     signed_in = httpx.post(
         f"http://127.0.0.1:{installation.control_port}/oauth2/token", data={"grant_type": "client_credentials"},
-        auth=(account["client_id"], account["client_secret"]),
+        auth=(account["service_account_id"], account["client_secret"]),
     )  # fmt: skip
     token = signed_in.json()["access_token"]
 
