@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`POST /v1/explain`: would this request be let through, and which rule says so?"""
+"""Answer `POST /v1/explain`: would this request be let through, and which rule says so."""
 
 from __future__ import annotations
 

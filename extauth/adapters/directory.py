@@ -84,6 +84,7 @@ class Directory:
 
     def changed(self, channel: str, payload: str) -> None:
         """Hear of a change; without a payload, of any number of changes."""
+        del channel
         with self._lock:
             if payload:
                 self._remembered.mark(payload, self._clock())
@@ -91,7 +92,7 @@ class Directory:
                 self._remembered.expire_all(self._clock())
 
     def _find(
-        self, name: str, query: LiteralString, arguments: tuple[str, ...], read: Callable[[tuple, datetime], tuple[Value, str]]
+        self, name: str, query: LiteralString, arguments: tuple[str, ...], read: Callable[[tuple[Any, ...], datetime], tuple[Value, str]]
     ) -> Value | None:
         now = self._clock()
         with self._lock:
@@ -115,7 +116,7 @@ class Directory:
         return value
 
 
-def read_key(row: tuple, asked_at: datetime) -> tuple[KeyState, str]:
+def read_key(row: tuple[Any, ...], asked_at: datetime) -> tuple[KeyState, str]:
     """A row of `KEY_BY_ID`, and the tenant with which it changes."""
     (
         key_id, tenant_id, project_id, key_hash, pepper_version, models, denied_models, scopes,
@@ -140,7 +141,7 @@ def read_key(row: tuple, asked_at: datetime) -> tuple[KeyState, str]:
     return KeyState(identity=identity, key_hash=bytes(key_hash), pepper_version=pepper_version), tenant_id
 
 
-def read_account(row: tuple, _asked_at: datetime) -> tuple[AccountState, str]:
+def read_account(row: tuple[Any, ...], _asked_at: datetime) -> tuple[AccountState, str]:
     """A row of `ACCOUNT_BY_ID`, and the tenant with which it changes."""
     tenant_id, project_id, is_active, scopes, models, denied_models, *standing = row
     state = AccountState(

@@ -236,7 +236,7 @@ def load(path: Path) -> IdentityDocument:
     if len(data) > BYTES_MAX:
         raise Invalid(f"{path}: larger than {BYTES_MAX} bytes.")
     try:
-        return parse(yaml.load(data.decode("utf-8"), _Loader))
+        return parse(yaml.load(data.decode("utf-8"), _Loader))  # noqa: S506 - a SafeLoader
     except Invalid as exc:
         raise Invalid(f"{path}: {exc.message}", mend=exc.mend) from exc
     except (UnicodeDecodeError, RecursionError) as exc:

@@ -64,16 +64,16 @@ def test_unknown_ids_ask_at_most_once_per_half_minute() -> None:
     source.keys.refresh()
 
     assert source.keys.find("a") is None
-    assert source.keys._asked.is_set()  # noqa: SLF001
-    source.keys._asked.clear()  # noqa: SLF001
+    assert source.keys._asked.is_set()
+    source.keys._asked.clear()
     source.now += UNKNOWN_KEY_REFRESH_SECONDS - 1
     assert source.keys.find("b") is None
-    assert not source.keys._asked.is_set()  # noqa: SLF001
+    assert not source.keys._asked.is_set()
     source.now += 1
     assert source.keys.find("a") is None
-    assert not source.keys._asked.is_set()  # noqa: SLF001
+    assert not source.keys._asked.is_set()
     assert source.keys.find("b") is None
-    assert source.keys._asked.is_set()  # noqa: SLF001
+    assert source.keys._asked.is_set()
 
 
 def test_two_keys_with_one_id_are_neither() -> None:
