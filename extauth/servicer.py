@@ -88,7 +88,7 @@ class Servicer:
         )
         rules = self._rules()
         decided = decision.decide(ask, credential, identity, rules)
-        if isinstance(decided, Identity):
+        if isinstance(decided, Identity) and not isinstance(credential, Denial):
             self._identities.admitted(credential, decided, ask.now)
             # Only keys: what a token says ends by its issuer's word, and a certificate is not in the lane's memory.
             if isinstance(credential, ParsedKey) and not principal:

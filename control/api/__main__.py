@@ -71,6 +71,7 @@ def main() -> None:
         clock=utc_now,
         bootstrap_token_path=secrets_directory / BOOTSTRAP_TOKEN_NAME,
         scanning_keys_path=settings.secret_scanning_keys,
+        identity_path=settings.home / contract.IDENTITY_PATH,
     )
     services.issuer.keys.all(now=utc_now())  # makes the first key, or refuses one that others can read
     if not _open_bootstrap(services):

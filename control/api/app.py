@@ -17,6 +17,7 @@ from chassis.errors import PeajeError
 from control.api import (
     audit,
     bootstrap,
+    explain_decision,
     keys,
     limits,
     oauth,
@@ -39,7 +40,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap,
+    secret_scanning, bootstrap, explain_decision,
 )
 
 

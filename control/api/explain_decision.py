@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`POST /v1/explain`: would this request be let through, and which rule says so?"""
+"""Answer `POST /v1/explain`: would this request be let through, and which rule says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 from fastapi import FastAPI
-from psycopg_pool import ConnectionPool
+from psycopg.rows import tuple_row
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from chassis import contract
-from chassis.models import ModelCatalogue
-from extauth.adapters import document
-from extauth.adapters.directory import Directory
-from extauth.adapters.explain import Question, explain, path_of
+from control.act import Act
+from control.api.access import CurrentAct, needs
+from control.api.services import Services
+from control.core.roles import Permission
+from control.store import Store
+from extauth.adapters import directory, document
+from extauth.adapters import explain as explaining
 from extauth.core.decision import Rules
-from extauth.core.identity import Ask
+from extauth.core.identity import AccountState, Ask, KeyState, Standing
 
 
-class ExplainRequest(BaseModel):
+class Question(BaseModel):
     """A request that is not sent; name one of `key_id`, `service_account_id`, `tenant`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -39,37 +38,47 @@ class ExplainRequest(BaseModel):
     time: AwareDatetime | None = Field(default=None, description="When; now if left out.")
 
 
-def add_explain(
-    app: FastAPI,
-    pool: ConnectionPool,
-    *,
-    home: Path,
-    catalogue: Callable[[], ModelCatalogue],
-    clock: Callable[[], datetime],
-) -> None:
-    """
-    Add the route; *pool* reads keys as extauth does, *home* has the identity document.
+def add(app: FastAPI, services: Services) -> None:
+    """Add the route to *app*. It asks as the operator may see: another tenant's key does not exist."""
 
-    It answers for every tenant: whoever adds it puts it behind the right of a platform-admin.
-    """
+    @app.post("/v1/explain", **needs(Permission.REQUESTS_READ))
+    def explain_decision(body: Question, act: CurrentAct) -> dict[str, Any]:
+        path = services.identity_path
+        policies = document.load(path).policies if path is not None and path.exists() else ()
+        ask = Ask(
+            dialect=body.dialect, model=body.model, path=explaining.path_of(body.dialect), host=body.host,
+            address=body.address, now=body.time or act.now,
+        )  # fmt: skip
+        question = explaining.Question(
+            ask=ask, key_id=body.key_id, account_id=body.service_account_id, tenant_id=body.tenant,
+            project_id=body.project, scopes=body.scopes, models=body.models,
+        )  # fmt: skip
+        rules = Rules(served=services.catalogue().served, policies=policies)
+        return explaining.explain(question, StoredIdentities(services.store, act), rules)
 
-    @app.post("/v1/explain")
-    def explain_decision(body: ExplainRequest) -> dict[str, Any]:
-        return answer(body, pool, home=home, catalogue=catalogue(), clock=clock)
 
+class StoredIdentities:
+    """extauth's own queries, run within the tenants of an act; nothing is remembered."""
 
-def answer(
-    body: ExplainRequest, pool: ConnectionPool, *, home: Path, catalogue: ModelCatalogue, clock: Callable[[], datetime]
-) -> dict[str, Any]:
-    """Explain *body* against what Postgres and the identity document say now; nothing is remembered."""
-    path = home / contract.IDENTITY_PATH
-    policies = document.load(path).policies if path.exists() else ()
-    ask = Ask(
-        dialect=body.dialect, model=body.model, path=path_of(body.dialect), host=body.host, address=body.address,
-        now=body.time or clock(),
-    )  # fmt: skip
-    question = Question(
-        ask=ask, key_id=body.key_id, account_id=body.service_account_id, tenant_id=body.tenant,
-        project_id=body.project, scopes=body.scopes, models=body.models,
-    )  # fmt: skip
-    return explain(question, Directory(pool, clock=clock), Rules(served=catalogue.served, policies=policies))
+    def __init__(self, store: Store, act: Act) -> None:
+        self._store = store
+        self._act = act
+
+    def find(self, key_id: str) -> KeyState | None:
+        """The state of a key."""
+        row = self._row(directory.KEY_BY_ID, (key_id,))
+        return None if row is None else directory.read_key(row, self._act.now)[0]
+
+    def find_account(self, account_id: str) -> AccountState | None:
+        """The state of a service account."""
+        row = self._row(directory.ACCOUNT_BY_ID, (account_id,))
+        return None if row is None else directory.read_account(row, self._act.now)[0]
+
+    def find_project(self, tenant_id: str, project_id: str) -> Standing | None:
+        """The standing of a project."""
+        row = self._row(directory.PROJECT_BY_ID, (tenant_id, project_id))
+        return None if row is None else directory.read_standing(*row)
+
+    def _row(self, query: LiteralString, arguments: tuple[str, ...]) -> tuple[Any, ...] | None:
+        with self._store.transaction(self._act.scope) as connection:
+            return connection.cursor(row_factory=tuple_row).execute(query, arguments).fetchone()

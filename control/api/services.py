@@ -27,3 +27,5 @@ class Services:
     bootstrap_token_path: Path
     #: A secret-scanning partner's public keys; None: no partner.
     scanning_keys_path: Path | None
+    #: The identity document, whose policies explanations ask; None: there is none.
+    identity_path: Path | None = None

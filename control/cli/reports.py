@@ -27,6 +27,25 @@ def register(app: typer.Typer) -> None:
         show(answer if as_json else {"usage": answer["usage"]}, as_json=as_json)
 
     @app.command("explain")
-    def explain_request(request_id: str, as_json: Json = False) -> None:
-        """Say what became of a request (its id is in the x-request-id response header)."""
-        show(call("GET", at("/v1/requests/{}", request_id)), as_json=as_json)
+    def explain(
+        request_id: Annotated[str | None, typer.Argument(help="What became of this request.", show_default=False)] = None,
+        key_id: Annotated[str | None, typer.Option("--key-id", help="Or: would this key be let through?")] = None,
+        service_account: Annotated[str | None, typer.Option("--service-account", help="Or this service account?")] = None,
+        tenant: Annotated[str | None, typer.Option("--tenant", help="Or anybody of this tenant?")] = None,
+        project: Annotated[str | None, typer.Option("--project", help="With --tenant.")] = None,
+        model: Annotated[str | None, typer.Option("--model")] = None,
+        dialect: Annotated[str | None, typer.Option("--dialect", help="openai.chat if left out.")] = None,
+        address: Annotated[str | None, typer.Option("--address", help="Where it would come from.")] = None,
+        time: Annotated[str | None, typer.Option("--time", help="When, with its zone; now if left out.")] = None,
+        as_json: Json = False,
+    ) -> None:
+        """Say what became of a request (its id is in the x-request-id header), or whether one would be let through."""
+        if request_id is not None:
+            show(call("GET", at("/v1/requests/{}", request_id)), as_json=as_json)
+            return
+        asked = {
+            "key_id": key_id, "service_account_id": service_account, "tenant": tenant, "project": project,
+            "model": model, "dialect": dialect, "address": address, "time": time,
+        }  # fmt: skip
+        body = {name: value for name, value in asked.items() if value is not None}
+        show(call("POST", "/v1/explain", body=body), as_json=as_json)

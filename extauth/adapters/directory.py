@@ -22,7 +22,7 @@ from extauth.core.cache import Remembered
 from extauth.core.identity import AccountState, Identity, KeyState, Standing
 from extauth.core.patterns import Patterns
 
-_KEY_BY_ID: Final = """
+KEY_BY_ID: Final = """
 select k.key_id, k.tenant_id, k.project_id, k.key_hash, k.pepper_version, k.models, k.denied_models, k.scopes,
        k.allowed_cidrs, k.state = 'active', coalesce(a.state, 'active') = 'active', k.expires_at, k.revoked_at,
        k.rotated_to is not null, t.state = 'active', p.state = 'active', p.labels
@@ -32,7 +32,7 @@ join project p using (tenant_id, project_id)
 left join service_account a on a.service_account_id = k.service_account_id
 where k.key_id = %s
 """
-_ACCOUNT_BY_ID: Final = """
+ACCOUNT_BY_ID: Final = """
 select a.tenant_id, a.project_id, a.state = 'active', a.scopes, a.models, a.denied_models,
        t.state = 'active', p.state = 'active', p.labels
 from service_account a
@@ -40,7 +40,7 @@ join tenant t using (tenant_id)
 join project p using (tenant_id, project_id)
 where a.service_account_id = %s
 """
-_PROJECT_BY_ID: Final = """
+PROJECT_BY_ID: Final = """
 select t.state = 'active', p.state = 'active', p.labels
 from project p join tenant t using (tenant_id)
 where p.tenant_id = %s and p.project_id = %s
@@ -70,20 +70,21 @@ class Directory:
     def find(self, key_id: str) -> KeyState | None:
         """The state of a key, None if there is no such key; raises `Unavailable`."""
         # A key id, a tenant id and an account id never look alike, so one table holds all.
-        return self._find(key_id, _KEY_BY_ID, (key_id,), _key)
+        return self._find(key_id, KEY_BY_ID, (key_id,), read_key)
 
     def find_account(self, account_id: str) -> AccountState | None:
         """The state of a service account, None if there is no such account; raises `Unavailable`."""
-        return self._find(account_id, _ACCOUNT_BY_ID, (account_id,), _account)
+        return self._find(account_id, ACCOUNT_BY_ID, (account_id,), read_account)
 
     def find_project(self, tenant_id: str, project_id: str) -> Standing | None:
         """The standing of a project, None if there is no such project; raises `Unavailable`."""
         return self._find(
-            f"{tenant_id}/{project_id}", _PROJECT_BY_ID, (tenant_id, project_id), lambda row, _: (_standing(*row), tenant_id)
+            f"{tenant_id}/{project_id}", PROJECT_BY_ID, (tenant_id, project_id), lambda row, _: (read_standing(*row), tenant_id)
         )
 
     def changed(self, channel: str, payload: str) -> None:
         """Hear of a change; without a payload, of any number of changes."""
+        del channel
         with self._lock:
             if payload:
                 self._remembered.mark(payload, self._clock())
@@ -91,7 +92,7 @@ class Directory:
                 self._remembered.expire_all(self._clock())
 
     def _find(
-        self, name: str, query: LiteralString, arguments: tuple[str, ...], read: Callable[[tuple, datetime], tuple[Value, str]]
+        self, name: str, query: LiteralString, arguments: tuple[str, ...], read: Callable[[tuple[Any, ...], datetime], tuple[Value, str]]
     ) -> Value | None:
         now = self._clock()
         with self._lock:
@@ -115,7 +116,8 @@ class Directory:
         return value
 
 
-def _key(row: tuple, asked_at: datetime) -> tuple[KeyState, str]:
+def read_key(row: tuple[Any, ...], asked_at: datetime) -> tuple[KeyState, str]:
+    """A row of `KEY_BY_ID`, and the tenant with which it changes."""
     (
         key_id, tenant_id, project_id, key_hash, pepper_version, models, denied_models, scopes,
         networks, is_active, account_active, expires_at, revoked_at, is_rotated, *standing,
@@ -124,7 +126,7 @@ def _key(row: tuple, asked_at: datetime) -> tuple[KeyState, str]:
         tenant_id=tenant_id,
         project_id=project_id,
         key_id=key_id,
-        standing=_standing(*standing),
+        standing=read_standing(*standing),
         scopes=None if scopes is None else frozenset(scopes),
         models=None if models is None else Patterns.of(models),
         denied_models=Patterns.of(denied_models),
@@ -139,7 +141,8 @@ def _key(row: tuple, asked_at: datetime) -> tuple[KeyState, str]:
     return KeyState(identity=identity, key_hash=bytes(key_hash), pepper_version=pepper_version), tenant_id
 
 
-def _account(row: tuple, _asked_at: datetime) -> tuple[AccountState, str]:
+def read_account(row: tuple[Any, ...], _asked_at: datetime) -> tuple[AccountState, str]:
+    """A row of `ACCOUNT_BY_ID`, and the tenant with which it changes."""
     tenant_id, project_id, is_active, scopes, models, denied_models, *standing = row
     state = AccountState(
         tenant_id=tenant_id,
@@ -148,10 +151,11 @@ def _account(row: tuple, _asked_at: datetime) -> tuple[AccountState, str]:
         scopes=None if scopes is None else frozenset(scopes),
         models=None if models is None else Patterns.of(models),
         denied_models=Patterns.of(denied_models),
-        standing=_standing(*standing),
+        standing=read_standing(*standing),
     )
     return state, tenant_id
 
 
-def _standing(tenant_active: bool, project_active: bool, labels: dict[str, Any]) -> Standing:
+def read_standing(tenant_active: bool, project_active: bool, labels: dict[str, Any]) -> Standing:
+    """A row of `PROJECT_BY_ID`."""
     return Standing(tenant_active=tenant_active, project_active=project_active, labels=labels)

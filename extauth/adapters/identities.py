@@ -166,10 +166,11 @@ class Identities:
     def _key(self, parsed: keys.ParsedKey) -> Identity | Denial:
         state = self._directory.find(parsed.key_id)
         identity = prove_key(parsed, state, self._peppers)
-        if state is not None and state.pepper_version < self._newest_pepper and isinstance(identity, Identity):
-            if self._writes is not None:
-                new = keys.hash_key(self._peppers[self._newest_pepper], parsed.key)
-                self._writes.rehash(parsed.key_id, old=state.key_hash, new=new)
+        if isinstance(identity, Denial) or state is None or self._writes is None:
+            return identity
+        if state.pepper_version < self._newest_pepper:
+            new = keys.hash_key(self._peppers[self._newest_pepper], parsed.key)
+            self._writes.rehash(parsed.key_id, old=state.key_hash, new=new)
         return identity
 
     def _token(self, token: Token, now: datetime) -> Identity | Denial:
@@ -244,7 +245,7 @@ class Identities:
                 issuers[entry.name] = _Issuer(name=entry.name, places=entry.places, fence=entry.fence)
                 continue
             is_ours = isinstance(entry, documents.ServiceAccounts)
-            issuer = documents.service_accounts_issuer(entry, control_url=self._control_url) if is_ours else entry
+            issuer = self._spelled_out(entry)
             expected = issuer.expected
             if expected.issuer in trusted:
                 raise Invalid(f"iss {expected.issuer!r} is given twice.")
@@ -271,6 +272,11 @@ class Identities:
             policies=document.policies,
             sources=sources,
         )
+
+    def _spelled_out(self, entry: documents.JwtIssuer | documents.ServiceAccounts) -> documents.JwtIssuer:
+        if isinstance(entry, documents.JwtIssuer):
+            return entry
+        return documents.service_accounts_issuer(entry, control_url=self._control_url)
 
     def _introspection(self, entry: documents.IntrospectionIssuer) -> Introspection:
         secret = read_secret(self._home / entry.client_secret_file)

@@ -152,7 +152,7 @@ def read_subject(claims: Mapping[str, Any], places: ClaimMap, known_scopes: froz
     tenant = places.fixed_tenant if places.tenant is None else _at(claims, places.tenant)
     project = None if places.project is None else _at(claims, places.project)
     project = places.fixed_project if project is None else project
-    if not _is_slug(tenant) or not _is_slug(project):
+    if not isinstance(tenant, str) or not isinstance(project, str) or not _SLUG.fullmatch(tenant) or not _SLUG.fullmatch(project):
         raise Unusable("tenant_missing")
     scopes = _words(None if places.scopes is None else _at(claims, places.scopes))
     models = _words(None if places.models is None else _at(claims, places.models))
@@ -224,10 +224,6 @@ def _at(claims: Mapping[str, Any], path: Path) -> Any:
     for step in path:
         value = value.get(step) if isinstance(value, Mapping) else None
     return value
-
-
-def _is_slug(value: object) -> bool:
-    return isinstance(value, str) and _SLUG.fullmatch(value) is not None
 
 
 def _words(value: object) -> tuple[str, ...] | None:

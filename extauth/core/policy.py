@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -113,7 +112,7 @@ def _refuse_constants(name: str, program: cel.Program) -> None:
         raise Invalid(f"policy {name!r}: the expression is not true or false.")
 
 
-def _context(ask: Ask, identity: Identity) -> Mapping[str, Any]:
+def _context(ask: Ask, identity: Identity) -> dict[str, Any]:
     return {
         "model": ask.model or "",
         "path": ask.path,

@@ -93,7 +93,7 @@ def serving() -> Iterator[Issuer]:
     issuer = Issuer()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
+        def do_GET(self) -> None:
             issuer.paths.append(self.path)
             if self.path == "/jwks":
                 issuer.jwks_fetches += 1
@@ -101,7 +101,7 @@ def serving() -> Iterator[Issuer]:
             else:
                 self._answer(404, b"{}")
 
-        def do_POST(self) -> None:  # noqa: N802 - the library's name
+        def do_POST(self) -> None:
             form = parse_qs(self.rfile.read(int(self.headers["content-length"])).decode())
             issuer.introspected += 1
             expected = "Basic " + base64.b64encode(f"peaje:{CLIENT_SECRET}".encode()).decode()

@@ -121,7 +121,7 @@ def test_a_change_reaches_a_key_in_use_by_the_push_alone(
     """While other callers keep the service busy; what is remembered does not age here, so only the push can end it."""
     monkeypatch.setattr("extauth.core.cache.FRESH_FOR", timedelta(hours=1))
     service.clock.run()
-    service.identities._directory.watch(service.url)  # noqa: SLF001 - what the server does at start
+    service.identities._directory.watch(service.url)
     listening = (
         "select count(*) from pg_stat_activity where datname = current_database() "
         "and application_name = 'extauth-listen' and query ilike '%%service_account%%'"
@@ -226,8 +226,8 @@ def test_a_new_signing_key_costs_no_request_under_load(service: Service, issuer:
     service.clock.move(utc_now())
     assert 200 == service.check([("authorization", f"Bearer {issuer.token()}".encode())]).status
     # By its own rule the source asks at most every 30 s about unknown ids; other tests may just have.
-    source = service.identities._built.sources["idp"]  # noqa: SLF001
-    source._unknown_refresh_at = -1e9  # noqa: SLF001
+    source = service.identities._built.sources["idp"]
+    source._unknown_refresh_at = -1e9
     statuses: list[int] = []
 
     def caller(number: int) -> None:
@@ -272,7 +272,7 @@ def test_a_bad_key_set_keeps_the_last_good_one(service: Service, issuer: issuers
     assert 200 == service.check([("authorization", token)]).status
     issuer.jwks_status, issuer.jwks = status, body
     try:
-        assert not service.identities._built.sources["idp"].refresh()  # noqa: SLF001
+        assert not service.identities._built.sources["idp"].refresh()
         other = f"Bearer {issuer.token(sub='another')}".encode()
         assert 200 == service.check([("authorization", other)]).status
     finally:
@@ -285,7 +285,7 @@ def test_one_malformed_key_does_not_cost_the_others(service: Service, issuer: is
         b'{"keys": [', b'{"keys": [{"kty": "RSA", "kid": "bad", "alg": "RS256", "n": "!", "e": "AQAB"}, {"kty": "oct", "kid": "s", "k": "AAAA"}, '
     )
     try:
-        assert service.identities._built.sources["idp"].refresh()  # noqa: SLF001
+        assert service.identities._built.sources["idp"].refresh()
         assert 200 == service.check([("authorization", f"Bearer {issuer.token(sub='third')}".encode())]).status
     finally:
         issuer.jwks = None

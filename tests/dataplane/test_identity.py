@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from chassis.clock import utc_now
 from chassis.secrets import load_peppers
+from control.laptop.places import MARKER
 from tests.bad_inputs import issuer as issuers
 from tests.bad_inputs import world as worlds
 from tests.bad_inputs.tokens import TOKENS
@@ -74,6 +75,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     """One installation for all."""
     home = tmp_path_factory.mktemp("door")
     (tls_port,) = free_ports(1)
+    (home / MARKER).touch()  # files are laid into it before the first start
     certificates = home / "tls"
     certificates.mkdir()
     make_certificates(certificates)
@@ -85,6 +87,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         with installation.database() as connection:
             worlds.store(world, connection, utc_now())
         document = issuers.document(issuer) | {
+            "issuers": [{"name": "control", "kind": "service_accounts"}, *issuers.document(issuer)["issuers"]],
             "policies": worlds.POLICIES,
             "certificates": [{"name": "batch", "san": SPIFFE, "tenant": "acme"}],
         }
@@ -184,6 +187,30 @@ def test_headers_that_claim_something_change_nothing(door: Door, headers: list[t
     good = ("authorization", f"Bearer {door.world.texts['good']}".encode())
 
     assert status == door.send([good, *headers])[0]
+
+
+def test_a_service_accounts_token_lets_in_until_it_is_suspended(door: Door) -> None:
+    """The control API is an issuer that every installation trusts; suspension ends what is already issued."""
+    control = f"http://127.0.0.1:{door.installation.control_port}"
+    tenant = door.installation.new_tenant("robots")
+    account = door.installation.control(
+        "POST", f"/v1/tenants/{tenant.tenant_id}/service-accounts", json={"name": "robot"}
+    ).json()
+    answer = httpx.post(
+        f"{control}/oauth2/token", data={"grant_type": "client_credentials"},
+        auth=(account["client_id"], account["client_secret"]),
+    )  # fmt: skip
+    bearer = [("authorization", f"Bearer {answer.json()['access_token']}".encode())]
+    assert (200, None) == door.send(bearer)
+
+    door.installation.control(
+        "PATCH", f"/v1/service-accounts/{account['service_account_id']}", json={"state": "suspended"}
+    )
+
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while (found := door.send(bearer)) == (200, None) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (403, "service_account_suspended") == found
 
 
 def test_an_address_that_is_claimed_opens_nothing(door: Door) -> None:

@@ -34,6 +34,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("PATCH", "/v1/service-accounts/{service_account_id}"): {"state": "suspended"},
     ("POST", "/v1/service-accounts/{service_account_id}/rotate"): {"overlap": "1h"},
     ("POST", "/v1/operators"): {"name": "another", "role": "developer"},
+    ("POST", "/v1/explain"): {"tenant": "acme"},
     ("PUT", "/v1/tenants/{tenant}/limits"): {"requests_per_minute": 1},
     ("POST", "/v1/signing-keys/rotate"): {},
 }

@@ -4,43 +4,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
-from chassis.clock import utc_now
-from chassis.stores.postgres import read_pool
-from control.api.explain_decision import add_explain
 from tests.bad_inputs import world as worlds
-from tests.bad_inputs.service import CATALOGUE
+from tests.integration.control_plane import ControlPlane, sign_in_first, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explaining:
+    """A control API beside the rows' keys."""
+
+    control: ControlPlane
+    world: worlds.World
+
+    def ask(self, name: str | None, *, token: str | None = None, **fields: Any) -> Any:
+        """Ask about a key by the rows' name for it."""
+        named = {} if name is None else {"key_id": self.world.rows[name]["key_id"]}
+        return self.control.ask("POST", "/v1/explain", token, json={"model": "tiny", **named, **fields})
 
 
 @pytest.fixture
-def ask(postgres_url: str, tmp_path: Path) -> Iterator[Any]:
-    """Ask about a key by the rows' name for it; the whole answer."""
-    now = utc_now()
-    world = worlds.build({1: b"p" * 32}, now)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        worlds.store(world, connection, now)
+def explaining(postgres_url: str, tmp_path: Path) -> Explaining:
+    """The whole control API, with policies."""
+    control = start(postgres_url, tmp_path)
     (tmp_path / "identity.yaml").write_text(json.dumps({"policies": worlds.POLICIES}))
-    pool = read_pool(postgres_url, name="control", connections=2)
-    app = FastAPI()
-    add_explain(app, pool, home=tmp_path, catalogue=lambda: CATALOGUE, clock=utc_now)
-    client = TestClient(app)
-
-    def call(name: str | None, **fields: Any) -> dict[str, Any]:
-        named = {} if name is None else {"key_id": world.rows[name]["key_id"]}
-        answer = client.post("/v1/explain", json={"model": "tiny", **named, **fields})
-        assert 200 == answer.status_code, answer.text
-        return answer.json()
-
-    yield call
-    pool.close()
+    object.__setattr__(control.services, "identity_path", tmp_path / "identity.yaml")
+    sign_in_first(control)
+    world = worlds.build({1: b"p" * 32}, control.clock())
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        worlds.store(world, connection, control.clock())
+    return Explaining(control=control, world=world)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +59,27 @@ def ask(postgres_url: str, tmp_path: Path) -> Iterator[Any]:
         (None, {"service_account_id": "sa_0123456789AB"}, "service_account_active", "service_account_suspended"),
     ],
 )
-def test_the_rule_that_decides_is_named(ask: Any, name: str | None, fields: dict[str, Any], rule: str | None, code: str | None) -> None:
+def test_the_rule_that_decides_is_named(
+    explaining: Explaining, name: str | None, fields: dict[str, Any], rule: str | None, code: str | None
+) -> None:
     """The same rule and code with which the request itself would be refused."""
-    answer = ask(name, **fields)
+    answer = explaining.ask(name, **fields).json()
 
     assert (rule is None, rule, code) == (answer["allowed"], answer["rule"], answer["code"])
     assert (rule or "let through") in answer["explanation"]
     refused = [step["rule"] for step in answer["steps"] if not step["passes"]]
     assert ([rule] if rule else []) == refused[:1]
+
+
+def test_another_tenants_key_does_not_exist(explaining: Explaining) -> None:
+    """Row-level security is under the explanation too."""
+    ours, theirs = explaining.control.operator("tenant-admin", "acme"), explaining.control.operator("tenant-admin", "other")
+
+    assert [200, 404] == [explaining.ask("good", token=token).status_code for token in (ours, theirs)]
+    assert 404 == explaining.ask(None, token=theirs, tenant="acme").status_code
+
+
+@pytest.mark.parametrize("body", [{}, {"key_id": "0123456789AB", "tenant": "acme"}, {"tenant": "acme", "dialect": "x"}, {"tenant": "acme", "nosuch": 1}])
+def test_a_question_that_is_none_is_refused(explaining: Explaining, body: dict[str, Any]) -> None:
+    """Exactly one caller, a known dialect, no unknown field."""
+    assert 400 == explaining.control.ask("POST", "/v1/explain", json=body).status_code

@@ -61,6 +61,27 @@ def test_the_projects_own_configuration_gives_no_finding(tmp_path: Path) -> None
     assert [] == found
 
 
+@pytest.mark.parametrize(
+    ("instead_of", "write", "expected"),
+    [
+        ("trusted_ca: {filename: tls/clients.pem}", "trusted_ca: {filename: tls/clients.pem}", []),
+        ("trusted_ca: {filename: tls/clients.pem}", "only_verify_leaf_cert_crl: true", ["no trusted_ca: certificates are not verified."]),
+        (
+            "trusted_ca: {filename", "trust_chain_verification: ACCEPT_UNTRUSTED\n        trusted_ca: {filename",
+            ["certificates of anybody are accepted, and their names would become identities."],
+        ),
+    ],
+)  # fmt: skip
+def test_a_second_door_must_verify_whom_it_believes(tmp_path: Path, instead_of: str, write: str, expected: list[str]) -> None:
+    """The example is sound, and each way to believe a certificate unverified is found."""
+    example = (_REPOSITORY / "envoy/tls.example.yaml").read_text()
+    assert 1 == example.count(instead_of)
+    path = tmp_path / "tls.yaml"
+    path.write_text(example.replace(instead_of, write))
+
+    assert expected == [finding.what for finding in lint_file(path)]
+
+
 def test_there_are_mistakes_to_find() -> None:
     """A test over no file would hold for ever."""
     assert len(_MISTAKES) >= 40
