@@ -130,10 +130,12 @@ class KeySource:
             found = keys.get(key_id)
             if found is not None or not self._is_started or not self._is_fetched_for(key_id):
                 return found
+            is_asked_late = self._is_fetching and self._rounds + 1 == self._wanted_round
             if not self._wait_until(self._wanted_round):
                 raise LookupError("the key set is being fetched")
             found = (self._current() or {}).get(key_id)
-            if found is None:
+            # A fetch that others had caused already may have missed the key by an instant.
+            if found is None and not is_asked_late:
                 self._remember_unknown(key_id)
             return found
 
@@ -261,7 +263,7 @@ def read_key(entry: object, algorithms: tuple[str, ...]) -> tuple[str, PyJWK]:
     except (PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as exc:
         raise Unusable("malformed_key") from exc
     if isinstance(key.key, rsa.RSAPublicKey) and not RSA_BITS_MIN <= key.key.key_size <= RSA_BITS_MAX:
-        raise Unusable("rsa_length")
+        raise Unusable("rsa_too_short" if key.key.key_size < RSA_BITS_MIN else "rsa_too_long")
     return kid, key
 
 

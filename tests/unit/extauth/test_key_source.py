@@ -12,7 +12,6 @@ from extauth.adapters.jwks import (
     DOCUMENT_BYTES_MAX,
     KEYS_MAX,
     STALE_SECONDS,
-    UNKNOWN_KEY_REFRESH_SECONDS,
     KeySource,
     read_key,
     strict_object_of_keys,
@@ -56,24 +55,6 @@ def test_a_set_that_cannot_be_renewed_is_used_for_a_day() -> None:
     source.now += 1
     with pytest.raises(LookupError):
         source.keys.find("one")
-
-
-def test_unknown_ids_ask_at_most_once_per_half_minute() -> None:
-    """The first one wakes the source; those after it do not, until the time is over, and the same one never again."""
-    source = Source()
-    source.keys.refresh()
-
-    assert source.keys.find("a") is None
-    assert source.keys._asked.is_set()
-    source.keys._asked.clear()
-    source.now += UNKNOWN_KEY_REFRESH_SECONDS - 1
-    assert source.keys.find("b") is None
-    assert not source.keys._asked.is_set()
-    source.now += 1
-    assert source.keys.find("a") is None
-    assert not source.keys._asked.is_set()
-    assert source.keys.find("b") is None
-    assert source.keys._asked.is_set()
 
 
 def test_two_keys_with_one_id_are_neither() -> None:
