@@ -191,6 +191,8 @@ SOCKETS: Final = {
     CLUSTER_METERING: "run/metering.sock",
 }
 JOURNAL_PATH: Final = "journal/journal.jsonl"
+#: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
+JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"
 
 # --- Dialects: path → how the request and the answer are read -----------------------------------

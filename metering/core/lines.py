@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Read whole lines of the journal into entries, and name what is no entry.
+
+Nothing is skipped in silence: each run of bytes that is no record becomes a `Defect` with its
+place and digest, and the rest goes on. Must not know files, Postgres or the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from metering.core.journal import Entry, Malformed, parse
+
+#: Records that may be looked for behind a torn one in the same line; each look reads the line again.
+_SALVAGE_TRIES_MAX = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defect:
+    """Bytes of a journal that are no record. Their content is kept nowhere, only its digest."""
+
+    #: Of the first byte, from the start of the file.
+    offset: int
+    byte_count: int
+    #: SHA-256 of the bytes; empty when they are not there to be digested.
+    digest: str
+    reason: str
+
+
+def defect(data: bytes, *, offset: int, reason: str) -> Defect:
+    """Describe *data*, found at *offset*."""
+    return Defect(offset=offset, byte_count=len(data), digest=hashlib.sha256(data).hexdigest(), reason=reason)
+
+
+def read(data: bytes, *, offset: int) -> tuple[list[Entry], list[Defect]]:
+    """
+    Entries and defects of *data*, which are whole lines that begin at *offset* of their file.
+
+    A writer that died within a record leaves a piece without a line end, and the next writer's
+    record follows in the same line: the piece is a defect, the record counts.
+
+    >>> entries, [found] = read(b'{"type":"Sta\\n\\n', offset=100)
+    >>> entries, found.offset, found.byte_count
+    ([], 100, 12)
+    """
+    entries: list[Entry] = []
+    defects: list[Defect] = []
+    for line in data.split(b"\n"):
+        if line:
+            try:
+                entries.append(parse(line))
+            except Malformed as exc:
+                entry, torn = _salvage(line)
+                defects.append(defect(line[:torn], offset=offset, reason=str(exc)))
+                if entry is not None:
+                    entries.append(entry)
+        offset += len(line) + 1
+    return entries, defects
+
+
+def _salvage(line: bytes) -> tuple[Entry | None, int]:
+    """The record at the end of a malformed line, and how many bytes before it are none."""
+    start = line.find(b"{", 1)
+    for _ in range(_SALVAGE_TRIES_MAX):
+        if start < 0:
+            break
+        try:
+            return parse(line[start:]), start
+        except Malformed:
+            start = line.find(b"{", start + 1)
+    return None, len(line)
