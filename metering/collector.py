@@ -9,6 +9,7 @@ changes nothing. One batch is in memory at a time; whatever is not read yet wait
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -45,6 +46,7 @@ _REOPEN_TIMEOUT_SECONDS = 2.0
 #: What one record can be to blame for. Any other refusal (a right, a missing table) concerns all of
 #: them and is waited out.
 _POISON = (psycopg.DataError, psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation)
+_GARBAGE_THRESHOLD = 100_000
 #: Seconds between looks, by a steady clock.
 _UPKEEP_EVERY = 3600.0
 _FILES_EVERY = 5.0
@@ -222,6 +224,8 @@ def reopen_journal(admin_port: int) -> bool:
 def main() -> None:
     """Collect until SIGTERM; on the way out, read what is left."""
     configure("collector")
+    # A batch is tens of thousands of small dicts without a cycle; looking for one costs a seventh of the work.
+    gc.set_threshold(_GARBAGE_THRESHOLD)
     stores, settings = StoreSettings(), Settings()
     live = stores.home / contract.JOURNAL_PATH
     disk = Disk(directory=live.parent, closed_mark=stores.home / contract.JOURNAL_CLOSED_PATH, when_full=settings.when_full)

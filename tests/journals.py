@@ -17,11 +17,8 @@ import psycopg
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
 from metering.adapters.rotation import Rotation
-from metering.adapters.tail import Piece, next_piece
 from metering.collector import Collector, Settings
 from metering.core.watermark import WhenFull
-
-__all__ = ["Piece", "next_piece"]
 
 #: Any moment that is none of the day's the test runs on.
 NOON = datetime(2026, 11, 12, 12, 0, tzinfo=UTC)

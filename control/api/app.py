@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from chassis.errors import Conflict, Invalid, NotFound, PeajeError, Unavailable
 from chassis.models import ModelCatalogue
 from control import explain, keys, limits, tenants, usage
+from control.api import invoices, ledger, prices
 from control.durations import duration
 from control.store import Store
 
@@ -102,6 +103,8 @@ def build(
     _add_keys(app, store, maker, clock)
     _add_limits(app, store, catalogue, clock)
     _add_reports(app, store, clock)
+    for routes in (prices.router(store, catalogue=catalogue, clock=clock), invoices.router(store, clock=clock), ledger.router(store)):
+        app.include_router(routes)
     return app
 
 

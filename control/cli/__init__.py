@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from chassis.errors import Invalid, PeajeError
+from control.cli import invoices, journal, ledger, prices
 from control.cli.client import call
 from control.cli.show import show
 from control.laptop import commands as laptop
@@ -27,6 +28,9 @@ limits_app = typer.Typer(no_args_is_help=True, help="How much they may use.")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")
+for noun, sub_app in (("prices", prices.app), ("ledger", ledger.app), ("journal", journal.app)):
+    app.add_typer(sub_app, name=noun)
+invoices.register(app)
 laptop.register(app)
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON, with the field names of the API.")]

@@ -28,6 +28,7 @@ from metering.core.rating import RateCard, RateCards, amount_nano
 REFUSALS_PER_BATCH_MAX: Final = 200
 #: Open exchanges that are closed in one transaction.
 _ORPHANS_PER_STEP_MAX: Final = 1000
+_TAKEOVER_TIMEOUT: Final = "2s"
 #: Shared by every transaction that charges; whoever changes prices or closes a period takes it alone,
 #: so that a change is in no transaction's past and future at once.
 CHARGING_LOCK: Final = 0x7065616A_65000003
@@ -129,15 +130,18 @@ class Ledger:
         )
         set_json_dumps(orjson.dumps, self._connection)
         self._connection.execute("set synchronous_commit = on")
-        # Two collectors on one journal would fight over its place.
-        locked = self._connection.execute(
-            "select pg_try_advisory_lock(hashtextextended('peaje-journal:' || %s, 0))", (journal,)
-        ).fetchone()
-        if not locked or not locked[0]:
-            self._connection.close()
-            raise psycopg.OperationalError("another collector reads this journal")
+        self._take_journal()
         self._connection.execute(_PREPARE)
         self._connection.commit()
+
+    def _take_journal(self) -> None:
+        # Two collectors on one journal would fight over its place. One that has just died may hold it a moment longer.
+        try:
+            self._connection.execute("select set_config('lock_timeout', %s, true)", (_TAKEOVER_TIMEOUT,))
+            self._connection.execute("select pg_advisory_lock(hashtextextended('peaje-journal:' || %s, 0))", (self._journal,))
+        except psycopg.errors.LockNotAvailable as exc:
+            self._connection.close()
+            raise psycopg.OperationalError("another collector reads this journal") from exc
 
     @property
     def connection(self) -> psycopg.Connection[Any]:

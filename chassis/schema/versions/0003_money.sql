@@ -55,7 +55,8 @@ create table rate_card (
 -- A price that was charged never changes; only the end of its time may still be set.
 create function refuse_price_change() returns trigger language plpgsql as $$
 begin
-    if tg_op = 'DELETE' or to_jsonb(new) - 'effective' <> to_jsonb(old) - 'effective'
+    -- A generated column is not there yet before the row is written.
+    if tg_op = 'DELETE' or to_jsonb(new) - 'effective' - 'scope' <> to_jsonb(old) - 'effective' - 'scope'
         or lower(new.effective) <> lower(old.effective) then
         raise exception 'rate_card is append-only';
     end if;
