@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,13 +29,17 @@ def verify_journal(file: File = None, as_json: Json = False) -> None:
     from metering.replay import examine
 
     found = examine(_live(file))
-    document = asdict(found) | {
-        "defects": [{"file": name, "offset": offset, "reason": reason} for name, offset, reason in found.defects],
+    document: dict[str, Any] = {
         "ok": not found.defects,
+        "files": found.files if as_json else ", ".join(found.files),
+        "byte_count": found.byte_count,
+        "records": dict(found.records),
+        "unfinished": found.unfinished,
+        "defects": [{"file": name, "offset": offset, "reason": reason} for name, offset, reason in found.defects],
     }
     if not as_json:
-        document["defects"] = "; ".join(f"{d[0]} at {d[1]}: {d[2]}" for d in found.defects) or None
-        document["files"] = ", ".join(found.files)
+        document["defects"] = "; ".join(f"{name} at {offset}: {reason}" for name, offset, reason in found.defects) or None
+        document["unfinished"] = found.unfinished or None
     show(document, as_json=as_json)
     raise typer.Exit(1 if found.defects else 0)
 
