@@ -166,11 +166,11 @@ def _forward(path: str, dialect: str, model: Model) -> route.Route:
         path=[matcher.MetadataMatcherPathSegment(key=contract.REQ_MODEL)],
         value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=model.name)),
     )
-    facts = {contract.ROUTE_RUNNING_USAGE: supports_continuous_usage(model.engine)}
+    facts = protobuf.Struct.from_dict({contract.ROUTE_RUNNING_USAGE: supports_continuous_usage(model.engine)})
     return route.Route(
         name=dialect,
         match=route.RouteMatch(path=path, dynamic_metadata=[chosen]),
-        metadata=core.Metadata(filter_metadata={contract.ROUTE_NAMESPACE: protobuf.Struct.from_dict(facts)}),
+        metadata=core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, facts)),
         route=route.RouteAction(
             cluster=cluster_name(model.name),
             timeout=ANSWER_TIMEOUT,

@@ -83,7 +83,9 @@ class Servicer:
         tokens = tokens_to_reserve(ask)
         wanted = counters(self._limits.current.match(ask), ask, tokens=tokens)
         if not wanted:
-            return _admitted({}, reserved=0)
+            response = _admitted({}, reserved=0)
+            response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
+            return response
         outcome = self._take(ask, wanted)
         if outcome is None:
             return _admitted({}, reserved=0)
