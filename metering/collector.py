@@ -31,10 +31,11 @@ from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
+from metering.adapters.reading import read
 from metering.adapters.rotation import Rotation
 from metering.adapters.tail import Alarm, Piece, Place, next_piece, torn_tail, vanished
 from metering.core import lines
-from metering.core.fold import Batch, fold
+from metering.core.fold import Batch
 from metering.core.watermark import Level, WhenFull
 
 log = structlog.get_logger()
@@ -200,17 +201,6 @@ class Collector:
         with self.ledger.connection.transaction():
             ensure_partitions(self.ledger.connection, now.date())
         self.ledger.forget_refusals(now - _REFUSALS_KEPT)
-
-
-def read(piece: Piece) -> Batch:
-    """What the ledger must change for *piece*."""
-    if piece.endless:
-        found = lines.defect(piece.data, offset=piece.start, reason="no line end in more than a line's length")
-        return Batch(defects=[found])
-    entries, defects = lines.read(piece.data, offset=piece.start)
-    batch = fold(entries)
-    batch.defects = defects
-    return batch
 
 
 def reopen_journal(admin_port: int) -> bool:

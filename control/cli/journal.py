@@ -26,7 +26,7 @@ File = Annotated[
 @app.command("verify")
 def verify_journal(file: File = None, as_json: Json = False) -> None:
     """Read every line; exit status 1 if something is no record. A line that is being written is not a fault."""
-    from metering.replay import examine
+    from metering.adapters.replay import examine
 
     found = examine(_live(file))
     document: dict[str, Any] = {
@@ -55,7 +55,7 @@ def replay_journal(
     from chassis.clock import utc_now
     from chassis.schema.migrate import migrate
     from control.cli.database import ledger_url
-    from metering.replay import replay
+    from metering.adapters.replay import replay
 
     now = utc_now()
     migrate(into, now.date())

@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from metering.adapters.reading import read
 from metering.adapters.rotation import QUIET_SECONDS
 from metering.adapters.tail import Piece, next_piece
-from metering.collector import read
 from tests.journals import (
     NOON,
     collect,

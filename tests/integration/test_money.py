@@ -17,8 +17,18 @@ from chassis.schema.migrate import migrate
 from control import invoices, prices, tenants
 from control.store import Store
 from metering.adapters.invariants import verify
-from metering.replay import examine, replay
-from tests.journals import collect, collecting, end, exchanges, request_id, rows, start, sums, write
+from metering.adapters.replay import examine, replay
+from tests.journals import (
+    collect,
+    collecting,
+    end,
+    exchanges,
+    request_id,
+    rows,
+    start,
+    sums,
+    write,
+)
 
 CATALOGUE = ModelCatalogue.parse(
     {"models": [{"name": name, "engine": "openai", "endpoints": ["127.0.0.1:1"]} for name in ("tiny", "large")]}, source="test"

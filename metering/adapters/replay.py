@@ -13,8 +13,8 @@ import psycopg
 from chassis.errors import Conflict, NotFound
 from metering.adapters.invariants import sums_digest
 from metering.adapters.ledger import Ledger
+from metering.adapters.reading import read
 from metering.adapters.tail import Piece, Place, look, next_piece, torn_tail
-from metering.collector import read
 from metering.core import lines
 
 #: The journal's name in a replayed ledger.
