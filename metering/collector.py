@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.clock import utc_now
-from chassis.schema.partitions import ensure_partitions
+from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     rotate_bytes: int = Field(default=256 << 20, gt=0)
     #: Old files that stay after they were read, for `peaje journal replay`.
     kept_files: int = Field(default=8, ge=0)
+    #: Rows of closed months older than this are dropped; their sums and hashes stay. 0: none ever.
+    retention_days: int = Field(default=0, ge=0)
     #: What happens to new requests when the journal's disk is 95 % full.
     when_full: WhenFull = WhenFull.REFUSE
     #: Envoy's admin interface, on loopback: it is asked to reopen a renamed journal.
@@ -200,6 +202,10 @@ class Collector:
     def _upkeep(self, now: datetime) -> None:
         with self.ledger.connection.transaction():
             ensure_partitions(self.ledger.connection, now.date())
+            if self.settings.retention_days:
+                before = now.date() - timedelta(days=self.settings.retention_days)
+                for name in retire_partitions(self.ledger.connection, before=before, now=now):
+                    log.info("day_retired", table=name)
         self.ledger.forget_refusals(now - _REFUSALS_KEPT)
 
 

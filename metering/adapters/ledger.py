@@ -55,7 +55,10 @@ where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effecti
 #: closed, follow exactly the rows that were new.
 _ADD_EVENTS: Final = """
 with fresh as (
-    insert into usage_event select * from incoming on conflict do nothing returning *
+    insert into usage_event select * from incoming i
+    -- Rows of a retired day are gone: nobody can say whether this one was among them.
+    where not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
+    on conflict do nothing returning *
 ), summed as (
     insert into usage_hour (hour, tenant_id, project_id, key_id, model, currency, request_count,
                             input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano)
@@ -86,9 +89,10 @@ with fresh as (
 select request_id from fresh
 """
 
-#: Absorbed rows whose numbers differ from what stands: kept for a person, never applied.
+#: Absorbed rows whose numbers differ from what stands, or that can no longer be compared: kept for a
+#: person, never applied.
 _CONFLICTS: Final = """
-select i.request_id from incoming i join usage_event u using (started_at, request_id)
+select i.request_id from incoming i left join usage_event u using (started_at, request_id)
 where i.request_id = any(%s)
   and (i.tenant_id, i.input_tokens, i.output_tokens, i.cached_tokens, i.reasoning_tokens, i.status, i.outcome)
       is distinct from (u.tenant_id, u.input_tokens, u.output_tokens, u.cached_tokens, u.reasoning_tokens, u.status, u.outcome)
@@ -99,7 +103,7 @@ insert into open_exchange
 select i.* from incoming_open i
 where not exists (
     select from usage_event u where u.started_at = i.started_at and u.request_id = i.request_id
-)
+) and not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
 on conflict (request_id) do update set seen_at = excluded.seen_at, entry = excluded.entry, marked_at = null
 where excluded.seen_at >= open_exchange.seen_at
 """

@@ -14,6 +14,7 @@ import pytest
 from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
 from chassis.schema.migrate import migrate
+from chassis.schema.partitions import ensure_partitions
 from control import invoices, prices, tenants
 from control.store import Store
 from metering.adapters.invariants import verify
@@ -307,6 +308,36 @@ def test_whoever_changes_a_closed_month_past_its_guards_is_found_out(
         assert not verify(connection).holds
         # So that the ledger holds again when the test is over.
         connection.rollback()
+
+
+def test_days_of_closed_months_are_retired_and_the_bill_stays(store: Store, ledger_url: str, live: Path) -> None:
+    """Rows go; sums, lines, hashes and adjustments stay, and a record that is read again is not charged again."""
+    set_price(store)
+    write(live, [end(1, at=THEN), end(2, at=THEN + timedelta(days=1)), end(3, at=NEXT_MONTH)])
+    with psycopg.connect(ledger_url) as connection:
+        for day in (THEN, NEXT_MONTH):
+            ensure_partitions(connection, day.date(), days_ahead=1)
+    collect(ledger_url, live, now=NEXT_MONTH, retention_days=1)
+    assert [(3,)] == rows(ledger_url, "select count(*) from usage_event")
+    close(store)
+    write(live, [end(4, at=THEN)])
+    collect(ledger_url, live, now=NEXT_MONTH)
+    before = rows(ledger_url, "select * from billing_invoice_v1 order by 1, 2, 5")
+
+    later = NEXT_MONTH + timedelta(days=400)
+    collect(ledger_url, live, now=later, retention_days=1)
+    with psycopg.connect(ledger_url) as connection:
+        connection.execute("delete from journal_position")
+    collect(ledger_url, live, now=later, retention_days=1)
+
+    assert [(request_id(3),)] == rows(ledger_url, "select request_id from usage_event")
+    assert [(THEN.date(), 2), (THEN.date() + timedelta(days=1), 1)] == rows(
+        ledger_url, "select day, row_count from usage_retired where row_count > 0 order by 1"
+    )
+    assert before == rows(ledger_url, "select * from billing_invoice_v1 order by 1, 2, 5")
+    assert invoices.verify(store, OCTOBER)["ok"]
+    # Read again, those can no longer be compared.
+    assert [(request_id(n),) for n in (1, 2, 4)] == rows(ledger_url, "select request_id from usage_conflict order by 1")
 
 
 def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_url: str, live: Path) -> None:
