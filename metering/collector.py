@@ -25,10 +25,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.clock import utc_now
+from chassis.models import WatchedCatalogue
 from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
+from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
 from metering.adapters.reading import read
@@ -71,6 +73,8 @@ class Settings(BaseSettings):
     rotate_bytes: int = Field(default=256 << 20, gt=0)
     #: Old files that stay after they were read, for `peaje journal replay`.
     kept_files: int = Field(default=8, ge=0)
+    #: Between looks at the engines' own counters; 0: none.
+    conservation_seconds: float = Field(default=20.0, ge=0)
     #: Rows of closed months older than this are dropped; their sums and hashes stay. 0: none ever.
     retention_days: int = Field(default=0, ge=0)
     #: What happens to new requests when the journal's disk is 95 % full.
@@ -229,6 +233,11 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     live.parent.mkdir(mode=0o700, exist_ok=True)
+    if settings.conservation_seconds:
+        Conservation(
+            url=stores.require_postgres(), catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
+            clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
+        ).start()
     while True:
         try:
             ledger = Ledger(stores.require_postgres(), settings.journal)

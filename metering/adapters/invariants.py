@@ -116,6 +116,10 @@ _NOTES: Final = {
     "journal_defects": "select count(*) from journal_defect",
     "usage_conflicts": "select count(*) from usage_conflict",
     "open_exchanges": "select count(*) from open_exchange",
+    "engine_drifts": (
+        "select count(*) from conservation_check where state = 'compared' "
+        "and (engine_input_tokens, engine_output_tokens) <> (ledger_input_tokens, ledger_output_tokens)"
+    ),
     "requests_without_price": "select count(*) from usage_event where amount_nano is null and input_tokens + output_tokens > 0",
 }
 

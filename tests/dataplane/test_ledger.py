@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
-    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000"}
+    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
 
@@ -94,6 +95,23 @@ def test_a_closed_road_refuses_before_anything_is_lost(small: Installation) -> N
     # The collector itself takes the mark away, because the disk is not full.
     _wait_until_gone(mark)
     assert 200 == _last_status(small, tenant, 200)
+
+
+def test_the_ledger_has_what_the_engine_counted(small: Installation) -> None:
+    """Between two quiet moments at least a minute apart, whatever was sent before: the very same tokens."""
+    tenant = small.new_tenant("conserved")
+    deadline = time.monotonic() + 200
+    compared: list[dict[str, Any]] = []
+    while time.monotonic() < deadline and not any(row["request_count"] for row in compared):
+        small.post(tenant, json=chat(max_tokens=7))
+        time.sleep(5)  # a quiet moment takes two seconds
+        compared = small.sql("select * from conservation_check where state = 'compared'")
+
+    assert any(row["request_count"] for row in compared)
+    for row in compared:
+        assert (row["engine_input_tokens"], row["engine_output_tokens"]) == (
+            row["ledger_input_tokens"], row["ledger_output_tokens"]
+        ), row
 
 
 def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:

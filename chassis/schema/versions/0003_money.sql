@@ -147,6 +147,23 @@ create table usage_retired (
     retired_at timestamptz not null
 );
 
+-- What the engines of a pool counted between two quiet moments, and what the ledger has of it.
+create table conservation_check (
+    model                text not null,
+    started_at           timestamptz not null,
+    ended_at             timestamptz not null,
+    -- busy: the pool was never quiet; reset: an engine was restarted. Neither can be compared.
+    state                text not null check (state in ('compared', 'busy', 'reset')),
+    engine_input_tokens  bigint not null,
+    engine_output_tokens bigint not null,
+    ledger_input_tokens  bigint not null,
+    ledger_output_tokens bigint not null,
+    request_count        bigint not null,
+    -- Requests that were cut: the engine may have generated more than anybody received.
+    cut_count            bigint not null,
+    primary key (model, ended_at)
+);
+
 drop view billing_usage_hourly_v1;
 create view billing_usage_hourly_v1 as
 select hour, tenant_id as tenant, project_id as project, key_id, model, request_count,
@@ -214,7 +231,8 @@ grant select on billing_usage_hourly_v1, billing_usage_daily_v1, billing_adjustm
 
 grant select, insert, update on rate_card to peaje_control;
 grant select, insert on billing_period, billing_period_hour, invoice_line to peaje_control;
-grant select on adjustment, control_invoice, journal_position, journal_state, journal_defect, usage_retired to peaje_control;
+grant select on adjustment, control_invoice, journal_position, journal_state, journal_defect, usage_retired,
+    conservation_check to peaje_control;
 do $$
 declare
     name text;
