@@ -49,7 +49,7 @@ _REOPEN_TIMEOUT_SECONDS = 2.0
 #: What one record can be to blame for. Any other refusal (a right, a missing table) concerns all of
 #: them and is waited out.
 _POISON = (psycopg.DataError, psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation)
-_GARBAGE_THRESHOLD = 100_000
+GARBAGE_THRESHOLD = 100_000
 #: Seconds between looks, by a steady clock.
 _UPKEEP_EVERY = 3600.0
 _FILES_EVERY = 5.0
@@ -225,7 +225,7 @@ def main() -> None:
     """Collect until SIGTERM; on the way out, read what is left."""
     configure("collector")
     # A batch is tens of thousands of small dicts without a cycle; looking for one costs a seventh of the work.
-    gc.set_threshold(_GARBAGE_THRESHOLD)
+    gc.set_threshold(GARBAGE_THRESHOLD)
     stores, settings = StoreSettings(), Settings()
     live = stores.home / contract.JOURNAL_PATH
     disk = Disk(directory=live.parent, closed_mark=stores.home / contract.JOURNAL_CLOSED_PATH, when_full=settings.when_full)
@@ -258,13 +258,15 @@ def main() -> None:
 def _run(collector: Collector, stop: threading.Event) -> None:
     log.info("collecting", journal=collector.settings.journal)
     while True:
+        # Asked before the look: what was written before the signal is read after it.
+        is_last = stop.is_set()
         more = collector.step(utc_now(), time.monotonic())
         if not READY_MARK.exists():
             READY_MARK.parent.mkdir(exist_ok=True)
             READY_MARK.touch(mode=0o600)
         if more:
             continue
-        if stop.is_set():
+        if is_last:
             return
         stop.wait(collector.settings.idle_seconds)
 
