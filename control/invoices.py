@@ -7,11 +7,12 @@ import csv
 import io
 import re
 from dataclasses import asdict
-from datetime import date, datetime
+from datetime import date
 from typing import Any
 
 from chassis.errors import Conflict, Invalid, NotFound
-from control import tenants
+from control import audit, tenants
+from control.act import Act
 from control.money import decimal_text
 from control.store import Store
 from metering.adapters import periods
@@ -46,10 +47,10 @@ def month(text: str) -> date:
     return date(int(matched[1]), int(matched[2]), 1)
 
 
-def invoice(store: Store, tenant: str, period: date) -> dict[str, Any]:
+def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]:
     """What a tenant owes for a month: lines, a total per currency, and how many requests had no price."""
-    tenant_id = tenants.find(store, tenant)["tenant_id"]
-    with store.transaction() as connection:
+    with store.snapshot(act.scope) as connection:
+        tenant_id = tenants.resolve(connection, tenant)["tenant_id"]
         lines = connection.execute(_LINES, {"tenant": tenant_id, "period": period}).fetchall()
         closed = any(it.period >= period for it in periods.closed_periods(connection))
     totals: dict[str, int] = {}
@@ -82,13 +83,13 @@ def as_csv(document: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def list_periods(store: Store) -> list[dict[str, Any]]:
+def list_periods(store: Store, act: Act) -> list[dict[str, Any]]:
     """Closed months, in order."""
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
         return [_closed(it) for it in periods.closed_periods(connection)]
 
 
-def close(store: Store, period: date, *, by: str, exception: str | None, now: datetime) -> dict[str, Any]:
+def close(store: Store, act: Act, period: date, *, exception: str | None) -> dict[str, Any]:
     """
     Close a month for good; raises `Conflict` with all that speaks against it.
 
@@ -97,9 +98,9 @@ def close(store: Store, period: date, *, by: str, exception: str | None, now: da
     """
     if exception is not None and not 1 <= len(exception.strip()) <= _EXCEPTION_LENGTH_MAX:
         raise Invalid(f"An exception says why, in 1 to {_EXCEPTION_LENGTH_MAX} characters.")
-    if periods.month_bounds(period)[1] > now:
+    if periods.month_bounds(period)[1] > act.now:
         raise Conflict(f"{period:%Y-%m} is not over.", mend="Close it next month.")
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
         connection.execute("select set_config('statement_timeout', %s, true)", (_PERIOD_TIMEOUT,))
         periods.lock_charging(connection)
         if any(it.period >= period for it in periods.closed_periods(connection)):
@@ -113,12 +114,17 @@ def close(store: Store, period: date, *, by: str, exception: str | None, now: da
                 f"{period:%Y-%m} cannot be closed: {'; '.join(found)}.",
                 mend="Mend it, or close with --exception and the reason.",
             )
-        return _closed(periods.close(connection, period, by=by, exception=exception if found else None, now=now))
+        closed = periods.close(
+            connection, period, by=act.actor, exception=exception if found else None, now=act.now
+        )
+        shown = _closed(closed)
+        audit.append(connection, act, "period.closed", shown["period"], tenant_id=None, after=shown)
+    return shown
 
 
-def verify(store: Store, period: date) -> dict[str, Any]:
+def verify(store: Store, act: Act, period: date) -> dict[str, Any]:
     """Whether a closed month is what it was: `ok`, and in what not; raises `NotFound` if it is not closed."""
-    with store.transaction() as connection:
+    with store.snapshot(act.scope) as connection:
         connection.execute("select set_config('statement_timeout', %s, true)", (_PERIOD_TIMEOUT,))
         found = next((it for it in periods.closed_periods(connection) if it.period == period), None)
         if found is None:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from chassis.errors import Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import keys, tenants
-from control.store import Store
+from control import audit, keys, tenants
+from control.act import Act
+from control.store import Connection, Store
 
 REQUESTS_MAX = 1_000_000_000
 TOKENS_MAX = 1_000_000_000_000
@@ -37,7 +37,7 @@ class Scope:
 
 
 def put(
-    store: Store, scope: Scope, changes: dict[str, int | None], *, catalogue: ModelCatalogue, now: datetime
+    store: Store, act: Act, scope: Scope, changes: dict[str, int | None], *, catalogue: ModelCatalogue
 ) -> dict[str, Any]:
     """
     Set the numbers in *changes* (`requests_per_minute`, `tokens_per_minute`; None removes one).
@@ -47,56 +47,63 @@ def put(
     _refuse_bad_numbers(changes)
     if scope.model is not None:
         keys.refuse_unknown_models([scope.model], catalogue)
-    row = _resolved(store, scope)
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
+        row = _resolved(connection, scope)
         existing = connection.execute(
-            "select requests_per_minute, tokens_per_minute from rate_limit "
+            f"select {_COLUMNS} from rate_limit "
             "where (tenant_id, key_id, model) is not distinct from (%(tenant_id)s, %(key_id)s::text, %(model)s::text) "
             "for update",
             row,
         ).fetchone()
-        if all(value is None for value in ((existing or {}) | changes).values()):
+        kept = {name: (existing or {}).get(name) for name in ("requests_per_minute", "tokens_per_minute")}
+        if all(value is None for value in (kept | changes).values()):
             raise Invalid("That would leave no limit.", mend="Use `peaje limits delete`.")
         limit = connection.execute(
             _UPSERT,
             row
             | {
                 "rpm": changes.get("requests_per_minute"), "set_rpm": "requests_per_minute" in changes,
-                "tpm": changes.get("tokens_per_minute"), "set_tpm": "tokens_per_minute" in changes, "now": now,
+                "tpm": changes.get("tokens_per_minute"), "set_tpm": "tokens_per_minute" in changes, "now": act.now,
             },
         ).fetchone()
-    assert limit is not None
+        assert limit is not None
+        audit.append(
+            connection, act, "limit.set", str(limit["limit_id"]), tenant_id=limit["tenant_id"], before=existing,
+            after=limit,
+        )
     return limit
 
 
-def list_all(store: Store, tenant: str | None) -> list[dict[str, Any]]:
-    """Limits of a tenant, or of all if the caller says None."""
-    tenant_id = tenants.find(store, tenant)["tenant_id"] if tenant is not None else None
-    with store.transaction() as connection:
+def list_all(store: Store, act: Act, tenant: str | None) -> list[dict[str, Any]]:
+    """Limits of a tenant, or of all in scope if the caller says None."""
+    with store.transaction(act.scope) as connection:
         return connection.execute(
             f"select {_COLUMNS} from rate_limit where %(it)s::text is null or tenant_id = %(it)s "
             "order by tenant_id, key_id nulls first, model nulls first",
-            {"it": tenant_id},
+            {"it": tenants.resolve_id(connection, tenant)},
         ).fetchall()
 
 
-def delete(store: Store, scope: Scope) -> dict[str, Any]:
+def delete(store: Store, act: Act, scope: Scope) -> dict[str, Any]:
     """Remove exactly the limit of *scope*; raises `NotFound`."""
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
         gone = connection.execute(
             "delete from rate_limit "
             "where (tenant_id, key_id, model) is not distinct from (%(tenant_id)s, %(key_id)s::text, %(model)s::text) "
             f"returning {_COLUMNS}",
-            _resolved(store, scope),
+            _resolved(connection, scope),
         ).fetchone()
-    if gone is None:
-        raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
+        if gone is None:
+            raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
+        audit.append(
+            connection, act, "limit.deleted", str(gone["limit_id"]), tenant_id=gone["tenant_id"], before=gone
+        )
     return gone
 
 
-def findings(store: Store, catalogue: ModelCatalogue) -> list[str]:
+def findings(store: Store, act: Act, catalogue: ModelCatalogue) -> list[str]:
     """Limits that can never act: on a model that is not served (any more), or on a key that is over."""
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
         rows = connection.execute(
             "select l.tenant_id, l.key_id, l.model, k.revoked_at from rate_limit l left join api_key k using (key_id) "
             "order by l.limit_id"
@@ -110,10 +117,10 @@ def findings(store: Store, catalogue: ModelCatalogue) -> list[str]:
     return found
 
 
-def _resolved(store: Store, scope: Scope) -> dict[str, Any]:
-    tenant_id = tenants.find(store, scope.tenant)["tenant_id"]
-    if scope.key_id is not None and keys.find(store, scope.key_id)["tenant_id"] != tenant_id:
-        raise NotFound(f"Tenant {tenant_id!r} has no key {scope.key_id!r}.", mend="See `peaje keys list`.")
+def _resolved(connection: Connection, scope: Scope) -> dict[str, Any]:
+    tenant_id = tenants.resolve(connection, scope.tenant)["tenant_id"]
+    if scope.key_id is not None and keys.resolve(connection, scope.key_id)["tenant_id"] != tenant_id:
+        raise keys.no_such(scope.key_id)
     return {"tenant_id": tenant_id, "key_id": scope.key_id, "model": scope.model}
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from chassis.errors import Conflict, Invalid
 from chassis.models import ModelCatalogue
-from control import keys, tenants
+from control import audit, keys, tenants
+from control.act import Act
 from control.durations import moment_ahead
 from control.money import decimal_text, nano
 from control.store import Store
@@ -69,14 +70,14 @@ class Price:
     starts: str | None = None
 
 
-def put(store: Store, price: Price, *, catalogue: ModelCatalogue, clock: Callable[[], datetime]) -> dict[str, Any]:
+def put(
+    store: Store, act: Act, price: Price, *, catalogue: ModelCatalogue, clock: Callable[[], datetime]
+) -> dict[str, Any]:
     """Set a price from a moment on, until the next one already set; raises `Invalid`, `NotFound` or `Conflict`."""
     keys.refuse_unknown_models([price.model], catalogue)
-    values: dict[str, Any] = _numbers(price) | {
-        "tenant_id": tenants.find(store, price.tenant)["tenant_id"] if price.tenant is not None else None,
-        "model": price.model, "currency": _currency(price.currency),
-    }
-    with store.transaction() as connection:
+    values: dict[str, Any] = _numbers(price) | {"model": price.model, "currency": _currency(price.currency)}
+    with store.transaction(act.scope) as connection:
+        values["tenant_id"] = tenants.resolve_id(connection, price.tenant)
         lock_charging(connection)
         # Only now: whatever was charged before we had the lock was admitted before this moment.
         now = clock()
@@ -93,20 +94,20 @@ def put(store: Store, price: Price, *, catalogue: ModelCatalogue, clock: Callabl
             raise Conflict(f"There is a price of {price.model} from exactly that moment.", mend="Choose another.")
         connection.execute(_END_PRESENT, values)
         made = connection.execute(_INSERT, values).fetchone()
-    assert made is not None
+        assert made is not None
+        audit.append(connection, act, "price.set", str(made["rate_card_id"]), tenant_id=made["tenant"], after=made)
     return _shown(made)
 
 
-def list_all(store: Store, *, tenant: str | None, at: datetime | None) -> list[dict[str, Any]]:
-    """Prices of everybody and of *tenant* (all if None); only those in force *at* a moment if it is given."""
-    tenant_id = tenants.find(store, tenant)["tenant_id"] if tenant is not None else None
-    with store.transaction() as connection:
+def list_all(store: Store, act: Act, *, tenant: str | None, at: datetime | None) -> list[dict[str, Any]]:
+    """Prices of everybody and of *tenant* (all in scope if None); only those in force *at* a moment if it is given."""
+    with store.transaction(act.scope) as connection:
         found = connection.execute(
             f"select {_COLUMNS} from rate_card "
             "where (%(it)s::text is null or tenant_id is null or tenant_id = %(it)s) "
             "and (%(at)s::timestamptz is null or effective @> %(at)s::timestamptz) "
             "order by model, tenant_id nulls first, lower(effective)",
-            {"it": tenant_id, "at": at},
+            {"it": tenants.resolve_id(connection, tenant), "at": at},
         ).fetchall()
     return [_shown(row) for row in found]
 

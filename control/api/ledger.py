@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger's invariants over HTTP."""
+"""Routes of the ledger's invariants."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import FastAPI
 
 from control import ledger
-from control.store import Store
+from control.api.access import CurrentAct, needs
+from control.api.services import Services
+from control.core.roles import Permission
 
 
-def router(store: Store) -> APIRouter:
-    """Routes of the ledger."""
-    routes = APIRouter()
+def add(app: FastAPI, services: Services) -> None:
+    """Add the routes to *app*."""
 
-    @routes.get("/v1/ledger/verification")
-    def verify_ledger() -> dict[str, Any]:
-        with store.transaction() as connection:
+    @app.get("/v1/ledger/verification", **needs(Permission.LEDGER_VERIFY))
+    def verify_ledger(act: CurrentAct) -> dict[str, Any]:
+        with services.store.snapshot(act.scope) as connection:
             return ledger.verification(connection)
-
-    return routes

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prices over HTTP."""
+"""Routes of prices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 import structlog
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
+from pydantic import Field
 
-from chassis.models import ModelCatalogue
 from control import prices
-from control.store import Store
+from control.api.access import CurrentAct, needs
+from control.api.bodies import Body
+from control.api.services import Services
+from control.core.roles import Permission
 
 log = structlog.get_logger()
 
 
-class NewPrice(BaseModel):
+class NewPrice(Body):
     """A price to set; numbers are decimal texts, so that none of them was ever a float."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     input: str = Field(description="Per million tokens, such as 0.15.")
@@ -34,18 +32,17 @@ class NewPrice(BaseModel):
     starts: str | None = Field(default=None, alias="from", description="A date, a time or a duration; default now.")
 
 
-def router(store: Store, *, catalogue: Callable[[], ModelCatalogue], clock: Callable[[], datetime]) -> APIRouter:
-    """Routes of prices."""
-    routes = APIRouter()
+def add(app: FastAPI, services: Services) -> None:
+    """Add the routes to *app*."""
+    store = services.store
 
-    @routes.post("/v1/prices", status_code=201)
-    def set_price(body: NewPrice) -> dict[str, Any]:
-        made = prices.put(store, prices.Price(**body.model_dump()), catalogue=catalogue(), clock=clock)
+    @app.post("/v1/prices", status_code=201, **needs(Permission.PRICES_WRITE))
+    def set_price(body: NewPrice, act: CurrentAct) -> dict[str, Any]:
+        price = prices.Price(**body.model_dump())
+        made = prices.put(store, act, price, catalogue=services.catalogue(), clock=services.clock)
         log.info("price_set", model=made["model"], tenant=made["tenant"], rate_card_id=made["rate_card_id"])
         return made
 
-    @routes.get("/v1/prices")
-    def list_prices(tenant: str | None = None, in_force: bool = False) -> dict[str, Any]:
-        return {"prices": prices.list_all(store, tenant=tenant, at=clock() if in_force else None)}
-
-    return routes
+    @app.get("/v1/prices", **needs(Permission.PRICES_READ))
+    def list_prices(act: CurrentAct, tenant: str | None = None, in_force: bool = False) -> dict[str, Any]:
+        return {"prices": prices.list_all(store, act, tenant=tenant, at=act.now if in_force else None)}

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from chassis.errors import Invalid
-from control.cli.client import call
+from control.cli.client import at, call
+from control.cli.options import Json
 from control.cli.show import show
 
 period_app = typer.Typer(no_args_is_help=True, help="Months: close for good, verify.")
 
-Json = Annotated[bool, typer.Option("--json", help="As JSON, with the field names of the API.")]
 Month = Annotated[str, typer.Argument(help="Such as 2026-11.")]
 _SHOWN = (
     "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens",
@@ -30,7 +30,7 @@ def show_invoice(
     """Show what a tenant owes for a month."""
     if as_csv and as_json:
         raise Invalid("--csv and --json exclude each other.")
-    document = call("GET", f"/v1/tenants/{tenant}/invoices/{month}")
+    document = call("GET", at("/v1/tenants/{}/invoices/{}", tenant, month))
     if as_csv:
         from control.invoices import as_csv as text_of
 
@@ -55,13 +55,13 @@ def close_period(
     as_json: Json = False,
 ) -> None:
     """Close a month for good: later facts become adjustments of the first open one."""
-    show(call("POST", f"/v1/periods/{month}/close", body={"exception": exception}), as_json=as_json)
+    show(call("POST", at("/v1/periods/{}/close", month), body={"exception": exception}), as_json=as_json)
 
 
 @period_app.command("verify")
 def verify_period(month: Month, as_json: Json = False) -> None:
     """Find out whether a closed month is what it was; exit status 1 if not."""
-    found = call("GET", f"/v1/periods/{month}/verification")
+    found = call("GET", at("/v1/periods/{}/verification", month))
     show(found if as_json else found | {"changes": "; ".join(found["changes"]) or None}, as_json=as_json)
     raise typer.Exit(0 if found["ok"] else 1)
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from chassis.contract import JOURNAL_PATH
+from control.cli.options import Json
 from control.cli.show import show
 from control.laptop.places import read_home
 
 app = typer.Typer(no_args_is_help=True, help="The record that the ledger is made of.")
 
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 File = Annotated[
     Path | None,
     typer.Option("--file", help="The live file; older ones lie beside it. Default: this installation's.", show_default=False),

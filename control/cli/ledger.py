@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from control.cli.options import Json
 from control.cli.show import show
 
 app = typer.Typer(no_args_is_help=True, help="The record of usage.")
-
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 @app.command("verify")

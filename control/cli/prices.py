@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from control.cli.client import call
+from control.cli.options import Json
 from control.cli.show import show
 
 app = typer.Typer(no_args_is_help=True, help="What a million tokens cost.")
 
-Json = Annotated[bool, typer.Option("--json", help="As JSON, with the field names of the API.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Id or name; everybody if left out.", show_default=False)]
 _SHOWN = (
     "rate_card_id", "tenant", "model", "currency", "input", "output", "cached", "reasoning", "minimum", "effective_from",

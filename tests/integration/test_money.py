@@ -16,6 +16,7 @@ from chassis.models import ModelCatalogue
 from chassis.schema.migrate import migrate
 from chassis.schema.partitions import ensure_partitions
 from control import invoices, prices, tenants
+from control.act import ALL_TENANTS, Act
 from control.store import Store
 from metering.adapters.invariants import verify
 from metering.adapters.replay import examine, replay
@@ -41,12 +42,17 @@ OCTOBER = date(2026, 10, 1)
 NOVEMBER = date(2026, 11, 1)
 
 
+def act(at: datetime) -> Act:
+    """An operator of the platform, at a moment."""
+    return Act(actor="op_test", scope=ALL_TENANTS, request_id="test", now=at)
+
+
 @pytest.fixture
 def store(ledger_url: str) -> Iterator[Store]:
     """The control plane's way to a ledger with three tenants."""
     store = Store(ledger_url)
     for name in ("acme", "bolt", "crux"):
-        tenants.create(store, name, now=THEN)
+        tenants.create(store, act(THEN), name)
     yield store
     store.close()
 
@@ -60,7 +66,7 @@ def live(tmp_path: Path) -> Path:
 def set_price(store: Store, at: datetime = THEN - timedelta(days=10), **fields: Any) -> dict[str, Any]:
     """Set a price as it would have been at that moment."""
     price = prices.Price(**({"model": "tiny", "input": "0.15", "output": "0.60"} | fields))
-    return prices.put(store, price, catalogue=CATALOGUE, clock=lambda: at)
+    return prices.put(store, act(at), price, catalogue=CATALOGUE, clock=lambda: at)
 
 
 def amounts(url: str) -> list[tuple[Any, ...]]:
@@ -106,10 +112,10 @@ def test_a_price_that_replaces_another_begins_after_whatever_was_charged(store: 
     second = set_price(store, at=THEN + timedelta(hours=1), input="0.20")
 
     moment = THEN + timedelta(hours=1) + prices.REPLACEMENT_LEAD
-    listed = prices.list_all(store, tenant=None, at=None)
+    listed = prices.list_all(store, act(NEXT_MONTH), tenant=None, at=None)
     assert THEN == first["effective_from"]
     assert [(THEN, moment), (moment, None)] == [(it["effective_from"], it["effective_until"]) for it in listed]
-    assert [second] == prices.list_all(store, tenant=None, at=moment)
+    assert [second] == prices.list_all(store, act(NEXT_MONTH), tenant=None, at=moment)
     assert ("0.20", 200_000_000) == (second["input"], second["input_nano"])
 
 
@@ -119,7 +125,7 @@ def test_a_price_set_between_two_others_lasts_until_the_later_one(store: Store) 
     set_price(store, at=THEN, input="3", starts="2026-12-01")
     set_price(store, at=THEN, input="2", starts="2026-11-01")
 
-    listed = prices.list_all(store, tenant=None, at=None)
+    listed = prices.list_all(store, act(NEXT_MONTH), tenant=None, at=None)
     edges = [THEN, datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), None]
     assert list(zip(edges, edges[1:], strict=False)) == [(it["effective_from"], it["effective_until"]) for it in listed]
     assert ["0.15", "2.00", "3.00"] == [it["input"] for it in listed]
@@ -154,7 +160,7 @@ def test_a_wrong_price_is_one_clear_sentence_and_changes_nothing(store: Store, f
     with pytest.raises((Invalid, NotFound), match=words):
         set_price(store, at=THEN, **fields)
 
-    assert [] == prices.list_all(store, tenant=None, at=None)
+    assert [] == prices.list_all(store, act(NEXT_MONTH), tenant=None, at=None)
 
 
 def test_the_database_itself_refuses_overlapping_prices_and_changes_of_charged_ones(ledger_url: str, store: Store) -> None:
@@ -175,7 +181,7 @@ def test_a_price_change_waits_for_whoever_is_charging(store: Store, ledger_url: 
     """So that no transaction has the change in its past and in its future."""
     with psycopg.connect(ledger_url) as charging:
         charging.execute("select pg_advisory_xact_lock_shared(%s)", (0x7065616A_65000003,))
-        with store.transaction() as connection:
+        with store.transaction(ALL_TENANTS) as connection:
             connection.execute("set local lock_timeout = '100ms'")
             with pytest.raises(psycopg.errors.LockNotAvailable):
                 prices.lock_charging(connection)
@@ -183,7 +189,7 @@ def test_a_price_change_waits_for_whoever_is_charging(store: Store, ledger_url: 
 
 
 def close(store: Store, period: date = OCTOBER, **fields: Any) -> dict[str, Any]:
-    return invoices.close(store, period, by="test", **({"exception": None, "now": NEXT_MONTH} | fields))
+    return invoices.close(store, act(NEXT_MONTH), period, **({"exception": None} | fields))
 
 
 def test_a_closed_month_never_changes_and_later_facts_are_adjustments_of_the_next(store: Store, ledger_url: str, live: Path) -> None:
@@ -192,9 +198,9 @@ def test_a_closed_month_never_changes_and_later_facts_are_adjustments_of_the_nex
     set_price(store, model="large", input="3", output="4")
     write(live, exchanges(100, at=THEN))
     collect(ledger_url, live, now=NEXT_MONTH)
-    before = invoices.invoice(store, "acme", OCTOBER)
+    before = invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER)
     assert 100 == close(store)["row_count"]
-    closed = invoices.invoice(store, "acme", OCTOBER)
+    closed = invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER)
 
     write(live, [line for n in range(5) for line in (start(200 + n, at=THEN), end(200 + n, at=THEN))])
     write(live, exchanges(20, at=NEXT_MONTH, first=300))
@@ -202,9 +208,9 @@ def test_a_closed_month_never_changes_and_later_facts_are_adjustments_of_the_nex
 
     assert ("open", "closed") == (before["state"], closed["state"])
     assert before["totals"] == closed["totals"]
-    assert closed == invoices.invoice(store, "acme", OCTOBER)
-    assert invoices.verify(store, OCTOBER)["ok"]
-    [late] = [line for line in invoices.invoice(store, "acme", NOVEMBER)["lines"] if line["kind"] == "adjustment"]
+    assert closed == invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER)
+    assert invoices.verify(store, act(NEXT_MONTH), OCTOBER)["ok"]
+    [late] = [line for line in invoices.invoice(store, act(NEXT_MONTH), "acme", NOVEMBER)["lines"] if line["kind"] == "adjustment"]
     assert (5, 15, 25, 5 * (3 * 1000 + 5 * 2000)) == (
         late["request_count"], late["input_tokens"], late["output_tokens"], late["amount_nano"]
     )
@@ -225,7 +231,7 @@ def test_closing_under_load_puts_each_request_into_exactly_one_month(store: Stor
 
     assert [(500,)] == rows(ledger_url, "select sum(request_count)::int from billing_invoice_v1 where kind = 'usage'")
     assert [(500,)] == rows(ledger_url, "select count(*) from billing_adjustments_v1")
-    assert invoices.verify(store, OCTOBER)["ok"]
+    assert invoices.verify(store, act(NEXT_MONTH), OCTOBER)["ok"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,7 @@ def test_a_month_with_something_unexplained_closes_only_with_a_reason(
 
     with pytest.raises(Conflict, match=words):
         close(store)
-    assert [] == invoices.list_periods(store)
+    assert [] == invoices.list_periods(store, act(NEXT_MONTH))
     assert "agreed" == close(store, exception="agreed")["exception"]
 
 
@@ -276,7 +282,7 @@ def test_months_close_once_in_order_and_after_they_are_over(store: Store, ledger
     with pytest.raises(Conflict, match="closed already"):
         close(store)
     with pytest.raises(NotFound, match="not closed"):
-        invoices.verify(store, NOVEMBER)
+        invoices.verify(store, act(NEXT_MONTH), NOVEMBER)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +341,7 @@ def test_days_of_closed_months_are_retired_and_the_bill_stays(store: Store, ledg
         ledger_url, "select day, row_count from usage_retired where row_count > 0 order by 1"
     )
     assert before == rows(ledger_url, "select * from billing_invoice_v1 order by 1, 2, 5")
-    assert invoices.verify(store, OCTOBER)["ok"]
+    assert invoices.verify(store, act(NEXT_MONTH), OCTOBER)["ok"]
     # Read again, those can no longer be compared.
     assert [(request_id(n),) for n in (1, 2, 4)] == rows(ledger_url, "select request_id from usage_conflict order by 1")
 
@@ -345,7 +351,7 @@ def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_u
     set_price(store, input="0.000000001", output="0.15")
     write(live, [end(1, at=THEN, input=3, output=5)])
     collect(ledger_url, live, now=THEN)
-    document = invoices.invoice(store, "acme", OCTOBER)
+    document = invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER)
     document["lines"][0]["project"] = "=1+1"
 
     header, line = invoices.as_csv(document).splitlines()
