@@ -33,7 +33,7 @@ from chassis.telemetry.log import configure
 from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
-from metering.adapters.reading import read
+from metering.adapters.reading import Reader
 from metering.adapters.rotation import Rotation
 from metering.adapters.tail import Alarm, Piece, Place, next_piece, torn_tail, vanished
 from metering.core import lines
@@ -108,6 +108,7 @@ class Collector:
     rotation: Rotation
     disk: Disk
     places: dict[str, Place]
+    reader: Reader = field(default_factory=Reader)
     epoch: str = ""
     #: When open exchanges were last marked: silence counts from there. None: not in this life.
     marked: float | None = None
@@ -138,7 +139,7 @@ class Collector:
         return False
 
     def _collect(self, piece: Piece, now: datetime) -> None:
-        batch = read(piece)
+        batch = self.reader.read(piece)
         try:
             self._write(batch, piece, now)
         except _POISON as exc:
@@ -152,7 +153,7 @@ class Collector:
             behind = offset + len(line) + 1
             single = Piece(start=offset, data=line, place=Place(piece.place.file_id, piece.place.name, behind))
             try:
-                self._write(read(single), single, now)
+                self._write(self.reader.read(single), single, now)
             except _POISON as exc:
                 reason = f"{type(exc).__name__} from Postgres"
                 found = lines.defect(line, offset=offset, reason=reason)

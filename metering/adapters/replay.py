@@ -13,7 +13,7 @@ import psycopg
 from chassis.errors import Conflict, NotFound
 from metering.adapters.invariants import sums_digest
 from metering.adapters.ledger import Ledger
-from metering.adapters.reading import read
+from metering.adapters.reading import Reader
 from metering.adapters.tail import Piece, Place, look, next_piece, torn_tail
 from metering.core import lines
 
@@ -93,9 +93,9 @@ def replay(live: Path, into: str, *, prices_from: str | None, now: datetime) -> 
 
 def _write(live: Path, ledger: Ledger, now: datetime) -> None:
     places: dict[str, Place] = {}
-    epoch = ""
+    reader, epoch = Reader(), ""
     while (piece := next_piece(live, places)) is not None:
-        batch = read(piece)
+        batch = reader.read(piece)
         ledger.write(batch, piece, now)
         places[piece.place.file_id] = piece.place
         epoch = batch.epoch or epoch
@@ -119,8 +119,8 @@ def _copy_rate_cards(source: str, target: psycopg.Connection[tuple[object, ...]]
 
 def _count(piece: Piece, found: Found) -> None:
     if piece.alarm is None and not piece.endless:
-        entries, defects = lines.read(piece.data, offset=piece.start)
+        entries, defects, _ = lines.read(piece.data, offset=piece.start)
         found.records.update(entry.type for entry in entries)
     else:
-        defects = read(piece).defects
+        defects = Reader().read(piece).defects
     found.defects += [(piece.place.name, defect.offset, defect.reason) for defect in defects]

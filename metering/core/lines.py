@@ -16,6 +16,9 @@ from metering.core.journal import Entry, Malformed, parse
 #: Records that may be looked for behind a torn one in the same line; each look reads the line again.
 _SALVAGE_TRIES_MAX = 64
 
+#: Bytes. Half a record that is kept to be put together with its other half.
+TORN_BYTES_MAX = 1 << 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defect:
@@ -34,14 +37,17 @@ def defect(data: bytes, *, offset: int, reason: str) -> Defect:
     return Defect(offset=offset, byte_count=len(data), digest=hashlib.sha256(data).hexdigest(), reason=reason)
 
 
-def read(data: bytes, *, offset: int) -> tuple[list[Entry], list[Defect]]:
+def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], list[Defect], bytes]:
     """
-    Entries and defects of *data*, which are whole lines that begin at *offset* of their file.
+    Entries and defects of *data*, which are whole lines that begin at *offset* of their file, and what
+    to give as *torn* with the lines that follow.
 
-    A writer that died within a record leaves a piece without a line end, and the next writer's
-    record follows in the same line: the piece is a defect, the record counts.
+    A writer that died within a record leaves a piece without a line end, and the next writer's record
+    follows in the same line: the piece is a defect, the record counts. Envoy writes its buffer in
+    slices, so a start record of the tap may also stand within one of its records, whose other half
+    then is a line of its own: the halves are put together again.
 
-    >>> entries, [found] = read(b'{"type":"Sta\\n\\n', offset=100)
+    >>> entries, [found], _ = read(b'{"type":"Sta\\n\\n', offset=100)
     >>> entries, found.offset, found.byte_count
     ([], 100, 12)
     """
@@ -52,12 +58,31 @@ def read(data: bytes, *, offset: int) -> tuple[list[Entry], list[Defect]]:
             try:
                 entries.append(parse(line))
             except Malformed as exc:
-                entry, torn = _salvage(line)
-                defects.append(defect(line[:torn], offset=offset, reason=str(exc)))
-                if entry is not None:
-                    entries.append(entry)
+                whole = _joined(torn, line)
+                if whole is not None:
+                    entries.append(whole)
+                    # The first half may have been told of with an earlier batch.
+                    if defects and defects[-1].digest == hashlib.sha256(torn).hexdigest():
+                        defects.pop()
+                    torn = b""
+                else:
+                    entry, size = _salvage(line)
+                    defects.append(defect(line[:size], offset=offset, reason=str(exc)))
+                    torn = line[:size] if entry is not None and size <= TORN_BYTES_MAX else torn
+                    if entry is not None:
+                        entries.append(entry)
         offset += len(line) + 1
-    return entries, defects
+    return entries, defects, torn
+
+
+def _joined(torn: bytes, line: bytes) -> Entry | None:
+    """The record whose first half is *torn* and whose second is *line*, if they are that."""
+    if not torn:
+        return None
+    try:
+        return parse(torn + line)
+    except Malformed:
+        return None
 
 
 def _salvage(line: bytes) -> tuple[Entry | None, int]:

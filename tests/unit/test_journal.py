@@ -71,16 +71,34 @@ def test_a_torn_record_is_a_defect_with_its_place_and_the_next_one_counts() -> N
     for length in range(1, len(whole)):
         data = start(1) + whole[:length] + end(3).rstrip()
 
-        entries, [found] = lines.read(data, offset=1000)
+        entries, [found], _ = lines.read(data, offset=1000)
 
         assert [request_id(1), request_id(3)] == [entry.request_id for entry in entries]
         assert (1000 + len(start(1)), length) == (found.offset, found.byte_count)
         assert hashlib.sha256(whole[:length]).hexdigest() == found.digest
 
 
+def test_a_record_that_another_writer_broke_in_two_is_put_together_again() -> None:
+    """As Envoy's slices and the tap's appends do under load; broken anywhere, also between two batches."""
+    whole = end(2)
+    for length in range(1, len(whole) - 1):
+        data = end(1) + whole[:length] + start(3) + start(4) + whole[length:] + end(5)
+
+        entries, defects, torn = lines.read(data.rstrip(), offset=0)
+
+        assert [1, 3, 4, 2, 5] == [int(entry.request_id.replace("-", "")[-4:], 16) for entry in entries]
+        assert ([], b"") == (defects, torn)
+
+        first, second = end(1) + whole[:length] + start(3), start(4) + whole[length:] + end(5)
+        before, [half], torn = lines.read(first.rstrip(), offset=0)
+        after, defects, left = lines.read(second.rstrip(), offset=len(first), torn=torn)
+        assert [1, 3, 4, 2, 5] == [int(entry.request_id.replace("-", "")[-4:], 16) for entry in (*before, *after)]
+        assert (length, [], b"") == (half.byte_count, defects, left)
+
+
 def test_a_line_that_opens_a_thousand_braces_is_one_defect() -> None:
     """Looking for a record in it ends."""
-    entries, [found] = lines.read(b"{" * 5000, offset=0)
+    entries, [found], _ = lines.read(b"{" * 5000, offset=0)
 
     assert ([], 5000) == (entries, found.byte_count)
 
