@@ -214,6 +214,8 @@ SOCKETS: Final = {
 #: Written by the beacon, read by the gate: who changed since when.
 CHANGES_PATH: Final = "run/changes"
 JOURNAL_PATH: Final = "journal/journal.jsonl"
+#: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
+JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"
 #: Who else than a key may call: issuers of tokens, client certificates, attribute policies.
 IDENTITY_PATH: Final = "identity.yaml"

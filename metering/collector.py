@@ -4,46 +4,62 @@
 
 The journal is the buffer. While Postgres is away nothing is lost: the place does not move, and
 reading goes on from there. Killed at any moment, it repeats its last batch, and the repeat
-changes nothing.
+changes nothing. One batch is in memory at a time; whatever is not read yet waits on disk.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import httpx
 import psycopg
 import structlog
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.clock import utc_now
-from chassis.schema.partitions import ensure_partitions
+from chassis.models import WatchedCatalogue
+from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
+from metering.adapters.conservation import Conservation
+from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
-from metering.adapters.tail import Place, read_batch
-from metering.core.fold import fold
-from metering.core.journal import Entry, Malformed, parse
+from metering.adapters.reading import Reader
+from metering.adapters.rotation import Rotation
+from metering.adapters.tail import Alarm, Piece, Place, next_piece, torn_tail, vanished
+from metering.core import lines
+from metering.core.fold import Batch
+from metering.core.watermark import Level, WhenFull
 
 log = structlog.get_logger()
 
 READY_MARK = Path("run/collector.ready")
 #: Days that a refusal can be explained.
 _REFUSALS_KEPT = timedelta(days=7)
-_UPKEEP_EVERY = timedelta(hours=1)
-_ORPHANS_EVERY = timedelta(seconds=1)
+_REOPEN_TIMEOUT_SECONDS = 2.0
+#: What one record can be to blame for. Any other refusal (a right, a missing table) concerns all of
+#: them and is waited out.
+_POISON = (psycopg.DataError, psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation)
+GARBAGE_THRESHOLD = 100_000
+#: Seconds between looks, by a steady clock.
+_UPKEEP_EVERY = 3600.0
+_FILES_EVERY = 5.0
+_ORPHANS_EVERY = 1.0
 
 
 class Settings(BaseSettings):
     """The collector's own settings; the stores' are in `StoreSettings`."""
 
-    model_config = SettingsConfigDict(env_prefix="PEAJE_COLLECTOR_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="PEAJE_COLLECTOR_", frozen=True, populate_by_name=True)
 
     #: The journal's name in the ledger, unique among all Envoys that share a Postgres.
     journal: str = "local"
@@ -53,100 +69,207 @@ class Settings(BaseSettings):
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.
     silent_seconds: float = 30.0
+    #: Size at which the live journal is renamed: about 400,000 records.
+    rotate_bytes: int = Field(default=256 << 20, gt=0)
+    #: Old files that stay after they were read, for `peaje journal replay`.
+    kept_files: int = Field(default=8, ge=0)
+    #: Between looks at the engines' own counters; 0: none.
+    conservation_seconds: float = Field(default=20.0, ge=0)
+    #: Rows of closed months older than this are dropped; their sums and hashes stay. 0: none ever.
+    retention_days: int = Field(default=0, ge=0)
+    #: What happens to new requests when the journal's disk is 95 % full.
+    when_full: WhenFull = WhenFull.REFUSE
+    #: Envoy's admin interface, on loopback: it is asked to reopen a renamed journal.
+    admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
+
+
+@dataclass(slots=True)
+class Due:
+    """Something to do every so often, by a steady clock."""
+
+    every: float
+    at: float = 0.0
+
+    def now(self, monotonic: float) -> bool:
+        """Whether it is time; if so, the next time is set."""
+        if monotonic < self.at:
+            return False
+        self.at = monotonic + self.every
+        return True
 
 
 @dataclass(slots=True)
 class Collector:
     """Reads one journal into one ledger."""
 
-    path: Path
+    live: Path
     ledger: Ledger
     settings: Settings
-    place: Place | None = None
+    rotation: Rotation
+    disk: Disk
+    places: dict[str, Place]
+    reader: Reader = field(default_factory=Reader)
     epoch: str = ""
-    upkeep_due: datetime | None = None
-    orphans_due: datetime | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
+    #: When open exchanges were last marked: silence counts from there. None: not in this life.
+    marked: float | None = None
+    missing: frozenset[str] = frozenset()
+    _upkeep_due: Due = field(default_factory=lambda: Due(_UPKEEP_EVERY))
+    _files_due: Due = field(default_factory=lambda: Due(_FILES_EVERY))
+    _orphans_due: Due = field(default_factory=lambda: Due(_ORPHANS_EVERY))
 
-    def step(self, now: datetime) -> bool:
-        """Commit one batch if there is one; whether there may be more at once."""
-        self._upkeep(now)
-        lines, place = read_batch(self.path, self.place)
-        if not lines:
-            self.place = place
-            self._close_orphans(now)
-            return False
-        batch = fold(_entries(lines))
-        assert place is not None
-        added = self.ledger.write(batch, place, now)
-        self.place = place
-        self.epoch = batch.epoch or self.epoch
-        absorbed = len(batch.events) - added
-        log.debug("batch", lines=len(lines), added=added, absorbed=absorbed, open=len(batch.open))
-        return True
+    def step(self, now: datetime, monotonic: float) -> bool:
+        """
+        Commit one batch if there is one; whether there may be more at once.
 
-    def _close_orphans(self, now: datetime) -> None:
+        *now* dates what is written; what must wait is measured by *monotonic*, in seconds, so that
+        a jump of the clock closes nothing too early and nothing too late.
+        """
+        if self._upkeep_due.now(monotonic):
+            self._upkeep(now)
+        if self._files_due.now(monotonic):
+            self._look_after_files(now, monotonic)
+        piece = next_piece(self.live, self.places)
+        if piece is not None:
+            self._collect(piece, now)
+            return True
         # Only at the end of the journal: before that, silence may just be unread records.
-        if self.orphans_due and now < self.orphans_due:
-            return
-        self.orphans_due = now + _ORPHANS_EVERY
-        silent_before = now - timedelta(seconds=self.settings.silent_seconds)
-        closed = self.ledger.close_orphans(epoch=self.epoch, silent_before=silent_before, now=now)
+        if self._orphans_due.now(monotonic):
+            self._close_orphans(now, monotonic)
+            self.ledger.keep_read_until(now)
+        return False
+
+    def _collect(self, piece: Piece, now: datetime) -> None:
+        batch = self.reader.read(piece)
+        try:
+            self._write(batch, piece, now)
+        except _POISON as exc:
+            # Well-formed for us and refused by Postgres: one record must not hold up the rest.
+            log.error("batch_refused", error=type(exc).__name__, file=piece.place.name, offset=piece.start)
+            self._collect_singly(piece, now)
+
+    def _collect_singly(self, piece: Piece, now: datetime) -> None:
+        offset = piece.start
+        for line in piece.data.split(b"\n"):
+            behind = offset + len(line) + 1
+            single = Piece(start=offset, data=line, place=Place(piece.place.file_id, piece.place.name, behind))
+            try:
+                self._write(self.reader.read(single), single, now)
+            except _POISON as exc:
+                reason = f"{type(exc).__name__} from Postgres"
+                found = lines.defect(line, offset=offset, reason=reason)
+                self._write(Batch(defects=[found]), single, now)
+            offset = behind
+
+    def _write(self, batch: Batch, piece: Piece, now: datetime) -> None:
+        added = self.ledger.write(batch, piece, now)
+        self.places[piece.place.file_id] = piece.place
+        self.epoch = batch.epoch or self.epoch
+        if piece.alarm is not None:
+            log.error("journal_changed", reason=piece.alarm.reason, file=piece.place.name, offset=piece.alarm.place.offset)
+        for found in batch.defects:
+            log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
+        log.debug("batch", bytes=len(piece.data), added=added, absorbed=len(batch.events) - added, open=len(batch.open))
+
+    def _close_orphans(self, now: datetime, monotonic: float) -> None:
+        silent = self.marked is not None and monotonic - self.marked >= self.settings.silent_seconds
+        closed = self.ledger.close_orphans(epoch=self.epoch, silent=silent, now=now)
         if closed:
-            log.warning("orphans_closed", count=closed)
+            log.warning("orphans_closed", count=closed, silent=silent)
+        elif silent or self.marked is None:
+            self.ledger.mark_open(now)
+            self.marked = monotonic
+
+    def _look_after_files(self, now: datetime, monotonic: float) -> None:
+        kept = 0 if self.disk.look() is Level.ACT else self.settings.kept_files
+        self.rotation.rotate()
+        done = self.rotation.done(monotonic)
+        for file in done:
+            place = self.places.get(file.file_id)
+            torn = place and torn_tail(file, place)
+            if torn:
+                found = lines.defect(torn.data, offset=torn.start, reason="no line end when its writer left")
+                self._write(Batch(defects=[found]), torn, now)
+        for file in self.rotation.superfluous(done, self.places, kept_files=kept):
+            file.path.unlink(missing_ok=True)
+            self.ledger.forget_file(self.places.pop(file.file_id), now)
+            log.info("journal_file_removed", file=file.path.name)
+        self._tell_of_missing(now)
+
+    def _tell_of_missing(self, now: datetime) -> None:
+        # Twice in a row: somebody else's rename may hide a file from one look.
+        gone = {place.file_id: place for place in vanished(self.live, self.places)}
+        for file_id in self.missing & gone.keys():
+            place = self.places.pop(file_id)
+            self.ledger.forget_file(place, now, Alarm(reason="the file is gone", place=place))
+            log.error("journal_changed", reason="the file is gone", file=place.name, offset=place.offset)
+        self.missing = frozenset(gone) - self.missing
 
     def _upkeep(self, now: datetime) -> None:
-        if self.upkeep_due and now < self.upkeep_due:
-            return
-        self.upkeep_due = now + _UPKEEP_EVERY
         with self.ledger.connection.transaction():
             ensure_partitions(self.ledger.connection, now.date())
+            if self.settings.retention_days:
+                before = now.date() - timedelta(days=self.settings.retention_days)
+                for name in retire_partitions(self.ledger.connection, before=before, now=now):
+                    log.info("day_retired", table=name)
         self.ledger.forget_refusals(now - _REFUSALS_KEPT)
 
 
-def _entries(lines: Iterable[bytes]) -> Iterable[Entry]:
-    for line in lines:
-        if not line:
-            continue
-        try:
-            yield parse(line)
-        except Malformed as exc:
-            log.error("journal_line_malformed", reason=str(exc))
+def reopen_journal(admin_port: int) -> bool:
+    """Ask Envoy to write to the file that now has the journal's name; whether it said yes."""
+    try:
+        return httpx.post(f"http://127.0.0.1:{admin_port}/reopen_logs", timeout=_REOPEN_TIMEOUT_SECONDS).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def main() -> None:
     """Collect until SIGTERM; on the way out, read what is left."""
     configure("collector")
+    # A batch is tens of thousands of small dicts without a cycle; looking for one costs a seventh of the work.
+    gc.set_threshold(GARBAGE_THRESHOLD)
     stores, settings = StoreSettings(), Settings()
-    path = stores.home / contract.JOURNAL_PATH
+    live = stores.home / contract.JOURNAL_PATH
+    disk = Disk(directory=live.parent, closed_mark=stores.home / contract.JOURNAL_CLOSED_PATH, when_full=settings.when_full)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    live.parent.mkdir(mode=0o700, exist_ok=True)
+    if settings.conservation_seconds:
+        Conservation(
+            url=stores.require_postgres(), catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
+            clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
+        ).start()
     while True:
         try:
             ledger = Ledger(stores.require_postgres(), settings.journal)
-            collector = Collector(path=path, ledger=ledger, settings=settings, place=ledger.place(), stop=stop)
-            _run(collector)
+            rotation = Rotation(
+                live=live, bytes_max=settings.rotate_bytes, reopen=lambda: reopen_journal(settings.admin_port)
+            )
+            _run(Collector(live, ledger, settings, rotation, disk, ledger.places()), stop)
             ledger.close()
             return
         except psycopg.Error as exc:
             log.error("ledger_unavailable", error=type(exc).__name__, reason=str(exc).splitlines()[0])
+            # The journal grows meanwhile; it must not fill the disk unwatched.
+            disk.look()
             if stop.wait(settings.retry_seconds):
                 return
 
 
-def _run(collector: Collector) -> None:
+def _run(collector: Collector, stop: threading.Event) -> None:
     log.info("collecting", journal=collector.settings.journal)
     while True:
-        more = collector.step(utc_now())
+        # Asked before the look: what was written before the signal is read after it.
+        is_last = stop.is_set()
+        more = collector.step(utc_now(), time.monotonic())
         if not READY_MARK.exists():
             READY_MARK.parent.mkdir(exist_ok=True)
             READY_MARK.touch(mode=0o600)
         if more:
             continue
-        if collector.stop.is_set():
+        if is_last:
             return
-        collector.stop.wait(collector.settings.idle_seconds)
+        stop.wait(collector.settings.idle_seconds)
 
 
 if __name__ == "__main__":

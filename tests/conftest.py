@@ -69,6 +69,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake") as installation:
         yield installation
+        # After everything that the tests have done to it, the ledger still holds.
+        verified = installation.cli("ledger", "verify")
+        assert verified["ok"], verified
 
 
 @pytest.fixture(scope="session")

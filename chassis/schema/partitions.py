@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Keep a daily partition ready for every usage row that may come, and a default one for the rest.
+Keep a daily partition ready for every usage row that may come, and a default one for the rest; drop
+those that are older than anybody wants to keep.
 
 A usage row is a bill: it must never be refused because nobody made its partition. So there is a
 default partition, and a day that first fell into it gets its own partition later, rows and all.
@@ -39,6 +40,14 @@ insert into {name} select * from moved
 """
 _ATTACH: Final[LiteralString] = "alter table usage_event attach partition {name} for values from ({start}) to ({end})"
 
+#: Days of closed months only: an open month is still made of its rows.
+_CLOSED_UNTIL: Final[LiteralString] = "select (max(period) + interval '1 month')::date from billing_period"
+_RETIRE: Final[LiteralString] = """
+insert into usage_retired (day, row_count, retired_at) select {day}, count(*), {now} from {name}
+"""
+_DETACH: Final[LiteralString] = "alter table usage_event detach partition {name}"
+_DROP: Final[LiteralString] = "drop table {name}"
+
 
 def ensure_partitions(connection: Connection[Any], today: date, days_ahead: int = DAYS_AHEAD) -> list[str]:
     """
@@ -63,6 +72,35 @@ def ensure_partitions(connection: Connection[Any], today: date, days_ahead: int 
                 _make(connection, name=name, day=day)
                 made.append(name)
         return made
+
+
+def retire_partitions(connection: Connection[Any], *, before: date, now: datetime) -> list[str]:
+    """
+    Drop the partitions of closed months' days before *before*, and return their names.
+
+    Sums, invoice lines and hashes stay. The days are written down, so that a record of such a day that
+    is read again is not taken for a new one.
+    """
+    with connection.transaction():
+        connection.execute(_TAKE_LOCK, (_LOCK,))
+        closed_until = connection.execute(_CLOSED_UNTIL).fetchall()[0][0]
+        if closed_until is None:
+            return []
+        retired = []
+        for name in sorted(str(row[0]) for row in connection.execute(_EXISTING).fetchall()):
+            day = _day(name)
+            if day is not None and day < min(before, closed_until):
+                words = {"name": sql.Identifier(name), "day": sql.Literal(day), "now": sql.Literal(now)}
+                for statement in (_RETIRE, _DETACH, _DROP):
+                    connection.execute(sql.SQL(statement).format(**words))
+                retired.append(name)
+        return retired
+
+
+def _day(name: str) -> date | None:
+    """The day of a daily partition, None for any other table."""
+    digits = name.removeprefix("usage_event_")
+    return datetime.strptime(digits, "%Y%m%d").replace(tzinfo=UTC).date() if digits.isdigit() else None
 
 
 def _make(connection: Connection[Any], *, name: str, day: date) -> None:

@@ -18,10 +18,13 @@ from control.api import (
     audit,
     bootstrap,
     explain_decision,
+    invoices,
     keys,
+    ledger,
     limits,
     oauth,
     operators,
+    prices,
     projects,
     reports,
     secret_scanning,
@@ -40,7 +43,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger,
 )
 
 

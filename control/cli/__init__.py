@@ -13,7 +13,21 @@ from typing import Annotated
 import typer
 
 from chassis.errors import PeajeError
-from control.cli import audit, keys, limits, operators, projects, reports, service_accounts, signing_keys, tenants
+from control.cli import (
+    audit,
+    invoices,
+    journal,
+    keys,
+    ledger,
+    limits,
+    operators,
+    prices,
+    projects,
+    reports,
+    service_accounts,
+    signing_keys,
+    tenants,
+)
 from control.cli.options import Json
 from control.laptop import commands as laptop
 
@@ -29,6 +43,10 @@ app.add_typer(operators.app, name="operators")
 app.add_typer(limits.app, name="limits")
 app.add_typer(audit.app, name="audit")
 app.add_typer(signing_keys.app, name="signing-keys")
+app.add_typer(prices.app, name="prices")
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(journal.app, name="journal")
+invoices.register(app)
 reports.register(app)
 laptop.register(app)
 

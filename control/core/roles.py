@@ -28,6 +28,12 @@ class Permission(StrEnum):
     LIMITS_CHECK = "limits:check"
     USAGE_READ = "usage:read"
     REQUESTS_READ = "requests:read"
+    PRICES_READ = "prices:read"
+    PRICES_WRITE = "prices:write"
+    INVOICES_READ = "invoices:read"
+    PERIODS_READ = "periods:read"
+    PERIODS_CLOSE = "periods:close"
+    LEDGER_VERIFY = "ledger:verify"
     OPERATORS_READ = "operators:read"
     OPERATORS_WRITE = "operators:write"
     AUDIT_READ = "audit:read"
@@ -51,6 +57,7 @@ _P = Permission
 #: Never an operator's of a tenant, whatever its role.
 PLATFORM_ONLY: Final = frozenset({
     _P.TENANTS_WRITE, _P.LIMITS_WRITE, _P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.SIGNING_KEYS_READ, _P.SIGNING_KEYS_WRITE,
+    _P.PRICES_WRITE, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY,
 })
 
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
@@ -60,9 +67,12 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
         _P.TENANTS_READ, _P.PROJECTS_READ, _P.KEYS_READ, _P.KEYS_WRITE, _P.SERVICE_ACCOUNTS_READ, _P.LIMITS_READ,
         _P.USAGE_READ, _P.REQUESTS_READ,
     }),
-    Role.BILLING_READER: frozenset({_P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ}),
+    Role.BILLING_READER: frozenset({
+        _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.PRICES_READ, _P.INVOICES_READ, _P.PERIODS_READ,
+    }),
     Role.AUDITOR: frozenset(
-        {permission for permission in Permission if permission.endswith(":read")} | {_P.LIMITS_CHECK, _P.AUDIT_VERIFY}
+        {permission for permission in Permission if permission.endswith(":read")}
+        | {_P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.LEDGER_VERIFY}
     ),
 }
 

@@ -8,15 +8,24 @@
 local M = {}
 
 local PATH = 'journal/journal.jsonl'
+-- While this file exists nothing is admitted: the collector makes it when the disk is nearly full,
+-- so that there is room for the end records of what is under way.
+local CLOSED_PATH = 'journal/closed'
 -- The file is opened anew this often, so that a rotated journal is let go.
 local REOPEN_SECONDS = 2
 
 local file, opened_at
 
+local function closed()
+  local mark = io.open(CLOSED_PATH, 'r')
+  if mark then mark:close() end
+  return mark ~= nil
+end
+
 local function opened(now)
   if file and now - opened_at < REOPEN_SECONDS and now >= opened_at then return file end
   if file then file:close() end
-  file, opened_at = io.open(PATH, 'a'), now
+  file, opened_at = not closed() and io.open(PATH, 'a') or nil, now
   -- Buffered whole and flushed after each line: one system call a record.
   if file then file:setvbuf('full', 16384) end
   return file

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Write a batch to Postgres: rows, hourly sums, open exchanges and the journal's place, at once.
+Write a batch to Postgres: rows, amounts, hourly sums, open exchanges and the journal's place, at once.
 
 A crash at any moment repeats the batch, and the repeat changes nothing: rows conflict on
 (started_at, request_id), sums grow only by rows that were new.
@@ -11,58 +11,91 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, Final
 
 import orjson
 import psycopg
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Jsonb, set_json_dumps
 
-from metering.adapters.tail import Place
+from metering.adapters.tail import Alarm, Piece, Place
 from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
+from metering.core.lines import Defect
+from metering.core.rating import RateCard, RateCards, amount_nano
 
-_EVENT_COLUMNS: Final = tuple(field.name for field in fields(UsageEvent))
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
 REFUSALS_PER_BATCH_MAX: Final = 200
+#: Open exchanges that are closed in one transaction.
+_ORPHANS_PER_STEP_MAX: Final = 1000
+_TAKEOVER_TIMEOUT: Final = "2s"
+#: Shared by every transaction that charges; whoever changes prices or closes a period takes it alone,
+#: so that a change is in no transaction's past and future at once.
+CHARGING_LOCK: Final = 0x7065616A_65000003
+
+_EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
+_event_values = attrgetter(*_EVENT_FIELDS)
+_COPY_EVENTS: Final = f"copy incoming ({', '.join(_EVENT_FIELDS)}, currency, amount_nano, rate_card_id, recorded_at) from stdin"
 
 _PREPARE: Final = """
 create temp table incoming (like usage_event) on commit delete rows;
 create temp table incoming_open (like open_exchange) on commit delete rows;
 """
 
-_COPY_EVENTS: Final = (
-    "copy incoming (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, status, "
-    "outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis, anomaly, streamed, upstream, "
-    "recorded_at) from stdin"
-)
+_TAKE_CHARGING_LOCK: Final = "select pg_advisory_xact_lock_shared(%s)"
 
-#: New rows go in, known ones are absorbed; the hour's sums follow exactly the rows that were new.
+_RATE_CARDS: Final = """
+select rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
+       lower(effective), upper(effective)
+from rate_card
+where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effective && tstzrange(%s, %s, '[]')
+"""
+
+#: New rows go in, known ones are absorbed; the hour's sums, and the adjustments of months that are
+#: closed, follow exactly the rows that were new.
 _ADD_EVENTS: Final = """
 with fresh as (
-    insert into usage_event select * from incoming on conflict do nothing returning *
+    insert into usage_event select * from incoming i
+    -- Rows of a retired day are gone: nobody can say whether this one was among them.
+    where not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
+    on conflict do nothing returning *
 ), summed as (
-    insert into usage_hour
-    select date_trunc('hour', started_at at time zone 'UTC') at time zone 'UTC',
-           tenant_id, project_id, key_id, model, count(*),
-           sum(input_tokens), sum(output_tokens), sum(cached_tokens), sum(reasoning_tokens)
+    insert into usage_hour (hour, tenant_id, project_id, key_id, model, currency, request_count,
+                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano)
+    select date_trunc('hour', started_at, 'UTC'), tenant_id, project_id, key_id, model, coalesce(currency, ''), count(*),
+           sum(input_tokens), sum(output_tokens), sum(cached_tokens), sum(reasoning_tokens), coalesce(sum(amount_nano), 0)
     from fresh
-    group by 1, 2, 3, 4, 5
-    on conflict (hour, tenant_id, project_id, key_id, model) do update set
+    group by 1, 2, 3, 4, 5, 6
+    -- Two collectors that meet in an hour lock its rows in the same order.
+    order by 1, 2, 3, 4, 5, 6
+    on conflict (hour, tenant_id, project_id, key_id, model, currency) do update set
         request_count    = usage_hour.request_count + excluded.request_count,
         input_tokens     = usage_hour.input_tokens + excluded.input_tokens,
         output_tokens    = usage_hour.output_tokens + excluded.output_tokens,
         cached_tokens    = usage_hour.cached_tokens + excluded.cached_tokens,
-        reasoning_tokens = usage_hour.reasoning_tokens + excluded.reasoning_tokens
+        reasoning_tokens = usage_hour.reasoning_tokens + excluded.reasoning_tokens,
+        amount_nano      = usage_hour.amount_nano + excluded.amount_nano
+), first_open as (
+    select (max(period) + interval '1 month')::date as period from billing_period
+), late as (
+    insert into adjustment (request_id, period, of_period, started_at, tenant_id, project_id, model, currency,
+                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano, reason, created_at)
+    select request_id, first_open.period, date_trunc('month', started_at at time zone 'UTC')::date, started_at,
+           tenant_id, project_id, model, coalesce(currency, ''), input_tokens, output_tokens, cached_tokens,
+           reasoning_tokens, coalesce(amount_nano, 0), 'late_usage', recorded_at
+    from fresh, first_open
+    where started_at < first_open.period::timestamp at time zone 'UTC'
 )
 select request_id from fresh
 """
 
-#: Absorbed rows whose numbers differ from what stands: kept for a person, never applied.
+#: Absorbed rows whose numbers differ from what stands, or that can no longer be compared: kept for a
+#: person, never applied.
 _CONFLICTS: Final = """
-select i.request_id from incoming i join usage_event u using (started_at, request_id)
+select i.request_id from incoming i left join usage_event u using (started_at, request_id)
 where i.request_id = any(%s)
-  and (i.tenant_id, i.input_tokens, i.output_tokens, i.status, i.outcome)
-      is distinct from (u.tenant_id, u.input_tokens, u.output_tokens, u.status, u.outcome)
+  and (i.tenant_id, i.input_tokens, i.output_tokens, i.cached_tokens, i.reasoning_tokens, i.status, i.outcome)
+      is distinct from (u.tenant_id, u.input_tokens, u.output_tokens, u.cached_tokens, u.reasoning_tokens, u.status, u.outcome)
 """
 
 _KEEP_OPEN: Final = """
@@ -70,17 +103,23 @@ insert into open_exchange
 select i.* from incoming_open i
 where not exists (
     select from usage_event u where u.started_at = i.started_at and u.request_id = i.request_id
-)
-on conflict (request_id) do update set seen_at = excluded.seen_at, entry = excluded.entry
+) and not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
+on conflict (request_id) do update set seen_at = excluded.seen_at, entry = excluded.entry, marked_at = null
 where excluded.seen_at >= open_exchange.seen_at
 """
 
 _ORPHANS: Final = """
 select entry from open_exchange
-where journal = %(journal)s and ((%(epoch)s <> '' and epoch <> %(epoch)s) or seen_at < %(silent_before)s)
+where journal = %(journal)s and ((%(epoch)s <> '' and epoch <> %(epoch)s) or (%(silent)s and marked_at is not null))
 order by started_at
-limit 1000
+limit %(limit)s
 for update skip locked
+"""
+
+_KEEP_PLACE: Final = """
+insert into journal_position (journal, file_id, file_name, byte_offset, updated_at) values (%s, %s, %s, %s, %s)
+on conflict (journal, file_id) do update
+set file_name = excluded.file_name, byte_offset = excluded.byte_offset, updated_at = excluded.updated_at
 """
 
 
@@ -90,73 +129,95 @@ class Ledger:
     def __init__(self, url: str, journal: str) -> None:
         self._journal = journal
         self._connection = psycopg.connect(
-            url, application_name="collector", connect_timeout=3, options="-c statement_timeout=60000",
+            url, application_name="collector", connect_timeout=3, options="-c statement_timeout=60000 -c timezone=UTC",
             keepalives_idle=5, keepalives_interval=2, keepalives_count=3,
         )
+        set_json_dumps(orjson.dumps, self._connection)
         self._connection.execute("set synchronous_commit = on")
-        # Two collectors on one journal would fight over its place.
-        locked = self._connection.execute(
-            "select pg_try_advisory_lock(hashtextextended('peaje-journal:' || %s, 0))", (journal,)
-        ).fetchone()
-        if not locked or not locked[0]:
-            self._connection.close()
-            raise psycopg.OperationalError("another collector reads this journal")
+        self._take_journal()
         self._connection.execute(_PREPARE)
         self._connection.commit()
+
+    def _take_journal(self) -> None:
+        # Two collectors on one journal would fight over its place. One that has just died may hold it a moment longer.
+        try:
+            self._connection.execute("select set_config('lock_timeout', %s, true)", (_TAKEOVER_TIMEOUT,))
+            self._connection.execute("select pg_advisory_lock(hashtextextended('peaje-journal:' || %s, 0))", (self._journal,))
+        except psycopg.errors.LockNotAvailable as exc:
+            self._connection.close()
+            raise psycopg.OperationalError("another collector reads this journal") from exc
 
     @property
     def connection(self) -> psycopg.Connection[Any]:
         """The connection, for upkeep between batches."""
         return self._connection
 
-    def place(self) -> Place | None:
-        """How far the journal has been read, None if never."""
+    def places(self) -> dict[str, Place]:
+        """How far each file of the journal has been read."""
         with self._connection.transaction():
-            row = self._connection.execute(
-                "select file_id, byte_offset from journal_position where journal = %s", (self._journal,)
-            ).fetchone()
-        return Place(*row) if row else None
+            rows = self._connection.execute(
+                "select file_id, file_name, byte_offset from journal_position where journal = %s", (self._journal,)
+            ).fetchall()
+        return {row[0]: Place(*row) for row in rows}
 
-    def write(self, batch: Batch, place: Place, now: datetime) -> int:
-        """Commit *batch* and *place* together; returns how many rows were new."""
+    def write(self, batch: Batch, piece: Piece, now: datetime) -> int:
+        """Commit *batch* and the place behind *piece* together; returns how many rows were new."""
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
             absorbed = [request_id for request_id in batch.events if request_id not in added]
+            conflicts = list(batch.contradicting)
             if absorbed:
-                self._keep_conflicts(absorbed, batch.ended, now)
+                rows = self._connection.execute(_CONFLICTS, (absorbed,)).fetchall()
+                conflicts += [batch.ended[request_id] for (request_id,) in rows]
+            self._keep_conflicts(conflicts, now)
             self._keep_open(batch.open.values())
             if batch.events:
-                self._connection.execute(
-                    "delete from open_exchange where request_id = any(%s)", (list(batch.events),)
-                )
+                self._forget_open(list(batch.events))
             self._keep_refusals(batch)
-            self._connection.execute(
-                """
-                insert into journal_position values (%s, %s, %s, %s)
-                on conflict (journal) do update
-                set file_id = excluded.file_id, byte_offset = excluded.byte_offset, updated_at = excluded.updated_at
-                """,
-                (self._journal, place.file_id, place.offset, now),
-            )
+            self._keep_defects(batch.defects, piece.place, now)
+            if piece.alarm is not None:
+                self._keep_alarm(piece.alarm, now)
+            self._keep_place(piece.place, now)
         return len(added)
 
-    def close_orphans(self, *, epoch: str, silent_before: datetime, now: datetime) -> int:
+    def close_orphans(self, *, epoch: str, silent: bool, now: datetime) -> int:
         """
-        Give a row to each open exchange whose Envoy is gone: of another life than *epoch* (if
-        that is known), or not heard of since *silent_before* although every live stream reports each second.
+        Give a row to each open exchange whose Envoy is gone: of another life than *epoch* (if that is
+        known), or, if *silent*, not heard of since `mark_open` although a live stream reports each second.
         """
         with self._connection.transaction():
             rows = self._connection.execute(
-                _ORPHANS, {"journal": self._journal, "epoch": epoch, "silent_before": silent_before}
+                _ORPHANS,
+                {"journal": self._journal, "epoch": epoch, "silent": silent, "limit": _ORPHANS_PER_STEP_MAX},
             ).fetchall()
             entries = [parse(orjson.dumps(row[0])) for row in rows]
             if entries:
                 self._add([lost_event(entry) for entry in entries], now)
-                self._connection.execute(
-                    "delete from open_exchange where request_id = any(%s)",
-                    ([entry.request_id for entry in entries],),
-                )
+                self._forget_open([entry.request_id for entry in entries])
         return len(rows)
+
+    def mark_open(self, now: datetime) -> None:
+        """Mark all open exchanges; whatever is heard of one takes its mark away."""
+        with self._connection.transaction():
+            self._connection.execute("update open_exchange set marked_at = %s where journal = %s", (now, self._journal))
+
+    def keep_read_until(self, now: datetime) -> None:
+        """Say that at *now* there was nothing unread in the journal."""
+        with self._connection.transaction():
+            self._connection.execute(
+                "insert into journal_state (journal, read_until) values (%s, %s) "
+                "on conflict (journal) do update set read_until = excluded.read_until",
+                (self._journal, now),
+            )
+
+    def forget_file(self, place: Place, now: datetime, alarm: Alarm | None = None) -> None:
+        """Drop the place of a file that is no longer there; with an alarm if nobody said why."""
+        with self._connection.transaction():
+            if alarm is not None:
+                self._keep_alarm(alarm, now)
+            self._connection.execute(
+                "delete from journal_position where journal = %s and file_id = %s", (self._journal, place.file_id)
+            )
 
     def forget_refusals(self, before: datetime) -> None:
         """Drop refusals older than *before*."""
@@ -168,28 +229,45 @@ class Ledger:
         self._connection.close()
 
     def _add(self, events: Iterable[UsageEvent], now: datetime) -> set[str]:
-        rows = [(*astuple(event), now) for event in events]
-        if not rows:
+        events = list(events)
+        if not events:
             return set()
+        # Before the cards are read: they cannot change until this is committed.
+        self._connection.execute(_TAKE_CHARGING_LOCK, (CHARGING_LOCK,))
+        cards = self._rate_cards(events)
         with self._connection.cursor() as cursor:
             with cursor.copy(_COPY_EVENTS) as copy:
-                for row in rows:
-                    copy.write_row(row)
-            added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
-        return added
+                for event in events:
+                    copy.write_row((*_event_values(event), *_charge(event, cards), now))
+            return {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
 
-    def _keep_conflicts(self, absorbed: Sequence[str], ended: dict[str, Entry], now: datetime) -> None:
-        rows = self._connection.execute(_CONFLICTS, (list(absorbed),)).fetchall()
-        for (request_id,) in rows:
-            entry = ended[request_id]
-            self._connection.execute(
-                "insert into usage_conflict values (%s, %s, %s, %s)",
-                (request_id, entry.started_at, now, Jsonb(entry.fields)),
-            )
+    def _rate_cards(self, events: Sequence[UsageEvent]) -> RateCards:
+        moments = [event.started_at for event in events]
+        rows = self._connection.execute(
+            _RATE_CARDS,
+            (
+                list({event.model for event in events}), list({event.tenant_id for event in events}),
+                min(moments), max(moments),
+            ),
+        ).fetchall()
+        names = [field.name for field in fields(RateCard)]
+        return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
+
+    def _forget_open(self, request_ids: list[str]) -> None:
+        self._connection.execute("delete from open_exchange where request_id = any(%s)", (request_ids,))
+
+    def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
+        if entries:
+            with self._connection.cursor() as cursor:
+                cursor.executemany(
+                    "insert into usage_conflict (request_id, started_at, recorded_at, entry) values (%s, %s, %s, %s) "
+                    "on conflict do nothing",
+                    [(entry.request_id, entry.started_at, now, Jsonb(entry.fields)) for entry in entries],
+                )
 
     def _keep_open(self, entries: Iterable[Entry]) -> None:
         rows = [
-            (e.request_id, e.started_at, e.seen_at, self._journal, e.epoch, Jsonb(e.fields)) for e in entries
+            (e.request_id, e.started_at, e.seen_at, self._journal, e.epoch, Jsonb(e.fields), None) for e in entries
         ]
         if not rows:
             return
@@ -200,10 +278,39 @@ class Ledger:
             cursor.execute(_KEEP_OPEN)
 
     def _keep_refusals(self, batch: Batch) -> None:
-        if not batch.refusals:
-            return
-        with self._connection.cursor() as cursor:
-            cursor.executemany(
-                "insert into refusal values (%s, %s, %s, %s, %s, %s, %s) on conflict do nothing",
-                [astuple(refusal) for refusal in batch.refusals[:REFUSALS_PER_BATCH_MAX]],
-            )
+        if batch.refusals:
+            with self._connection.cursor() as cursor:
+                cursor.executemany(
+                    "insert into refusal values (%s, %s, %s, %s, %s, %s, %s) on conflict do nothing",
+                    [astuple(refusal) for refusal in batch.refusals[:REFUSALS_PER_BATCH_MAX]],
+                )
+
+    def _keep_alarm(self, alarm: Alarm, now: datetime) -> None:
+        found = Defect(offset=alarm.place.offset, byte_count=0, digest="", reason=alarm.reason)
+        self._keep_defects([found], alarm.place, now)
+
+    def _keep_defects(self, defects: Sequence[Defect], place: Place, now: datetime) -> None:
+        if defects:
+            with self._connection.cursor() as cursor:
+                cursor.executemany(
+                    "insert into journal_defect values (%s, %s, %s, %s, %s, %s, %s, %s) on conflict do nothing",
+                    [
+                        (self._journal, place.file_id, place.name, d.offset, d.byte_count, d.digest, d.reason, now)
+                        for d in defects
+                    ],
+                )
+
+    def _keep_place(self, place: Place, now: datetime) -> None:
+        self._connection.execute(_KEEP_PLACE, (self._journal, place.file_id, place.name, place.offset, now))
+
+
+def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None]:
+    """Currency, amount and rate card of a row: all three, or none."""
+    card = cards.find(tenant_id=event.tenant_id, model=event.model, admitted_at=event.started_at)
+    if card is None:
+        return None, None, None
+    amount = amount_nano(
+        card, input_tokens=event.input_tokens, output_tokens=event.output_tokens,
+        cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens,
+    )
+    return card.currency, amount, card.rate_card_id

@@ -1,53 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Read complete lines from a growing file, from a remembered place.
+Read complete lines of the journal's files, old files before the live one, from remembered places.
 
-The place is (file id, byte offset); it moves only when the caller has committed what it read.
+A file is known by its first line, which holds an id minted once: not by its name, which rotation
+changes, nor by its inode, which the next file may get. A place moves only when the caller has
+committed what it read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 #: One batch: large enough for COPY to pay, small enough to hold in memory many times over.
-BATCH_BYTES_MAX = 1 << 20
+BATCH_BYTES_MAX = 1 << 22
 #: A record has a few hundred bytes; a longer run without a newline is corruption.
 LINE_BYTES_MAX = 1 << 16
+#: Old files by our own rotation, and by a rotation of somebody else's that appends a number or a date.
+_OLD_SUFFIX = r"(?:-(?P<number>[0-9]{1,12})\.jsonl|\.jsonl[.-][0-9]+)"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far a journal has been read."""
+    """How far a file of the journal has been read."""
 
     file_id: str
+    name: str
     offset: int
 
 
-class Corrupt(Exception):
-    """The journal holds something that is no line; a person must look."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something is wrong with a whole file, not with a line; a person must look."""
+
+    reason: str
+    #: Where reading stood.
+    place: Place
 
 
-def read_batch(path: Path, place: Place | None) -> tuple[list[bytes], Place | None]:
-    """
-    Complete lines after *place* and the place behind them; nothing and the same place at the end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Unread whole lines of one file."""
 
-    A torn last line stays for later. Another file at *path* (another id, or shorter than the
-    place) is read from its start.
-    """
+    start: int
+    data: bytes
+    #: Behind *data*.
+    place: Place
+    alarm: Alarm | None = None
+    #: No line end in more than a line's length: *data* is no lines, however it ends.
+    endless: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalFile:
+    """One file of a journal as it is now."""
+
+    path: Path
+    file_id: str
+    size: int
+
+
+def list_files(live: Path) -> list[Path]:
+    """The files of the journal whose newest is at *live*: oldest first, *live* last; live may be missing."""
+    pattern = re.compile(re.escape(live.stem) + _OLD_SUFFIX)
+    old = []
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            file_id = f"{status.st_dev}:{status.st_ino}"
-            offset = place.offset if place and place.file_id == file_id and place.offset <= status.st_size else 0
-            file.seek(offset)
-            data = file.read(BATCH_BYTES_MAX)
+        names = os.listdir(live.parent)
     except FileNotFoundError:
-        return [], place
+        return []
+    for name in names:
+        matched = pattern.fullmatch(name)
+        if matched is not None:
+            old.append((int(matched["number"] or 0), _modified(live.parent / name), name))
+    return [*(live.parent / name for _, _, name in sorted(old)), *([live] if live.exists() else [])]
+
+
+def look(live: Path) -> list[JournalFile]:
+    """The journal's files that hold at least one whole line, in reading order."""
+    return [found for found in map(_identified, list_files(live)) if found is not None]
+
+
+def next_piece(live: Path, places: Mapping[str, Place]) -> Piece | None:
+    """
+    The next unread lines, from the oldest file that has any; None at the end of the journal.
+
+    A torn last line stays for later. A file that is shorter than its place, or no longer has a
+    line end before it, was changed under us: it is read again from its start, with an alarm.
+    """
+    for path in list_files(live):
+        file = _open(path)
+        if file is None:
+            continue
+        with file:
+            piece = _piece(file, path, places)
+        if piece is not None:
+            return piece
+    return None
+
+
+def vanished(live: Path, places: Mapping[str, Place]) -> list[Place]:
+    """Places in files that are no longer there, although nobody has said that they were done with."""
+    present = {found.file_id for found in look(live)}
+    return [place for file_id, place in places.items() if file_id not in present]
+
+
+def torn_tail(file: JournalFile, place: Place) -> Piece | None:
+    """What follows *place* in a file that nobody writes to any more: a line that will never end."""
+    if place.offset >= file.size:
+        return None
+    with file.path.open("rb") as opened:
+        opened.seek(place.offset)
+        data = opened.read(LINE_BYTES_MAX)
+    return Piece(start=place.offset, data=data, place=Place(file.file_id, file.path.name, file.size), endless=True)
+
+
+def _piece(file: BinaryIO, path: Path, places: Mapping[str, Place]) -> Piece | None:
+    file_id = _identity(file)
+    if file_id is None:
+        return None
+    place = places.get(file_id)
+    offset, alarm = place.offset if place else 0, None
+    if place and place.offset > os.fstat(file.fileno()).st_size:
+        offset, alarm = 0, Alarm(reason="the file was truncated", place=place)
+    elif place and offset and os.pread(file.fileno(), 1, offset - 1) != b"\n":
+        offset, alarm = 0, Alarm(reason="the file was rewritten", place=place)
+    file.seek(offset)
+    data = file.read(BATCH_BYTES_MAX)
     last = data.rfind(b"\n")
-    if last < 0:
-        if len(data) > LINE_BYTES_MAX:
-            raise Corrupt(f"{path}: no line end in {len(data)} bytes from offset {offset}")
-        return [], Place(file_id, offset)
-    return data[:last].split(b"\n"), Place(file_id, offset + last + 1)
+    if last >= 0:
+        behind = Place(file_id, path.name, offset + last + 1)
+        return Piece(start=offset, data=data[:last], place=behind, alarm=alarm)
+    if len(data) > LINE_BYTES_MAX:
+        end = _line_end(file, offset + len(data))
+        if end is not None:
+            return Piece(start=offset, data=data, place=Place(file_id, path.name, end + 1), alarm=alarm, endless=True)
+    return None
+
+
+def _line_end(file: BinaryIO, offset: int) -> int | None:
+    """Where the line that goes on at *offset* ends, None if it does not."""
+    file.seek(offset)
+    while data := file.read(BATCH_BYTES_MAX):
+        found = data.find(b"\n")
+        if found >= 0:
+            return offset + found
+        offset += len(data)
+    return None
+
+
+def _identity(file: BinaryIO) -> str | None:
+    """Name a file by its first line; None while that is not complete."""
+    first = os.pread(file.fileno(), LINE_BYTES_MAX, 0)
+    line, end, _ = first.partition(b"\n")
+    if not end and len(first) < LINE_BYTES_MAX:
+        return None
+    return hashlib.sha256(line).hexdigest()[:32]
+
+
+def _identified(path: Path) -> JournalFile | None:
+    file = _open(path)
+    if file is None:
+        return None
+    with file:
+        file_id = _identity(file)
+        size = os.fstat(file.fileno()).st_size
+    return None if file_id is None else JournalFile(path=path, file_id=file_id, size=size)
+
+
+def _open(path: Path) -> BinaryIO | None:
+    """A file that may be renamed or removed at this very moment; None if it just was."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return None
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from chassis import contract as c
 from metering.core.journal import Entry, Refused, UsageEvent, refused, usage_event
+from metering.core.lines import Defect
 
 
 @dataclass(slots=True)
@@ -23,9 +24,13 @@ class Batch:
     events: dict[str, UsageEvent] = field(default_factory=dict)
     #: End records behind `events`, kept if a row turns out to exist with other numbers.
     ended: dict[str, Entry] = field(default_factory=dict)
+    #: End records that contradict an earlier one of this batch: the first one stands.
+    contradicting: list[Entry] = field(default_factory=list)
     #: The last record of each exchange that has not ended.
     open: dict[str, Entry] = field(default_factory=dict)
     refusals: list[Refused] = field(default_factory=list)
+    #: What was no record.
+    defects: list[Defect] = field(default_factory=list)
     #: The Envoy life that wrote last; exchanges of earlier lives in this journal are over.
     epoch: str | None = None
 
@@ -38,10 +43,18 @@ def fold(entries: Iterable[Entry]) -> Batch:
         if entry.type == c.JOURNAL_END:
             batch.open.pop(entry.request_id, None)
             if entry.admitted:
-                batch.events.setdefault(entry.request_id, usage_event(entry))
-                batch.ended.setdefault(entry.request_id, entry)
+                _end(batch, entry)
             elif entry.tenant_id:
                 batch.refusals.append(refused(entry))
         elif entry.admitted and entry.request_id not in batch.events:
             batch.open[entry.request_id] = entry
     return batch
+
+
+def _end(batch: Batch, entry: Entry) -> None:
+    event = usage_event(entry)
+    first = batch.events.setdefault(entry.request_id, event)
+    if first is event:
+        batch.ended[entry.request_id] = entry
+    elif first != event:
+        batch.contradicting.append(entry)

@@ -9,6 +9,7 @@ the time. A record that makes no sense is `Malformed`: never skipped in silence.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +22,17 @@ from chassis import contract as c
 TOKENS_MAX = 100_000_000
 #: Bytes per token where neither the engine nor the chunks told: the usual figure for English text.
 ESTIMATE_BYTES_PER_TOKEN = 4
+
+_TYPES = frozenset({c.JOURNAL_START, c.JOURNAL_PERIODIC, c.JOURNAL_END})
+#: Envoy mints the id; anything else in its place is damage.
+_REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+#: Postgres cannot hold U+0000 in text, and a caller may have put one into a model's name.
+_NUL, _REPLACEMENT = rb"\u0000", rb"\ufffd"
+#: Longer text is cut: nothing of ours is, and a row is no place for a caller's essay.
+TEXT_LENGTH_MAX = 256
+#: HTTP has three digits.
+_STATUS_MAX = 999
+_NESTED = (c.J_IDENTITY, c.J_REQUEST, c.J_USAGE, c.J_ADMISSION)
 
 #: Envoy response flags by who ended the exchange.
 _CLIENT_FLAGS = {"DC", "DPE"}
@@ -45,12 +57,12 @@ class Entry:
     @property
     def admitted(self) -> bool:
         """Whether the request was let through by every control, so that it must have a row."""
-        return bool(self.fields.get(c.J_ADMISSION, {}).get(c.ADM_ADMITTED))
+        return bool(self.fields[c.J_ADMISSION].get(c.ADM_ADMITTED))
 
     @property
     def tenant_id(self) -> str:
         """Who pays; empty when nobody was recognised."""
-        return str(self.fields.get(c.J_IDENTITY, {}).get(c.ID_TENANT, ""))
+        return _text(self.fields[c.J_IDENTITY], c.ID_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,25 +115,42 @@ class Refused:
 
 
 def parse(line: bytes) -> Entry:
-    """Read one complete line."""
+    """Read one complete line; raises `Malformed` for whatever Envoy and the tap do not write."""
     try:
-        fields = orjson.loads(line)
-        for nested in (c.J_IDENTITY, c.J_REQUEST, c.J_USAGE, c.J_ADMISSION):
+        fields = orjson.loads(line.replace(_NUL, _REPLACEMENT) if _NUL in line else line)
+        for nested in _NESTED:
             if not isinstance(fields.setdefault(nested, {}), dict):
-                fields[nested] = {}
+                raise TypeError(nested)
         # The gate's stamp is in every record; Envoy's own start is not seen by the start record.
         stamp = fields[c.J_REQUEST].get(c.REQ_STARTED_AT) or fields[c.J_STARTED_AT]
-        seconds, _, micros = str(stamp).partition(".")
-        started_at = datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(micros or 0))
+        seconds, _, micros = stamp.partition(".")
+        started_at = datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
         # Absent while the exchange has just begun (Envoy omits what it does not know yet).
-        duration = timedelta(milliseconds=int(fields.get(c.J_DURATION_MS) or 0))
+        duration_ms = fields.get(c.J_DURATION_MS)
+        seen_at = started_at + timedelta(milliseconds=duration_ms) if duration_ms else started_at
         kind, request_id = fields[c.J_TYPE], fields[c.J_REQUEST_ID]
+        if kind not in _TYPES or not _REQUEST_ID.fullmatch(request_id):
+            raise ValueError(c.J_TYPE)
+        _refuse_odd_values(fields)
         return Entry(
-            type=kind, request_id=request_id, started_at=started_at, seen_at=started_at + duration,
+            type=kind, request_id=request_id, started_at=started_at, seen_at=seen_at,
             epoch=str(fields.get(c.J_EPOCH, "")), fields=fields,
         )
-    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as exc:
         raise Malformed(f"{type(exc).__name__} in a journal line of {len(line)} bytes") from exc
+
+
+def _refuse_odd_values(fields: dict[str, Any]) -> None:
+    for name in (c.J_STATUS, c.J_BYTES_SENT):
+        if type(fields.get(name, 0)) is not int or fields.get(name, 0) < 0:
+            raise ValueError(name)
+    if fields.get(c.J_STATUS, 0) > _STATUS_MAX:
+        raise ValueError(c.J_STATUS)
+    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM):
+        if type(fields.get(name, "")) is not str:
+            raise ValueError(name)
+    if int(fields[c.J_REQUEST].get(c.REQ_PROMPT_BYTES) or 0) < 0:
+        raise ValueError(c.REQ_PROMPT_BYTES)
 
 
 def usage_event(entry: Entry) -> UsageEvent:
@@ -143,10 +172,10 @@ def refused(entry: Entry) -> Refused:
         request_id=entry.request_id,
         started_at=entry.started_at,
         tenant_id=entry.tenant_id,
-        key_id=str(entry.fields[c.J_IDENTITY].get(c.ID_KEY, "")),
-        model=str(entry.fields[c.J_REQUEST].get(c.REQ_MODEL, "")),
+        key_id=_text(entry.fields[c.J_IDENTITY], c.ID_KEY),
+        model=_text(entry.fields[c.J_REQUEST], c.REQ_MODEL),
         status=int(entry.fields.get(c.J_STATUS) or 0),
-        details=str(entry.fields.get(c.J_DETAILS) or ""),
+        details=_text(entry.fields, c.J_DETAILS),
     )
 
 
@@ -246,10 +275,10 @@ def _event(entry: Entry, *, status: int, outcome: str, usage: Usage) -> UsageEve
     return UsageEvent(
         request_id=entry.request_id,
         tenant_id=entry.tenant_id,
-        project_id=str(identity.get(c.ID_PROJECT, "")),
-        key_id=str(identity.get(c.ID_KEY, "")),
-        model=str(request.get(c.REQ_MODEL, "")),
-        dialect=str(request.get(c.REQ_DIALECT, "")),
+        project_id=_text(identity, c.ID_PROJECT),
+        key_id=_text(identity, c.ID_KEY),
+        model=_text(request, c.REQ_MODEL),
+        dialect=_text(request, c.REQ_DIALECT),
         started_at=entry.started_at,
         ended_at=entry.seen_at,
         status=status,
@@ -259,7 +288,11 @@ def _event(entry: Entry, *, status: int, outcome: str, usage: Usage) -> UsageEve
         cached_tokens=usage.cached_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         basis=usage.basis,
-        anomaly=usage.anomaly,
+        anomaly=None if usage.anomaly is None else str(usage.anomaly)[:TEXT_LENGTH_MAX],
         streamed=bool(request.get(c.REQ_STREAM)),
         upstream=upstream,
     )
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    return str(fields.get(name) or "")[:TEXT_LENGTH_MAX]

@@ -25,6 +25,7 @@ import pytest
 
 from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
+from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane, sign_in_first, start
 
 #: Postgres refuses to run as root; every Unix has this user.
@@ -95,6 +96,15 @@ def _migrated_template(postgres_server: str) -> str:
 def postgres_url(postgres_server: str, _migrated_template: str) -> str:
     """Give the URL of a fresh database with the newest schema."""
     return _create_database(postgres_server, template=_migrated_template)
+
+
+@pytest.fixture
+def ledger_url(postgres_url: str) -> Iterator[str]:
+    """Give the URL of a fresh ledger that must hold when the test is over: every invariant is looked at."""
+    yield postgres_url
+    with psycopg.connect(postgres_url) as connection:
+        found = verify(connection)
+    assert found.holds, [verdict for verdict in found.verdicts if verdict.violations]
 
 
 def _create_database(server_url: str, *, template: str) -> str:

@@ -37,6 +37,8 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/explain"): {"tenant": "acme"},
     ("PUT", "/v1/tenants/{tenant}/limits"): {"requests_per_minute": 1},
     ("POST", "/v1/signing-keys/rotate"): {},
+    ("POST", "/v1/prices"): {"model": "tiny", "input": "0.15", "output": "0.60"},
+    ("POST", "/v1/periods/{month}/close"): {},
 }
 
 
@@ -52,6 +54,11 @@ class Operation:
     def names(self) -> list[str]:
         """Parameters of the path."""
         return re.findall(r"{(\w+)}", self.path)
+
+    @property
+    def objects(self) -> list[str]:
+        """Parameters of the path that name something of a tenant; a month is everybody's."""
+        return [name for name in self.names if name != "month"]
 
     def at(self, values: dict[str, str]) -> str:
         """The path with *values* in it; an unknown parameter is a hole in the matrix, and fails."""
@@ -77,13 +84,13 @@ def values_of(tenant: Tenant) -> dict[str, str]:
     return {
         "tenant": tenant.tenant_id, "project": tenant.project_id, "key_id": tenant.key["key_id"],
         "service_account_id": tenant.account["service_account_id"], "operator_id": tenant.operator["operator_id"],
-        "request_id": f"request-of-{tenant.tenant_id}",
+        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01",
     }  # fmt: skip
 
 
 NOBODYS = {
     "tenant": "nobody", "project": "nothing", "key_id": "000000000000", "service_account_id": "sa_000000000000",
-    "operator_id": "op_000000000000", "request_id": "request-of-nobody",
+    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01",
 }  # fmt: skip
 
 
@@ -97,6 +104,7 @@ def rival(control: ControlPlane, postgres_url: str) -> Tenant:
     """Another tenant with one of everything, and a request on record."""
     tenant = control.tenant("rival")
     control.made("/v1/tenants/rival/limits", {"requests_per_minute": 5}, method="PUT")
+    control.made("/v1/prices", {"model": "tiny", "input": "1", "output": "2", "tenant": "rival"})
     with psycopg.connect(postgres_url) as connection:
         connection.execute(
             "insert into refusal (request_id, started_at, tenant_id, key_id, model, status, details) "
@@ -107,7 +115,7 @@ def rival(control: ControlPlane, postgres_url: str) -> Tenant:
 
 def everything(postgres_url: str) -> dict[str, list[Any]]:
     """All that the control plane can change."""
-    tables = ("tenant", "project", "api_key", "rate_limit", "service_account", "operator")
+    tables = ("tenant", "project", "api_key", "rate_limit", "service_account", "operator", "rate_card", "billing_period")
     with psycopg.connect(postgres_url) as connection:
         return {
             table: sorted(connection.execute(f"select to_jsonb(t)::text from {table} t").fetchall())
@@ -120,7 +128,7 @@ def test_every_verb_on_every_object_of_another_tenant_is_404(
 ) -> None:
     """A tenant-admin may do nothing to another's object, not even learn that it is there."""
     before = everything(postgres_url)
-    refused = [operation for operation in operations(control) if operation.names]
+    refused = [operation for operation in operations(control) if operation.objects]
 
     answers = {
         (operation.method, operation.path): control.ask(
@@ -147,14 +155,14 @@ def test_another_tenants_object_is_refused_in_the_words_for_one_that_does_not_ex
         return f"{answer.status_code} {text}"
 
     for operation in operations(control):
-        if operation.names:
+        if operation.objects:
             assert words(operation, NOBODYS) == words(operation, values_of(rival)), operation.path
 
 
 def test_an_own_path_with_another_tenants_object_inside_is_404(control: ControlPlane, acme: Tenant, rival: Tenant) -> None:
     """`/tenants/mine/projects/theirs`: every parameter after the tenant is checked too."""
     for operation in operations(control):
-        if "tenant" in operation.names and len(operation.names) > 1:
+        if "tenant" in operation.names and len(operation.objects) > 1:
             values = values_of(rival) | {"tenant": acme.tenant_id}
             answer = control.ask(operation.method, operation.at(values), acme.admin, json=operation.body())
             assert 404 == answer.status_code, operation.path
@@ -170,6 +178,7 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
 
     answers = [
         control.ask("GET", "/v1/usage?tenant=rival", acme.admin),
+        control.ask("GET", "/v1/prices?tenant=rival", acme.admin),
         control.ask("POST", f"{mine}/keys", acme.admin, json={"project": theirs["project"]}),
         control.ask("POST", f"{mine}/keys", acme.admin, json={"service_account_id": theirs["service_account_id"]}),
         control.ask("POST", f"{mine}/service-accounts", acme.admin, json={"name": "x", "project": theirs["project"]}),
@@ -185,7 +194,7 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
 
 def test_query_parameters_that_name_objects_are_known(control: ControlPlane) -> None:
     """A new parameter must be added here, and to the test above if it can name an object."""
-    known = {"after", "limit", "since", "by", "anchor", "tenant", "key_id", "model"}
+    known = {"after", "limit", "since", "by", "anchor", "tenant", "key_id", "model", "in_force"}
 
     found = {
         parameter["name"]
@@ -209,8 +218,8 @@ def test_lists_show_the_operators_own_tenant_only(control: ControlPlane, acme: T
             for value in values_of(rival).values():
                 assert value not in shown[operation.path], operation.path
 
-    assert {"/v1/tenants", "/v1/keys", "/v1/operators", "/v1/limits", "/v1/usage", "/v1/audit"} == set(shown)
-    for path in ("/v1/tenants", "/v1/keys", "/v1/operators", "/v1/limits", "/v1/audit"):
+    assert {"/v1/tenants", "/v1/keys", "/v1/operators", "/v1/limits", "/v1/usage", "/v1/audit", "/v1/prices"} == set(shown)
+    for path in ("/v1/tenants", "/v1/keys", "/v1/operators", "/v1/limits", "/v1/audit", "/v1/prices"):
         assert "rival" in control.ask("GET", path).text
 
 

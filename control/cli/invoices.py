@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`peaje invoice` and `peaje period`: what a tenant owes, and months that are closed for good."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from chassis.errors import Invalid
+from control.cli.client import at, call
+from control.cli.options import Json
+from control.cli.show import show
+
+period_app = typer.Typer(no_args_is_help=True, help="Months: close for good, verify.")
+
+Month = Annotated[str, typer.Argument(help="Such as 2026-11.")]
+_SHOWN = (
+    "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens",
+    "currency", "amount",
+)
+
+
+def show_invoice(
+    tenant: Annotated[str, typer.Option("--tenant", help="Id or name.")],
+    month: Annotated[str, typer.Option("--month", help="Such as 2026-11.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, amounts as exact decimals.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a tenant owes for a month."""
+    if as_csv and as_json:
+        raise Invalid("--csv and --json exclude each other.")
+    document = call("GET", at("/v1/tenants/{}/invoices/{}", tenant, month))
+    if as_csv:
+        from control.invoices import as_csv as text_of
+
+        print(text_of(document), end="")
+        return
+    if as_json:
+        show(document, as_json=True)
+        return
+    _print(document)
+
+
+@period_app.command("list")
+def list_periods(as_json: Json = False) -> None:
+    """List closed months."""
+    show(call("GET", "/v1/periods"), as_json=as_json)
+
+
+@period_app.command("close")
+def close_period(
+    month: Month,
+    exception: Annotated[str | None, typer.Option("--exception", help="Why to close although something is unexplained.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Close a month for good: later facts become adjustments of the first open one."""
+    show(call("POST", at("/v1/periods/{}/close", month), body={"exception": exception}), as_json=as_json)
+
+
+@period_app.command("verify")
+def verify_period(month: Month, as_json: Json = False) -> None:
+    """Find out whether a closed month is what it was; exit status 1 if not."""
+    found = call("GET", at("/v1/periods/{}/verification", month))
+    show(found if as_json else found | {"changes": "; ".join(found["changes"]) or None}, as_json=as_json)
+    raise typer.Exit(0 if found["ok"] else 1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("invoice")(show_invoice)
+    app.add_typer(period_app, name="period")
+
+
+def _print(document: dict[str, Any]) -> None:
+    print(f"{document['tenant']}, {document['period']}, {document['state']}")
+    show({"lines": [{name: line[name] for name in _SHOWN} for line in document["lines"]]}, as_json=False)
+    for total in document["totals"]:
+        print(f"total {total['currency']} {total['amount']}")
+    if document["requests_without_price"]:
+        print(f"{document['requests_without_price']} requests used tokens and have no price: see `peaje prices list`")

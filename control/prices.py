@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Prices: set and list. A price that was charged never changes; a new one ends the one before it.
+
+The price at admission counts, so a change is made while no collector is charging, and begins after
+whatever has been charged by the old price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from chassis.errors import Conflict, Invalid
+from chassis.models import ModelCatalogue
+from control import audit, keys, tenants
+from control.act import Act
+from control.durations import moment_ahead
+from control.money import decimal_text, nano
+from control.store import Store
+from metering.adapters.periods import lock_charging
+
+#: Between the change and the beginning of a price that replaces another: more than the clocks of two
+#: machines may differ, so that no request of "later" was charged already.
+REPLACEMENT_LEAD = timedelta(seconds=5)
+#: Of a million tokens, in whole units of currency.
+PRICE_MAX = 1_000_000
+CURRENCY_DEFAULT = "USD"
+
+_COLUMNS = (
+    "rate_card_id, tenant_id as tenant, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, "
+    "minimum_nano, lower(effective) as effective_from, upper(effective) as effective_until"
+)
+_SAME_SCOPE = "tenant_id is not distinct from %(tenant_id)s::text and model = %(model)s"
+_END_PRESENT = f"""
+update rate_card set effective = tstzrange(lower(effective), %(starts_at)s)
+where {_SAME_SCOPE} and effective @> %(starts_at)s::timestamptz
+"""
+_INSERT = f"""
+insert into rate_card (tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
+                       effective, created_at)
+values (%(tenant_id)s, %(model)s, %(currency)s, %(input_nano)s, %(output_nano)s, %(cached_nano)s, %(reasoning_nano)s,
+        %(minimum_nano)s,
+        tstzrange(%(starts_at)s, (select min(lower(effective)) from rate_card
+                                  where {_SAME_SCOPE} and lower(effective) > %(starts_at)s)),
+        %(now)s)
+returning {_COLUMNS}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a million tokens of a model cost, as decimal texts."""
+
+    model: str
+    input: str
+    output: str
+    #: None: as any input token.
+    cached: str | None = None
+    #: None: as any output token.
+    reasoning: str | None = None
+    #: The least that a request with any token costs.
+    minimum: str = "0"
+    currency: str = CURRENCY_DEFAULT
+    #: None: for every tenant without a price of its own.
+    tenant: str | None = None
+    #: A date, a time or a duration; None: now, or shortly after if it replaces another.
+    starts: str | None = None
+
+
+def put(
+    store: Store, act: Act, price: Price, *, catalogue: ModelCatalogue, clock: Callable[[], datetime]
+) -> dict[str, Any]:
+    """Set a price from a moment on, until the next one already set; raises `Invalid`, `NotFound` or `Conflict`."""
+    keys.refuse_unknown_models([price.model], catalogue)
+    values: dict[str, Any] = _numbers(price) | {"model": price.model, "currency": _currency(price.currency)}
+    with store.transaction(act.scope) as connection:
+        values["tenant_id"] = tenants.resolve_id(connection, price.tenant)
+        lock_charging(connection)
+        # Only now: whatever was charged before we had the lock was admitted before this moment.
+        now = clock()
+        present = connection.execute(
+            f"select from rate_card where {_SAME_SCOPE} and coalesce(upper(effective), 'infinity') > %(now)s limit 1",
+            values | {"now": now},
+        ).fetchone()
+        earliest = now + REPLACEMENT_LEAD if present is not None else now
+        starts_at = max(earliest, moment_ahead(price.starts, what="from", now=now) if price.starts else earliest)
+        values |= {"starts_at": starts_at, "now": now}
+        if connection.execute(
+            f"select from rate_card where {_SAME_SCOPE} and lower(effective) = %(starts_at)s", values
+        ).fetchone() is not None:
+            raise Conflict(f"There is a price of {price.model} from exactly that moment.", mend="Choose another.")
+        connection.execute(_END_PRESENT, values)
+        made = connection.execute(_INSERT, values).fetchone()
+        assert made is not None
+        audit.append(connection, act, "price.set", str(made["rate_card_id"]), tenant_id=made["tenant"], after=made)
+    return _shown(made)
+
+
+def list_all(store: Store, act: Act, *, tenant: str | None, at: datetime | None) -> list[dict[str, Any]]:
+    """Prices of everybody and of *tenant* (all in scope if None); only those in force *at* a moment if it is given."""
+    with store.transaction(act.scope) as connection:
+        found = connection.execute(
+            f"select {_COLUMNS} from rate_card "
+            "where (%(it)s::text is null or tenant_id is null or tenant_id = %(it)s) "
+            "and (%(at)s::timestamptz is null or effective @> %(at)s::timestamptz) "
+            "order by model, tenant_id nulls first, lower(effective)",
+            {"it": tenants.resolve_id(connection, tenant), "at": at},
+        ).fetchall()
+    return [_shown(row) for row in found]
+
+
+def _numbers(price: Price) -> dict[str, int]:
+    texts = {
+        "input": price.input, "output": price.output,
+        "cached": price.input if price.cached is None else price.cached,
+        "reasoning": price.output if price.reasoning is None else price.reasoning,
+        "minimum": price.minimum,
+    }
+    numbers = {name: nano(text, what=name) for name, text in texts.items()}
+    for name, number in numbers.items():
+        if number > nano(str(PRICE_MAX), what=name):
+            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens.")
+    return {f"{name}_nano": number for name, number in numbers.items()}
+
+
+def _currency(text: str) -> str:
+    if not (len(text) == 3 and text.isascii() and text.isalpha() and text.isupper()):
+        raise Invalid(f"The currency is {text!r}.", mend="Write its three capital letters, such as USD.")
+    return text
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A card with its prices as people write them, next to the integers."""
+    names = ("input", "output", "cached", "reasoning", "minimum")
+    return row | {name: decimal_text(row[f"{name}_nano"]) for name in names}

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Ask the ledger whether it holds: each invariant is one query that finds what breaks it.
+
+Days whose rows were retired are judged by their sums and hashes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+
+from metering.adapters.periods import changes, closed_periods
+
+#: Broken things named per invariant; all of them are counted.
+EXAMPLES_MAX: Final = 3
+
+_KEPT: Final = "not exists (select from usage_retired r where r.day = (started_at at time zone 'UTC')::date)"
+
+#: What must hold, and a query for what does not: one text per violation.
+_INVARIANTS: Final = (
+    (
+        "no exchange is both open and ended",
+        "select o.request_id from open_exchange o join usage_event u using (started_at, request_id)",
+    ),
+    (
+        "a request has one row over all days",
+        "select request_id from usage_event group by request_id having count(*) > 1",
+    ),
+    (
+        "hourly sums equal the sums of the rows",
+        f"""
+        with counted as (
+            select date_trunc('hour', started_at, 'UTC') as hour, tenant_id, project_id, key_id, model,
+                   coalesce(currency, '') as currency, count(*)::numeric as requests, sum(input_tokens) as input,
+                   sum(output_tokens) as output, sum(cached_tokens) as cached, sum(reasoning_tokens) as reasoning,
+                   coalesce(sum(amount_nano), 0) as amount
+            from usage_event where {_KEPT} group by 1, 2, 3, 4, 5, 6
+        ), kept as (
+            select hour, tenant_id, project_id, key_id, model, currency, request_count::numeric, input_tokens::numeric,
+                   output_tokens::numeric, cached_tokens::numeric, reasoning_tokens::numeric, amount_nano::numeric
+            from usage_hour h
+            where not exists (select from usage_retired r where r.day = (h.hour at time zone 'UTC')::date)
+        ), differing as ((table counted except table kept) union all (table kept except table counted))
+        select distinct concat_ws(' ', hour, tenant_id, model) from differing
+        """,
+    ),
+    (
+        "lines of closed months and their later adjustments equal the hourly sums",
+        """
+        with charged as (
+            select period, tenant_id, project_id, model, currency, request_count, input_tokens, output_tokens, amount_nano
+            from invoice_line
+            union all
+            select of_period, tenant_id, project_id, model, currency, 1, input_tokens, output_tokens, amount_nano
+            from adjustment
+            union all
+            select date_trunc('month', hour at time zone 'UTC')::date, tenant_id, project_id, model, currency,
+                   -request_count, -input_tokens, -output_tokens, -amount_nano
+            from usage_hour
+            where hour < (select max(period) + interval '1 month' from billing_period) at time zone 'UTC'
+        )
+        select concat_ws(' ', period, tenant_id, project_id, model) from charged
+        group by period, tenant_id, project_id, model, currency
+        having (sum(request_count), sum(input_tokens), sum(output_tokens), sum(amount_nano)) is distinct from (0, 0, 0, 0)
+        """,
+    ),
+    (
+        "an adjustment says what its row says, of a month that was closed before",
+        f"""
+        select a.request_id from adjustment a left join usage_event u using (request_id)
+        where (a.tenant_id, a.project_id, a.model, a.currency, a.amount_nano, a.input_tokens, a.output_tokens, a.started_at)
+              is distinct from (u.tenant_id, u.project_id, u.model, coalesce(u.currency, ''), coalesce(u.amount_nano, 0),
+                                u.input_tokens, u.output_tokens, u.started_at)
+          and {_KEPT.replace("started_at", "a.started_at")}
+        """,
+    ),
+    (
+        "cached tokens are part of the input, reasoning tokens of the output, and none means none",
+        """
+        select request_id from usage_event
+        where cached_tokens > input_tokens or reasoning_tokens > output_tokens
+           or (basis = 'none' and input_tokens + output_tokens > 0)
+        """,
+    ),
+    (
+        "an amount has a currency and a rate card, or there is none of the three",
+        """
+        select request_id from usage_event
+        where num_nulls(currency, amount_nano, rate_card_id) not in (0, 3)
+        """,
+    ),
+    (
+        "each amount is what its rate card says, and the card held at admission",
+        """
+        select u.request_id from usage_event u left join rate_card c using (rate_card_id)
+        where u.rate_card_id is not null and not coalesce(
+            c.model = u.model and coalesce(c.tenant_id, u.tenant_id) = u.tenant_id and c.currency = u.currency
+            and c.effective @> u.started_at
+            and u.amount_nano = case when u.input_tokens + u.output_tokens = 0 then 0 else greatest(c.minimum_nano, div(
+                2 * (  (u.input_tokens - u.cached_tokens)::numeric * c.input_nano
+                     + u.cached_tokens::numeric * c.cached_nano
+                     + (u.output_tokens - u.reasoning_tokens)::numeric * c.output_nano
+                     + u.reasoning_tokens::numeric * c.reasoning_nano) + 1000000, 2000000)) end, false)
+        """,
+    ),
+)
+
+#: Nothing is broken by these, and a person should know of them.
+_NOTES: Final = {
+    "journal_defects": "select count(*) from journal_defect",
+    "usage_conflicts": "select count(*) from usage_conflict",
+    "open_exchanges": "select count(*) from open_exchange",
+    "engine_drifts": (
+        "select count(*) from conservation_check where state = 'compared' "
+        "and (engine_input_tokens, engine_output_tokens) <> (ledger_input_tokens, ledger_output_tokens)"
+    ),
+    "requests_without_price": "select count(*) from usage_event where amount_nano is null and input_tokens + output_tokens > 0",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether one invariant holds."""
+
+    invariant: str
+    violations: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """All verdicts, and what a person should know besides."""
+
+    verdicts: list[Verdict]
+    notes: dict[str, int]
+    #: SHA-256 over the hourly sums: equal in two ledgers if and only if the sums are.
+    sums_digest: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether every invariant holds."""
+        return not any(verdict.violations for verdict in self.verdicts)
+
+
+def verify(connection: psycopg.Connection[Any]) -> Verification:
+    """Look at the whole ledger, in one snapshot; within a transaction of the caller's, in its own."""
+    is_ours = connection.info.transaction_status is TransactionStatus.IDLE
+    with connection.transaction(), connection.cursor(row_factory=tuple_row) as cursor:
+        if is_ours:
+            # The collector goes on meanwhile.
+            cursor.execute("set transaction isolation level repeatable read, read only")
+        verdicts = []
+        for invariant, query in _INVARIANTS:
+            broken = [str(row[0]) for row in cursor.execute(query).fetchall()]
+            verdicts.append(_verdict(invariant, broken))
+        changed = [text for closed in closed_periods(connection) for text in changes(connection, closed)]
+        verdicts.append(_verdict("closed months are what they were", changed))
+        notes = {}
+        for name, query in _NOTES.items():
+            [(notes[name],)] = cursor.execute(query).fetchall()
+        return Verification(verdicts=verdicts, notes=notes, sums_digest=sums_digest(connection))
+
+
+def sums_digest(connection: psycopg.Connection[Any]) -> str:
+    """SHA-256 over the hourly sums in their one order."""
+    digest = hashlib.sha256()
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute(
+            "select extract(epoch from hour)::bigint, tenant_id, project_id, key_id, model, currency, request_count, "
+            "input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano from usage_hour "
+            'order by hour, tenant_id collate "C", project_id collate "C", key_id collate "C", model collate "C", '
+            'currency collate "C"'
+        )
+        for row in cursor:
+            digest.update(("\t".join(map(str, row)) + "\n").encode())
+    return digest.hexdigest()
+
+
+def _verdict(invariant: str, broken: list[str]) -> Verdict:
+    return Verdict(invariant=invariant, violations=len(broken), examples=broken[:EXAMPLES_MAX])

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Read whole lines of the journal into entries, and name what is no entry.
+
+Nothing is skipped in silence: each run of bytes that is no record becomes a `Defect` with its
+place and digest, and the rest goes on. Must not know files, Postgres or the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from metering.core.journal import Entry, Malformed, parse
+
+#: Records that may be looked for behind a torn one in the same line; each look reads the line again.
+_SALVAGE_TRIES_MAX = 64
+
+#: Bytes. Half a record that is kept to be put together with its other half.
+TORN_BYTES_MAX = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defect:
+    """Bytes of a journal that are no record. Their content is kept nowhere, only its digest."""
+
+    #: Of the first byte, from the start of the file.
+    offset: int
+    byte_count: int
+    #: SHA-256 of the bytes; empty when they are not there to be digested.
+    digest: str
+    reason: str
+
+
+def defect(data: bytes, *, offset: int, reason: str) -> Defect:
+    """Describe *data*, found at *offset*."""
+    return Defect(offset=offset, byte_count=len(data), digest=hashlib.sha256(data).hexdigest(), reason=reason)
+
+
+def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], list[Defect], bytes]:
+    """
+    Entries and defects of *data*, which are whole lines that begin at *offset* of their file, and what
+    to give as *torn* with the lines that follow.
+
+    A writer that died within a record leaves a piece without a line end, and the next writer's record
+    follows in the same line: the piece is a defect, the record counts. Envoy writes its buffer in
+    slices, so a start record of the tap may also stand within one of its records, whose other half
+    then is a line of its own: the halves are put together again.
+
+    >>> entries, [found], _ = read(b'{"type":"Sta\\n\\n', offset=100)
+    >>> entries, found.offset, found.byte_count
+    ([], 100, 12)
+    """
+    entries: list[Entry] = []
+    defects: list[Defect] = []
+    for line in data.split(b"\n"):
+        if line:
+            try:
+                entries.append(parse(line))
+            except Malformed as exc:
+                whole = _joined(torn, line)
+                if whole is not None:
+                    entries.append(whole)
+                    # The first half may have been told of with an earlier batch.
+                    if defects and defects[-1].digest == hashlib.sha256(torn).hexdigest():
+                        defects.pop()
+                    torn = b""
+                else:
+                    entry, size = _salvage(line)
+                    defects.append(defect(line[:size], offset=offset, reason=str(exc)))
+                    torn = line[:size] if entry is not None and size <= TORN_BYTES_MAX else torn
+                    if entry is not None:
+                        entries.append(entry)
+        offset += len(line) + 1
+    return entries, defects, torn
+
+
+def _joined(torn: bytes, line: bytes) -> Entry | None:
+    """The record whose first half is *torn* and whose second is *line*, if they are that."""
+    if not torn:
+        return None
+    try:
+        return parse(torn + line)
+    except Malformed:
+        return None
+
+
+def _salvage(line: bytes) -> tuple[Entry | None, int]:
+    """The record at the end of a malformed line, and how many bytes before it are none."""
+    start = line.find(b"{", 1)
+    for _ in range(_SALVAGE_TRIES_MAX):
+        if start < 0:
+            break
+        try:
+            return parse(line[start:]), start
+        except Malformed:
+            start = line.find(b"{", start + 1)
+    return None, len(line)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Money, months and the journal's upkeep on a running installation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
+    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
+    with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
+        yield installation
+
+
+def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
+    """Set by the command line, charged by the collector, read by the billing team."""
+    tenant = road.new_tenant("money")
+    made = road.cli(
+        "prices", "set", "--model", "tiny", "--tenant", tenant.tenant_id, "--input", "0.15", "--output", "0.60", "--cached", "0.075"
+    )
+    month = f"{datetime.now(UTC):%Y-%m}"
+
+    for _ in range(3):
+        road.post(tenant, json=chat(max_tokens=5))
+    rows = road.rows(tenant, 3)
+
+    assert ["0.15", "0.60", "0.075"] == [made[name] for name in ("input", "output", "cached")]
+    assert [("USD", 3 * 150 + 5 * 600, made["rate_card_id"])] * 3 == [
+        (row["currency"], row["amount_nano"], row["rate_card_id"]) for row in rows
+    ]
+    invoice = road.cli("invoice", "--tenant", tenant.tenant_id, "--month", month)
+    assert [{"currency": "USD", "amount_nano": 10_350, "amount": "0.00001035"}] == invoice["totals"]
+    [line] = csv.DictReader(io.StringIO(road.run("invoice", "--tenant", tenant.tenant_id, "--month", month, "--csv").stdout))
+    assert ("3", "15", "0.00001035") == (line["request_count"], line["output_tokens"], line["amount"])
+    assert "total USD 0.00001035" in road.run("invoice", "--tenant", tenant.tenant_id, "--month", month).stdout
+    assert made["rate_card_id"] in [it["rate_card_id"] for it in road.cli("prices", "list", "--in-force")["prices"]]
+    refused = road.run("prices", "set", "--model", "tiny", "--input", "1e3", "--output", "1")
+    assert (1, 1) == (refused.returncode, len(refused.stderr.splitlines()))
+    not_over = road.run("period", "close", month, "--exception", "hurry")
+    assert (1, f"{month} is not over. Close it next month.") == (not_over.returncode, not_over.stderr.strip())
+
+
+def test_rotation_under_load_loses_no_row_and_the_replay_has_the_same_sums(small: Installation) -> None:
+    """Envoy and the tap follow every rename; the ledger holds; its journal makes it again from nothing."""
+    tenant = small.new_tenant("rotated")
+    small.cli("prices", "set", "--model", "tiny", "--input", "1", "--output", "2")
+    sent = []
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            sent += list(pool.map(lambda n: small.post(tenant, json=chat(stream=n % 2 == 0)), range(20)))
+        time.sleep(6)  # the collector looks at the files every five seconds
+
+    rows = small.rows(tenant, len(sent))
+
+    assert {answer.headers["x-request-id"] for answer in sent} == {row["request_id"] for row in rows}
+    old = [path for path in (small.home / "journal").iterdir() if path.name.startswith("journal-")]
+    assert len(old) >= 3
+    live = (small.home / "journal/journal.jsonl").read_text().splitlines()
+    last = {"Start", "DownstreamEnd"}
+    small.post(tenant, json=chat())
+    small.rows(tenant, len(sent) + 1)
+    written = [json.loads(line)["type"] for line in (small.home / "journal/journal.jsonl").read_text().splitlines()[len(live):]]
+    assert last == set(written)
+
+    assert small.cli("journal", "verify")["ok"]
+    verified = small.cli("ledger", "verify")
+    assert verified["ok"]
+    with small.database() as connection:
+        connection.execute("create database replayed")
+        replayed = small.cli("journal", "replay", "--into", _sibling(small, "replayed"))
+        assert replayed["sums_digest"] == small.cli("ledger", "verify")["sums_digest"]
+
+
+def test_a_closed_road_refuses_before_anything_is_lost(small: Installation) -> None:
+    """What the collector does when the journal's disk is nearly full."""
+    tenant = small.new_tenant("closed")
+    assert 200 == small.post(tenant, json=chat()).status_code
+
+    mark = small.home / "journal/closed"
+    assert 503 == _last_status(small, tenant, 503, before_each=mark.touch)
+    # The collector itself takes the mark away, because the disk is not full.
+    _wait_until_gone(mark)
+    assert 200 == _last_status(small, tenant, 200)
+
+
+def test_the_ledger_has_what_the_engine_counted(small: Installation) -> None:
+    """Between two quiet moments at least a minute apart, whatever was sent before: the very same tokens."""
+    tenant = small.new_tenant("conserved")
+    deadline = time.monotonic() + 200
+    compared: list[dict[str, Any]] = []
+    while time.monotonic() < deadline and not any(row["request_count"] for row in compared):
+        small.post(tenant, json=chat(max_tokens=7))
+        time.sleep(5)  # a quiet moment takes two seconds
+        compared = small.sql("select * from conservation_check where state = 'compared'")
+
+    assert any(row["request_count"] for row in compared)
+    for row in compared:
+        assert (row["engine_input_tokens"], row["engine_output_tokens"]) == (
+            row["ledger_input_tokens"], row["ledger_output_tokens"]
+        ), row
+
+
+def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:
+    """The status of the last request, sent again and again until it is the *wanted* one or the time is over."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    status = 0
+    while time.monotonic() < deadline and status != wanted:
+        before_each()
+        status = small.post(tenant, json=chat()).status_code
+        time.sleep(0.2)
+    return status
+
+
+def _wait_until_gone(path: Path) -> None:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _sibling(installation: Installation, database: str) -> str:
+    state = json.loads((installation.home / "run/state.json").read_text())
+    password = (installation.home / "secrets/postgres-password").read_text().strip()
+    url = state["postgres_url"]
+    return f"{url.rpartition('/')[0].replace('@', f':{password}@', 1)}/{database}"

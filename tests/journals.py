@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write journals as Envoy and the tap do, and read them into a ledger as the collector does."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from metering.adapters.disk import Disk
+from metering.adapters.ledger import Ledger
+from metering.adapters.rotation import Rotation
+from metering.collector import Collector, Settings
+from metering.core.watermark import WhenFull
+
+#: Any moment that is none of the day's the test runs on.
+NOON = datetime(2026, 11, 12, 12, 0, tzinfo=UTC)
+EPOCH = "0123456789abcdef0123456789abcdef"
+
+
+def request_id(number: int) -> str:
+    """The id of the exchange with that *number*."""
+    return str(uuid.UUID(int=number, version=4))
+
+
+def stamp(moment: datetime) -> str:
+    """A moment as the gate writes it."""
+    return f"{int(moment.timestamp())}.{moment.microsecond:06d}"
+
+
+def start(number: int, *, at: datetime = NOON, tenant: str = "acme", model: str = "tiny", epoch: str = EPOCH) -> bytes:
+    """The tap's record, as the request goes to a model server."""
+    return _line(
+        {
+            "type": "Start", "request_id": request_id(number), "started_at": stamp(at), "epoch": epoch,
+            "identity": {"tenant": tenant, "project": "default", "key_id": "k" * 12},
+            "request": {
+                "started_at": stamp(at), "dialect": "openai.chat", "model": model, "stream": True,
+                "prompt_bytes": "77", "output_tokens_max": "16", "choices": "1",
+            },
+            "admission": {"admitted": True, "reserved_tokens": 0},
+        }
+    )
+
+
+def periodic(number: int, *, output: int, after_ms: int = 1000, **facts: Any) -> bytes:
+    """Envoy's record of an exchange under way."""
+    usage = {"input": 3, "output": output, "cached": 0, "seen": "running", "total": 3 + output}
+    return end(number, type="DownstreamPeriodic", usage=usage, after_ms=after_ms, **facts)
+
+
+def end(
+    number: int, *, at: datetime = NOON, tenant: str = "acme", model: str = "tiny", epoch: str = EPOCH, input: int = 3,
+    output: int = 5, cached: int = 0, after_ms: int = 250, **changes: Any,
+) -> bytes:
+    """Envoy's last record of an exchange; *changes* replace top-level fields, None removes one."""
+    fields = {
+        "admission": {"admitted": True, "reserved_tokens": 0}, "bytes_sent": 357, "details": "via_upstream",
+        "duration_ms": after_ms, "epoch": epoch, "flags": "-",
+        "identity": {"ext_authz_duration": 9, "key_id": "k" * 12, "project": "default", "tenant": tenant},
+        "path": "/v1/chat/completions",
+        "request": {
+            "choices": "1", "dialect": "openai.chat", "model": model, "output_tokens_max": "16", "prompt_bytes": "77",
+            "shape": "no", "started_at": stamp(at), "stream": False, "wants_usage": "no",
+        },
+        "request_id": request_id(number), "started_at": stamp(at), "status": 200, "type": "DownstreamEnd",
+        "upstream": f"model/{model}",
+        "usage": {"cached": cached, "input": input, "output": output, "seen": "final", "total": input + output},
+    } | changes
+    return _line({name: value for name, value in fields.items() if value is not None})
+
+
+def exchanges(count: int, *, at: datetime = NOON, first: int = 0, seed: int = 1) -> list[bytes]:
+    """Start and end records of *count* exchanges of three tenants, mixed as they are under load."""
+    chance = random.Random(seed)
+    placed: list[tuple[float, bytes]] = []
+    for number in range(first, first + count):
+        tenant = chance.choice(("acme", "bolt", "crux"))
+        model = chance.choice(("tiny", "large"))
+        begun, lasted = chance.random(), chance.random() / 10
+        facts: dict[str, Any] = {"at": at, "tenant": tenant, "model": model}
+        placed.append((begun, start(number, **facts)))
+        placed.append((begun + lasted, end(number, input=chance.randint(1, 900), output=chance.randint(0, 900), **facts)))
+    return [line for _, line in sorted(placed)]
+
+
+def write(path: Path, lines: Iterable[bytes]) -> Path:
+    """Append *lines* to the journal at *path*."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.writelines(lines)
+    return path
+
+
+@contextmanager
+def collecting(url: str, live: Path, *, journal: str = "local", reopened: bool = True, **settings: Any) -> Iterator[Collector]:
+    """A collector on *url* that tests step by hand; Envoy always confirms that it has reopened, unless told otherwise."""
+    chosen = Settings(journal=journal, **settings)
+    ledger = Ledger(url, journal)
+    rotation = Rotation(live=live, bytes_max=chosen.rotate_bytes, reopen=lambda: reopened)
+    disk = Disk(directory=live.parent, closed_mark=live.parent / "closed", when_full=WhenFull.REFUSE)
+    try:
+        yield Collector(live, ledger, chosen, rotation, disk, ledger.places())
+    finally:
+        ledger.close()
+
+
+def collect(url: str, live: Path, *, now: datetime = NOON, **settings: Any) -> None:
+    """Read everything at *live* into the ledger at *url*, in a collector's life of its own."""
+    live.parent.mkdir(parents=True, exist_ok=True)
+    with collecting(url, live, **settings) as collector:
+        while collector.step(now, 0.0):
+            pass
+
+
+def sums(url: str) -> list[tuple[Any, ...]]:
+    """The hourly sums, all of them."""
+    return rows(url, "select * from usage_hour order by 1, 2, 3, 4, 5, currency")
+
+
+def rows(url: str, query: str, *arguments: Any) -> list[tuple[Any, ...]]:
+    """Rows of one query, times in UTC."""
+    with psycopg.connect(url, options="-c timezone=UTC") as connection:
+        return connection.execute(query.encode(), arguments).fetchall()
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"

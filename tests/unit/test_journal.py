@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal's records and files, without Postgres: read, salvage, fold, tail."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from metering.adapters.disk import Disk
+from metering.adapters.rotation import Rotation
+from metering.adapters.tail import BATCH_BYTES_MAX, Place, list_files, look, next_piece
+from metering.core import lines
+from metering.core.fold import fold
+from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse
+from metering.core.watermark import Level, WhenFull
+from tests.journals import end, exchanges, periodic, request_id, start, write
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Path:
+    """Where a journal's live file is."""
+    path = tmp_path / "journal" / "journal.jsonl"
+    path.parent.mkdir()
+    return path
+
+
+ODD: dict[str, bytes] = {
+    "no JSON": b"hello",
+    "no object": b"[1]",
+    "invalid UTF-8": end(1).rstrip().replace(b"tiny", b"\xff\xfe"),
+    "another type": end(1, type="DownstreamStart"),
+    "an id that Envoy does not mint": end(1, request_id="mine"),
+    "an id that is a number": end(1, request_id=7),
+    "identity that is no object": end(1, identity="acme"),
+    "status beyond three digits": end(1, status=1000),
+    "status below zero": end(1, status=-1),
+    "status that is true": end(1, status=True),
+    "bytes that are a text": end(1, bytes_sent="many"),
+    "details that are an object": end(1, details={}),
+    "no moment": end(1, request={}, started_at=None),
+    "a moment that is none": end(1, request={"started_at": "soon.0"}),
+    "a moment beyond the calendar": end(1, request={"started_at": "99999999999999.0"}),
+    "a duration beyond the calendar": end(1, duration_ms=10**18),
+    "prompt bytes that are a word": end(1, request={"started_at": "1.0", "prompt_bytes": "many"}),
+}
+
+
+@pytest.mark.parametrize("line", ODD.values(), ids=ODD)
+def test_what_envoy_and_the_tap_do_not_write_is_malformed(line: bytes) -> None:
+    """Never a row, never another exception."""
+    with pytest.raises(Malformed):
+        parse(line.rstrip())
+
+
+def test_text_is_bounded_and_holds_nothing_that_postgres_cannot() -> None:
+    """A caller chose the model's name of a refused request."""
+    entry = parse(end(1, model="a\0" + "b" * 1000).rstrip())
+
+    event = fold([entry]).events[request_id(1)]
+
+    assert "a\ufffd" + "b" * (TEXT_LENGTH_MAX - 2) == event.model
+
+
+def test_a_torn_record_is_a_defect_with_its_place_and_the_next_one_counts() -> None:
+    """Torn anywhere, followed in the same line by a whole record."""
+    whole = end(2).rstrip()
+    for length in range(1, len(whole)):
+        data = start(1) + whole[:length] + end(3).rstrip()
+
+        entries, [found], _ = lines.read(data, offset=1000)
+
+        assert [request_id(1), request_id(3)] == [entry.request_id for entry in entries]
+        assert (1000 + len(start(1)), length) == (found.offset, found.byte_count)
+        assert hashlib.sha256(whole[:length]).hexdigest() == found.digest
+
+
+def test_a_record_that_another_writer_broke_in_two_is_put_together_again() -> None:
+    """As Envoy's slices and the tap's appends do under load; broken anywhere, also between two batches."""
+    whole = end(2)
+    for length in range(1, len(whole) - 1):
+        data = end(1) + whole[:length] + start(3) + start(4) + whole[length:] + end(5)
+
+        entries, defects, torn = lines.read(data.rstrip(), offset=0)
+
+        assert [1, 3, 4, 2, 5] == [int(entry.request_id.replace("-", "")[-4:], 16) for entry in entries]
+        assert ([], b"") == (defects, torn)
+
+        first, second = end(1) + whole[:length] + start(3), start(4) + whole[length:] + end(5)
+        before, [half], torn = lines.read(first.rstrip(), offset=0)
+        after, defects, left = lines.read(second.rstrip(), offset=len(first), torn=torn)
+        assert [1, 3, 4, 2, 5] == [int(entry.request_id.replace("-", "")[-4:], 16) for entry in (*before, *after)]
+        assert (length, [], b"") == (half.byte_count, defects, left)
+
+
+def test_a_line_that_opens_a_thousand_braces_is_one_defect() -> None:
+    """Looking for a record in it ends."""
+    entries, [found], _ = lines.read(b"{" * 5000, offset=0)
+
+    assert ([], 5000) == (entries, found.byte_count)
+
+
+def test_the_last_word_of_each_exchange_is_kept_and_the_first_end_stands() -> None:
+    """Whatever the order within a batch."""
+    records = [end(1), start(1), start(2), periodic(2, output=4), end(1), end(1, output=9), end(3, admission=None, status=429)]
+
+    batch = fold(parse(record.rstrip()) for record in records)
+
+    assert {request_id(1): 5} == {name: event.output_tokens for name, event in batch.events.items()}
+    assert {request_id(2): "DownstreamPeriodic"} == {name: entry.type for name, entry in batch.open.items()}
+    assert [9] == [entry.fields["usage"]["output"] for entry in batch.contradicting]
+    assert [(request_id(3), 429)] == [(refused.request_id, refused.status) for refused in batch.refusals]
+
+
+def test_files_are_read_oldest_first_and_the_live_one_last(live: Path) -> None:
+    """By our numbers; other files of the directory are not ours."""
+    for name in ("journal-000010.jsonl", "journal-000009.jsonl", "journal.jsonl", "journal.jsonl.gz", "closed", "other.jsonl"):
+        write(live.with_name(name), [end(1)])
+
+    assert ["journal-000009.jsonl", "journal-000010.jsonl", "journal.jsonl"] == [path.name for path in list_files(live)]
+
+
+def test_a_rotation_by_somebody_else_is_followed(live: Path) -> None:
+    """logrotate's names."""
+    write(live, [end(1)])
+    live.rename(live.with_name("journal.jsonl.1"))
+    write(live, [end(2)])
+
+    assert ["journal.jsonl.1", "journal.jsonl"] == [path.name for path in list_files(live)]
+
+
+def read_all(live: Path, places: dict[str, Place]) -> bytes:
+    data = b""
+    while (piece := next_piece(live, places)) is not None:
+        places[piece.place.file_id] = piece.place
+        data += piece.data + b"\n"
+    return data
+
+
+def test_pieces_are_whole_lines_of_bounded_size_and_together_the_file(live: Path) -> None:
+    """Larger than one batch."""
+    record = end(1)
+    count = BATCH_BYTES_MAX // len(record) + 100
+    write(live, [record] * count)
+    first = next_piece(live, {})
+
+    assert first is not None
+    assert BATCH_BYTES_MAX - len(record) < len(first.data) <= BATCH_BYTES_MAX
+    assert live.read_bytes() == read_all(live, {})
+
+
+def test_a_file_is_the_same_after_its_rename_and_another_one_in_its_inode_is_not(live: Path) -> None:
+    """Known by its first line."""
+    places: dict[str, Place] = {}
+    write(live, [end(1)])
+    read_all(live, places)
+    live.rename(live.with_name("journal-000001.jsonl"))
+    assert b"" == read_all(live, places)
+
+    # The same inode, emptied and written anew.
+    with live.with_name("journal-000001.jsonl").open("r+b") as file:
+        file.truncate()
+        file.write(end(2) + end(3))
+
+    assert end(2) + end(3) == read_all(live, places)
+
+
+@pytest.mark.parametrize("length", [BATCH_BYTES_MAX - 1, BATCH_BYTES_MAX, BATCH_BYTES_MAX + 1, 2 * BATCH_BYTES_MAX + 1])
+def test_a_run_without_line_end_is_held_up_to_a_batch_and_given_up_once_it_ends(live: Path, length: int) -> None:
+    """Around the bound: never more than a batch in memory; until its end comes, nothing moves."""
+    places: dict[str, Place] = {}
+    write(live, [end(1)])
+    read_all(live, places)
+    write(live, [b"x" * length])
+    assert None is next_piece(live, places)
+
+    write(live, [b"\n", end(2)])
+    piece = next_piece(live, places)
+
+    assert piece is not None
+    assert len(piece.data) <= BATCH_BYTES_MAX
+    assert (len(end(1)), len(end(1)) + length + 1) == (piece.start, piece.place.offset)
+    assert (length >= BATCH_BYTES_MAX) == piece.endless
+    places[piece.place.file_id] = piece.place
+    assert end(2) == read_all(live, places)
+
+
+def rotation(live: Path, reopen: Callable[[], bool] = lambda: True) -> Rotation:
+    return Rotation(live=live, bytes_max=100, reopen=reopen)
+
+
+@pytest.mark.parametrize(("size", "renamed"), [(0, False), (99, False), (100, True), (101, True)])
+def test_the_live_file_is_renamed_at_its_bound(live: Path, size: int, renamed: bool) -> None:
+    """Not before."""
+    live.write_bytes(b"x" * size)
+
+    rotation(live).rotate()
+
+    assert renamed == live.with_name("journal-000001.jsonl").exists() != live.exists()
+
+
+def test_envoy_is_asked_until_it_confirms(live: Path) -> None:
+    """And not again before the next rename."""
+    answers = [False, True]
+    asked = rotation(live, reopen=lambda: answers.pop(0))
+    live.write_bytes(b"x" * 100)
+
+    for _ in range(4):
+        asked.rotate()
+
+    assert [] == answers
+    assert asked.released
+
+
+def test_numbers_go_on_after_old_files_are_gone(live: Path) -> None:
+    """A number is never given twice while a file has it."""
+    live.with_name("journal-000041.jsonl").touch()
+    live.write_bytes(b"x" * 100)
+
+    rotation(live).rotate()
+
+    assert live.with_name("journal-000042.jsonl").exists()
+
+
+def test_only_read_files_beyond_the_kept_ones_are_superfluous(live: Path) -> None:
+    """The oldest first."""
+    for number in (1, 2, 3):
+        write(live.with_name(f"journal-{number:06d}.jsonl"), exchanges(2, first=10 * number))
+    one, two, three = look(live)
+    places = {file.file_id: Place(file.file_id, file.path.name, file.size) for file in (one, three)}
+    places[two.file_id] = Place(two.file_id, two.path.name, two.size - 1)
+
+    assert [one] == rotation(live).superfluous([one, two, three], places, kept_files=1)
+    assert [one, three] == rotation(live).superfluous([one, two, three], places, kept_files=0)
+    assert [] == rotation(live).superfluous([one, two, three], places, kept_files=2)
+
+
+@pytest.mark.parametrize(("policy", "marked"), [(WhenFull.REFUSE, True), (WhenFull.ALLOW, False)])
+def test_a_full_disk_closes_the_road_if_the_policy_says_so(
+    live: Path, monkeypatch: pytest.MonkeyPatch, policy: WhenFull, marked: bool
+) -> None:
+    """And it opens again only when there is room."""
+    mark = live.with_name("closed")
+    disk = Disk(directory=live.parent, closed_mark=mark, when_full=policy)
+    seen = []
+    for free in (21, 20, 6, 5, 6, 20, 21):
+        status = os.statvfs_result((4096, 4096, 100, free, free, 10, 10, 10, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda _, status=status: status)
+        seen.append((disk.look(), mark.exists()))
+
+    fine, warn, act = (Level.FINE, False), (Level.WARN, False), (Level.ACT, marked)
+    assert [fine, warn, warn, act, act, act, fine] == seen
