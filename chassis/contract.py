@@ -70,6 +70,15 @@ ID_MODELS_BODY: Final = "models_body"
 
 ADM_ADMITTED: Final = "admitted"
 ADM_RESERVED_TOKENS: Final = "reserved_tokens"
+#: Output tokens per choice that were promised under a hard limit; absent if none binds. tap.lua
+#: writes it into the upstream request.
+ADM_OUTPUT_CAP: Final = "output_tokens_cap"
+#: The status of a refusal when it is not 429; envoy.yaml maps it, because the filter has one status for all.
+ADM_REFUSED_STATUS: Final = "refused_status"
+#: Whether there is something to settle; carried back by the settle descriptor.
+ADM_HOLD: Final = "hold"
+HOLD_SOMETHING: Final = "yes"
+HOLD_NOTHING: Final = "no"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 
@@ -105,6 +114,7 @@ PHASE_ADMIT: Final = "admit"
 PHASE_SETTLE: Final = "settle"
 DESC_REQUEST_ID: Final = "request_id"
 DESC_TENANT: Final = "tenant"
+DESC_PROJECT: Final = "project"
 DESC_KEY: Final = "key_id"
 DESC_MODEL: Final = "model"
 DESC_DIALECT: Final = "dialect"
@@ -118,6 +128,7 @@ ADMIT_KEYS: Final = (
     DESC_PHASE,
     DESC_REQUEST_ID,
     DESC_TENANT,
+    DESC_PROJECT,
     DESC_KEY,
     DESC_MODEL,
     DESC_DIALECT,
@@ -127,7 +138,24 @@ ADMIT_KEYS: Final = (
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
 DESC_SEEN: Final = "seen"
-SETTLE_KEYS: Final = (DESC_PHASE, DESC_REQUEST_ID, DESC_TENANT, DESC_SEEN)
+DESC_INPUT: Final = "input"
+DESC_OUTPUT: Final = "output"
+DESC_CACHED: Final = "cached"
+DESC_FRAMES: Final = "frames"
+DESC_HOLD: Final = "hold"
+SETTLE_KEYS: Final = (
+    DESC_PHASE,
+    DESC_REQUEST_ID,
+    DESC_TENANT,
+    DESC_MODEL,
+    DESC_PROMPT_BYTES,
+    DESC_HOLD,
+    DESC_INPUT,
+    DESC_OUTPUT,
+    DESC_CACHED,
+    DESC_FRAMES,
+    DESC_SEEN,
+)
 
 # --- Journal -----------------------------------------------------------------------------
 
@@ -214,6 +242,7 @@ ERROR_CODES: Final = (
     "request_too_large",
     "not_found",
     "rate_limit_exceeded",
+    "insufficient_quota",
     "upstream_unavailable",
     "upstream_timeout",
     "service_unavailable",

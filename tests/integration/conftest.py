@@ -25,6 +25,7 @@ import pytest
 
 from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
+from tests.integration.stores import store_cluster, store_server
 
 #: Postgres refuses to run as root; every Unix has this user.
 _NOBODY = 65534
@@ -94,6 +95,20 @@ def _migrated_template(postgres_server: str) -> str:
 def postgres_url(postgres_server: str, _migrated_template: str) -> str:
     """Give the URL of a fresh database with the newest schema."""
     return _create_database(postgres_server, template=_migrated_template)
+
+
+@pytest.fixture(scope="session")
+def counter_store() -> Iterator[str]:
+    """Start one Valkey for the whole run and give its URL; tests keep apart by tenant."""
+    with store_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def counter_cluster() -> Iterator[str]:
+    """Start a three-node cluster for the whole run and give the URL of one node."""
+    with store_cluster() as url:
+        yield url
 
 
 def _create_database(server_url: str, *, template: str) -> str:
