@@ -148,7 +148,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory(prefix="peaje-bench-") as home:
         with running(Path(home) / "state", "--engine", "fake") as road:
-            tenant = road.new_tenant("bench", rpm=100_000_000, tpm=100_000_000_000)
+            tenant = road.new_tenant("bench")
             status = {part["name"]: part["pid"] for part in road.status()["parts"]}
             pids = {name: int(status[name]) for name in _COUNTED if status.get(name)}
             with bare_envoy(engine_port(road)) as (bare_pid, bare_port):

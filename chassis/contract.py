@@ -41,10 +41,18 @@ REQ_STREAM: Final = "stream"
 REQ_PROMPT_BYTES: Final = "prompt_bytes"
 REQ_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 REQ_CHOICES: Final = "choices"
-#: "usage" when ext_proc must ask the engine for usage, else "no".
+#: Who asks the engine for usage: "insert" or "replace" the tap, "service" metering/ by ext_proc, "no" nobody.
 REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
 REQ_WANTS_USAGE: Final = "wants_usage"
+
+#: Set by the gate to the request id: this worker remembered the decision, so nobody was asked.
+REQ_EXPRESS: Final = "express"
+#: Set by the gate to the request id: what is answered will be remembered, if it may be.
+REQ_ASKED: Final = "asked"
+#: What was left of a lease that ended: requests and tokens (less than 0: a debt), as text.
+REQ_LEASE_REQUESTS: Final = "lease_requests"
+REQ_LEASE_TOKENS: Final = "lease_tokens"
 
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
@@ -56,7 +64,15 @@ REQUEST_KEYS: Final = (
     REQ_CHOICES,
     REQ_SHAPE,
     REQ_WANTS_USAGE,
+    REQ_EXPRESS,
+    REQ_ASKED,
+    REQ_LEASE_REQUESTS,
+    REQ_LEASE_TOKENS,
 )
+
+#: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
+ROUTE_NAMESPACES: Final = ("gate", "tap")
+ROUTE_RUNNING_USAGE: Final = "running_usage"
 
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 
@@ -65,6 +81,8 @@ ID_PROJECT: Final = "project"
 ID_KEY: Final = "key_id"
 #: The body of GET /v1/models for this caller; tap.lua answers with it.
 ID_MODELS_BODY: Final = "models_body"
+#: How long Envoy may remember this decision for the same credential, dialect and model; 0: not at all.
+ID_CACHE_MS: Final = "cache_ms"
 
 # --- Keys inside the admission namespace (ratelimit's answer) ---------------------
 
@@ -79,6 +97,11 @@ ADM_REFUSED_STATUS: Final = "refused_status"
 ADM_HOLD: Final = "hold"
 HOLD_SOMETHING: Final = "yes"
 HOLD_NOTHING: Final = "no"
+#: True where no limit applies: Envoy need not ask again while it remembers the identity.
+ADM_UNLIMITED: Final = "unlimited"
+#: What was taken in advance for this worker to spend by itself.
+ADM_LEASE_REQUESTS: Final = "lease_requests"
+ADM_LEASE_TOKENS: Final = "lease_tokens"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 
@@ -182,6 +205,8 @@ J_ADMISSION: Final = "admission"
 #: Names one life of one Envoy process; set by whoever starts Envoy.
 J_EPOCH: Final = "epoch"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
+#: "off" in Envoy's environment: the gate asks for every request.
+EXPRESS_ENVIRONMENT: Final = "PEAJE_EXPRESS"
 
 JOURNAL_KEYS: Final = (
     J_TYPE,
@@ -214,6 +239,8 @@ SOCKETS: Final = {
     CLUSTER_RATELIMIT: "run/ratelimit.sock",
     CLUSTER_METERING: "run/metering.sock",
 }
+#: Written by the beacon, read by the gate: who changed since when.
+CHANGES_PATH: Final = "run/changes"
 JOURNAL_PATH: Final = "journal/journal.jsonl"
 MODELS_PATH: Final = "envoy/models.yaml"
 

@@ -34,7 +34,7 @@ from envoy_data_plane.google import protobuf
 
 from chassis import contract
 from chassis.errors import Invalid, Unavailable
-from chassis.models import Endpoint, Model, ModelCatalogue
+from chassis.models import Endpoint, Model, ModelCatalogue, supports_continuous_usage
 
 CLUSTERS_FILE: Final = "clusters.yaml"
 ROUTES_FILE: Final = "routes.yaml"
@@ -82,7 +82,7 @@ def publish(models_path: Path, directory: Path) -> None:
     """
     catalogue = ModelCatalogue.load(models_path)
     clusters = render([model_cluster(model) for model in catalogue.models])
-    routes = render([route_table(catalogue.names)])
+    routes = render([route_table(catalogue.models)])
     # Clusters first: a route must not lead to a pool that Envoy has not heard of.
     _replace(directory / CLUSTERS_FILE, clusters)
     _replace(directory / ROUTES_FILE, routes)
@@ -130,15 +130,16 @@ def model_cluster(model: Model) -> cluster.Cluster:
     )
 
 
-def route_table(names: Sequence[str]) -> route.RouteConfiguration:
+def route_table(models: Iterable[Model]) -> route.RouteConfiguration:
     """Build the allow-list: each path to each model's pool, a 404 for another model, a 404 for another path."""
+    by_name = sorted(models, key=lambda model: model.name)
     routes: list[route.Route] = []
     for path, dialect in contract.PATHS.items():
         if path == _MODELS_PATH:
             # tap.lua answers before the router; this is what a broken tap leaves.
             routes.append(_refusal(dialect, route.RouteMatch(path=path), "not_found", "The list of models is not available."))
             continue
-        routes.extend(_forward(path, dialect, name) for name in names)
+        routes.extend(_forward(path, dialect, model) for model in by_name)
         routes.append(_unrouted(path, dialect))
     routes.append(_refusal("not-found", route.RouteMatch(prefix="/"), "not_found", "Unknown path."))
     return route.RouteConfiguration(
@@ -159,17 +160,19 @@ def render(resources: Sequence[betterproto2.Message]) -> str:
     return _HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
-def _forward(path: str, dialect: str, model: str) -> route.Route:
+def _forward(path: str, dialect: str, model: Model) -> route.Route:
     chosen = matcher.MetadataMatcher(
         filter=contract.NS_REQUEST,
         path=[matcher.MetadataMatcherPathSegment(key=contract.REQ_MODEL)],
-        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=model)),
+        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=model.name)),
     )
+    facts = protobuf.Struct.from_dict({contract.ROUTE_RUNNING_USAGE: supports_continuous_usage(model.engine)})
     return route.Route(
         name=dialect,
         match=route.RouteMatch(path=path, dynamic_metadata=[chosen]),
+        metadata=core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, facts)),
         route=route.RouteAction(
-            cluster=cluster_name(model),
+            cluster=cluster_name(model.name),
             timeout=ANSWER_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
             # The model server sees its own name, not one that a client chose.

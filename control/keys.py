@@ -11,7 +11,7 @@ from typing import Any
 from chassis import keys
 from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import tenants
+from control import key_limits, tenants
 from control.durations import moment_ahead
 from control.store import Store
 
@@ -135,14 +135,7 @@ def rotate(
             "update api_key set expires_at = least(coalesce(expires_at, %(end)s), %(end)s) where key_id = %(id)s",
             {"end": now + overlap, "id": key_id},
         )
-        # Limits of the old key bind the new one from its first request.
-        connection.execute(
-            """
-            insert into rate_limit (tenant_id, key_id, model, requests_per_minute, tokens_per_minute, updated_at)
-            select tenant_id, %s, model, requests_per_minute, tokens_per_minute, %s from rate_limit where key_id = %s
-            """,
-            (minted.key_id, now, key_id),
-        )
+        key_limits.copy(connection, old_key_id=key_id, new_key_id=minted.key_id, now=now)
     assert made is not None
     return made | {"key": minted.key, "rotated_from": key_id, "old_expires_at": now + overlap}
 

@@ -176,21 +176,6 @@ def explain(store: Store, *, tenant: str, key_id: str | None, model: str | None)
     ]  # fmt: skip
 
 
-def copy_to_key(
-    connection: psycopg.Connection[dict[str, Any]], *, old_key_id: str, new_key_id: str, now: datetime
-) -> None:
-    """Make the limits of a key bind its successor too."""
-    connection.execute(
-        """
-        insert into rate_limit (tenant_id, project_id, key_id, model, unit, period, amount, burst, effect,
-                                on_store_error, currency, updated_at)
-        select tenant_id, project_id, %s, model, unit, period, amount, burst, effect, on_store_error, currency, %s
-        from rate_limit where key_id = %s
-        """,
-        (new_key_id, now, old_key_id),
-    )
-
-
 def findings(store: Store, catalogue: ModelCatalogue) -> list[str]:
     """Limits that can never act: on what is not served or is over, or in another limit's shadow."""
     with store.transaction() as connection:

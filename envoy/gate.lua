@@ -1,15 +1,25 @@
 -- SPDX-License-Identifier: Apache-2.0
--- gate: the first thing a request meets. Reads the body once, writes what decisions depend on
--- to the metadata namespace peaje.request, and refuses what no service needs to see:
--- unknown paths, wrong methods, no credential, bodies that two parsers could read differently.
+-- gate: the first thing a request meets, and the last its answer passes. Reads the body once, writes
+-- what decisions depend on to the metadata namespace peaje.request, and refuses what no service needs
+-- to see: unknown paths, wrong methods, no credential, bodies that two parsers could read differently.
 --
--- If this script fails, Envoy skips it and counts lua.errors; then peaje.request is missing
--- and extauth refuses: a broken gate closes the road.
+-- Where this worker remembers the decision (envoy/lua/lane.lua) it does the tap's work as well and
+-- marks the request `lane: express`; envoy.yaml then skips extauth, ratelimit and tap.
+--
+-- On the way back it reads token usage from each piece into peaje.usage (the journal's periodic
+-- records carry it, so a cut stream is billed to the last piece), and hides what was not asked for.
+--
+-- If the request's script fails, Envoy skips it and counts lua.errors; then peaje.request is missing
+-- and extauth refuses: a broken gate closes the road. If the answer's fails, the journal has no usage
+-- and the collector bills by estimate, flagged.
 
-local request = require('envoy.lua.request')
+local answer = require('envoy.lua.answer')
+local express = require('envoy.lua.express')
 local reply = require('envoy.lua.reply')
+local request = require('envoy.lua.request')
 
 local NAMESPACE = 'peaje.request'
+local USAGE = 'peaje.usage'
 
 -- The route allow-list. A path without a meter does not exist.
 local DIALECTS = {
@@ -27,29 +37,22 @@ local function refuse(handle, dialect, denial)
   handle:respond(headers, body)
 end
 
--- Seconds since 1970 with microseconds, as text. Every record of this exchange carries it: it is
--- half of the row's key, so it must not differ between records.
-local function stamp(handle)
-  local micros = handle:timestampString(EnvoyTimestampResolution.MICROSECOND)
-  return string.sub(micros, 1, -7) .. '.' .. string.sub(micros, -6)
-end
-
-local function publish(handle, facts, dialect, prompt_bytes, started_at)
+local function publish(handle, facts)
   local metadata = handle:streamInfo():dynamicMetadata()
-  metadata:set(NAMESPACE, 'started_at', started_at)
-  metadata:set(NAMESPACE, 'dialect', dialect)
+  metadata:set(NAMESPACE, 'started_at', facts.started_at)
+  metadata:set(NAMESPACE, 'dialect', facts.dialect)
   metadata:set(NAMESPACE, 'model', facts.model)
   metadata:set(NAMESPACE, 'stream', facts.stream)
   metadata:set(NAMESPACE, 'wants_usage', facts.wants_usage)
   metadata:set(NAMESPACE, 'shape', facts.shape)
   -- Rate limit descriptors carry strings only.
-  metadata:set(NAMESPACE, 'prompt_bytes', tostring(prompt_bytes))
+  metadata:set(NAMESPACE, 'prompt_bytes', tostring(facts.prompt_bytes))
   metadata:set(NAMESPACE, 'output_tokens_max', tostring(facts.output_tokens_max))
   metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
 end
 
 local MODELS_FACTS = {
-  model = '', stream = false, wants_usage = 'no', shape = 'no', output_tokens_max = 0, choices = 0,
+  model = '', stream = false, wants_usage = 'no', shape = 'no', output_tokens_max = 0, choices = 0, prompt_bytes = 0,
 }
 
 function envoy_on_request(handle)
@@ -60,21 +63,26 @@ function envoy_on_request(handle)
   if not dialect then
     return refuse(handle, 'openai', { status = 404, code = 'not_found', message = 'Unknown path.' })
   end
-  local started_at = stamp(handle)
   local method = dialect == 'openai.models' and 'GET' or 'POST'
   if headers:get(':method') ~= method then
     return refuse(handle, dialect, {
       status = 405, code = 'invalid_request', message = 'Use ' .. method .. ' here.', allow = method,
     })
   end
-  if not headers:get('authorization') and not headers:get('x-api-key') then
+  -- Seconds since 1970 with microseconds, as text. Every record of this exchange carries it: it is
+  -- half of the row's key, so it must not differ between records.
+  local micros = handle:timestampString(EnvoyTimestampResolution.MICROSECOND)
+  local started_at = string.sub(micros, 1, -7) .. '.' .. string.sub(micros, -6)
+  local bearer, plain = headers:get('authorization'), headers:get('x-api-key')
+  if not bearer and not plain then
     return refuse(handle, dialect, {
       status = 401, code = 'missing_credential',
       message = 'No API key was sent. Send it as "authorization: Bearer KEY" or "x-api-key: KEY".',
     })
   end
   if dialect == 'openai.models' then
-    publish(handle, MODELS_FACTS, dialect, 0, started_at)
+    MODELS_FACTS.dialect, MODELS_FACTS.started_at = dialect, started_at
+    publish(handle, MODELS_FACTS)
     handle:clearRouteCache()
     return
   end
@@ -84,15 +92,33 @@ function envoy_on_request(handle)
       status = 415, code = 'unsupported_encoding', message = 'Send the body without content-encoding.',
     })
   end
+  -- What one header may hold twice, or two headers may hold differently, extauth judges each time.
+  local credential = nil
+  if not plain and headers:getNumValues('authorization') == 1 then credential = bearer end
+  if not bearer and headers:getNumValues('x-api-key') == 1 then credential = 'x-api-key ' .. plain end
+  local request_id = headers:get('x-request-id')
 
   local buffered = handle:body()
   local length = buffered and buffered:length() or 0
   if length == 0 then
     return refuse(handle, dialect, { status = 400, code = 'invalid_request', message = 'The body is empty.' })
   end
-  local facts, denial = request.read(buffered:getBytes(0, length), dialect)
+  local text = buffered:getBytes(0, length)
+  local facts, denial = request.read(text, dialect)
   if not facts then return refuse(handle, dialect, denial) end
-  publish(handle, facts, dialect, length, started_at)
+  facts.dialect, facts.started_at, facts.prompt_bytes = dialect, started_at, length
+  publish(handle, facts)
+  express.try(handle, facts, credential, request_id, tonumber(string.sub(micros, 1, -4)), buffered, text)
   -- The route (which model, which pool) is chosen by this metadata.
   handle:clearRouteCache()
+end
+
+function envoy_on_response(handle)
+  local metadata = handle:streamInfo():dynamicMetadata()
+  local request = metadata:get(NAMESPACE)
+  -- No usage namespace: refused before the tap, nothing was generated.
+  if not request or not metadata:get(USAGE) or request.dialect == 'openai.models' then return end
+  if request.asked then express.remember(request, metadata) end
+  local used = answer.read(handle, request, metadata)
+  if request.express then express.settle(request, used) end
 end

@@ -94,6 +94,7 @@ class Servicer:
         fields[contract.ID_TENANT].string_value = principal.tenant_id
         fields[contract.ID_PROJECT].string_value = principal.project_id
         fields[contract.ID_KEY].string_value = principal.key_id
+        fields[contract.ID_CACHE_MS].number_value = 5000
         if dialect == "openai.models":
             fields[contract.ID_MODELS_BODY].string_value = self._models_body(principal)
         return response

@@ -94,7 +94,9 @@ class Servicer:
             now=self._clock(),
         )
         if not asked.counters:
-            return _admitted({}, asked, Verdict.FULL)
+            response = _admitted({}, asked, Verdict.FULL)
+            response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
+            return response
         outcome = self._take(asked)
         if outcome.over:
             over = sorted({c.limit_id for c in asked.counters if c.name in outcome.over})

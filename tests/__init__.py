@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Everything that proves Peaje; what is shipped never imports it."""

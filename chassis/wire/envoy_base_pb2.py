@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hassis/wire/envoy_base.proto\x12\x14\x65nvoy.config.core.v3\x1a\x1cgoogle/protobuf/struct.proto\"4\n\rSocketAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nport_value\x18\x03 \x01(\r\"F\n\x07\x41\x64\x64ress\x12;\n\x0esocket_address\x18\x01 \x01(\x0b\x32#.envoy.config.core.v3.SocketAddress\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"\x98\x02\n\x11HeaderValueOption\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.envoy.config.core.v3.HeaderValue\x12Q\n\rappend_action\x18\x03 \x01(\x0e\x32:.envoy.config.core.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"?\n\tHeaderMap\x12\x32\n\x07headers\x18\x01 \x03(\x0b\x32!.envoy.config.core.v3.HeaderValue\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.envoy.config.core.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hassis/wire/envoy_base.proto\x12\x14\x65nvoy.config.core.v3\x1a\x1cgoogle/protobuf/struct.proto\"H\n\rSocketAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x14\n\nport_value\x18\x03 \x01(\rH\x00\x42\x10\n\x0eport_specifier\"S\n\x07\x41\x64\x64ress\x12=\n\x0esocket_address\x18\x01 \x01(\x0b\x32#.envoy.config.core.v3.SocketAddressH\x00\x42\t\n\x07\x61\x64\x64ress\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"\x98\x02\n\x11HeaderValueOption\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.envoy.config.core.v3.HeaderValue\x12Q\n\rappend_action\x18\x03 \x01(\x0e\x32:.envoy.config.core.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"?\n\tHeaderMap\x12\x32\n\x07headers\x18\x01 \x03(\x0b\x32!.envoy.config.core.v3.HeaderValue\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.envoy.config.core.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METADATA_FILTERMETADATAENTRY']._loaded_options = None
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_SOCKETADDRESS']._serialized_start=85
-  _globals['_SOCKETADDRESS']._serialized_end=137
-  _globals['_ADDRESS']._serialized_start=139
-  _globals['_ADDRESS']._serialized_end=209
-  _globals['_HEADERVALUE']._serialized_start=211
-  _globals['_HEADERVALUE']._serialized_end=271
-  _globals['_HEADERVALUEOPTION']._serialized_start=274
-  _globals['_HEADERVALUEOPTION']._serialized_end=554
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=429
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=554
-  _globals['_HEADERMAP']._serialized_start=556
-  _globals['_HEADERMAP']._serialized_end=619
-  _globals['_METADATA']._serialized_start=622
-  _globals['_METADATA']._serialized_end=789
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=711
-  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=789
+  _globals['_SOCKETADDRESS']._serialized_end=157
+  _globals['_ADDRESS']._serialized_start=159
+  _globals['_ADDRESS']._serialized_end=242
+  _globals['_HEADERVALUE']._serialized_start=244
+  _globals['_HEADERVALUE']._serialized_end=304
+  _globals['_HEADERVALUEOPTION']._serialized_start=307
+  _globals['_HEADERVALUEOPTION']._serialized_end=587
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=462
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=587
+  _globals['_HEADERMAP']._serialized_start=589
+  _globals['_HEADERMAP']._serialized_end=652
+  _globals['_METADATA']._serialized_start=655
+  _globals['_METADATA']._serialized_end=822
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=744
+  _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=822
 # @@protoc_insertion_point(module_scope)

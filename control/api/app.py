@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 
 from chassis.errors import Conflict, Invalid, NotFound, PeajeError, Unavailable
 from chassis.models import ModelCatalogue
-from control import explain, keys, limits, tenants, usage
+from control import explain, keys, tenants, usage
+from control.api.limits import add_limits
 from control.durations import duration
 from control.store import Store
 
@@ -72,15 +73,6 @@ class Rotation(Body):
     overlap: str = "24h"
 
 
-class LimitChange(Body):
-    """Numbers to set; null removes one, a missing one stays."""
-
-    key_id: str | None = None
-    model: str | None = None
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-
-
 def build(
     store: Store,
     maker: keys.KeyMaker,
@@ -100,7 +92,7 @@ def build(
 
     _add_tenants(app, store, clock)
     _add_keys(app, store, maker, clock)
-    _add_limits(app, store, catalogue, clock)
+    add_limits(app, store, catalogue, clock)
     _add_reports(app, store, clock)
     return app
 
@@ -161,37 +153,6 @@ def _add_keys(app: FastAPI, store: Store, maker: keys.KeyMaker, clock: Callable[
         revoked = keys.revoke(store, key_id, now=clock())
         log.info("key_revoked", key_id=key_id)
         return revoked
-
-
-def _add_limits(
-    app: FastAPI, store: Store, catalogue: Callable[[], ModelCatalogue], clock: Callable[[], datetime]
-) -> None:
-    @app.put("/v1/tenants/{tenant}/limits")
-    def put_limit(tenant: str, body: LimitChange) -> dict[str, Any]:
-        numbers = ("requests_per_minute", "tokens_per_minute")
-        changes = {name: getattr(body, name) for name in numbers if name in body.model_fields_set}
-        scope = limits.Scope(tenant=tenant, key_id=body.key_id, model=body.model)
-        limit = limits.put(store, scope, changes, catalogue=catalogue(), now=clock())
-        log.info("limit_set", tenant=limit["tenant_id"], limit_id=limit["limit_id"])
-        return limit
-
-    @app.get("/v1/tenants/{tenant}/limits")
-    def list_tenant_limits(tenant: str) -> dict[str, Any]:
-        return {"limits": limits.list_all(store, tenant)}
-
-    @app.delete("/v1/tenants/{tenant}/limits")
-    def delete_limit(tenant: str, key_id: str | None = None, model: str | None = None) -> dict[str, Any]:
-        gone = limits.delete(store, limits.Scope(tenant=tenant, key_id=key_id, model=model))
-        log.info("limit_deleted", tenant=gone["tenant_id"], limit_id=gone["limit_id"])
-        return gone
-
-    @app.get("/v1/limits")
-    def list_limits() -> dict[str, Any]:
-        return {"limits": limits.list_all(store, None)}
-
-    @app.get("/v1/limits/findings")
-    def limit_findings() -> dict[str, Any]:
-        return {"findings": limits.findings(store, catalogue())}
 
 
 def _add_reports(app: FastAPI, store: Store, clock: Callable[[], datetime]) -> None:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from chassis.errors import Invalid, PeajeError
+from chassis.errors import PeajeError
 from control.cli.client import call
+from control.cli.limits import limits_app
 from control.cli.show import show
 from control.laptop import commands as laptop
 
@@ -23,7 +24,6 @@ app = typer.Typer(
 )
 tenants_app = typer.Typer(no_args_is_help=True, help="Who pays.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
-limits_app = typer.Typer(no_args_is_help=True, help="How much they may use.")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")
@@ -32,8 +32,6 @@ laptop.register(app)
 Json = Annotated[bool, typer.Option("--json", help="As JSON, with the field names of the API.")]
 Tenant = Annotated[str, typer.Option("--tenant", help="Id or name.")]
 AnyTenant = Annotated[str | None, typer.Option("--tenant", help="Id or name; all if left out.", show_default=False)]
-Key = Annotated[str | None, typer.Option("--key", help="Key id; any if left out.", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", help="Served model; any if left out.", show_default=False)]
 
 
 @tenants_app.command("create")
@@ -99,34 +97,6 @@ def revoke_key(key_id: str, as_json: Json = False) -> None:
     show(call("POST", f"/v1/keys/{key_id}/revoke"), as_json=as_json)
 
 
-@limits_app.command("set")
-def set_limit(
-    tenant: Tenant, key: Key = None, model: Model = None,
-    rpm: Annotated[str | None, typer.Option("--rpm", help="Requests per minute, or none to remove.")] = None,
-    tpm: Annotated[str | None, typer.Option("--tpm", help="Tokens per minute, or none to remove.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Set a limit; what is not named stays."""
-    body: dict[str, Any] = {"key_id": key, "model": model}
-    for field, option, text in (("requests_per_minute", "--rpm", rpm), ("tokens_per_minute", "--tpm", tpm)):
-        if text is not None:
-            body[field] = _number(text, option)
-    show(call("PUT", f"/v1/tenants/{tenant}/limits", body=body), as_json=as_json)
-
-
-@limits_app.command("show")
-def show_limits(tenant: AnyTenant = None, as_json: Json = False) -> None:
-    """Show limits."""
-    show(call("GET", "/v1/limits" if tenant is None else f"/v1/tenants/{tenant}/limits"), as_json=as_json)
-
-
-@limits_app.command("delete")
-def delete_limit(tenant: Tenant, key: Key = None, model: Model = None, as_json: Json = False) -> None:
-    """Remove the limit of exactly this tenant, key and model."""
-    query = {"key_id": key, "model": model}
-    show(call("DELETE", f"/v1/tenants/{tenant}/limits", query=query), as_json=as_json)
-
-
 @app.command("usage")
 def show_usage(
     tenant: AnyTenant = None,
@@ -182,12 +152,3 @@ def main() -> int:
             return 2
         raise
     return result if isinstance(result, int) else 0
-
-
-def _number(text: str, option: str) -> int | None:
-    if text == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError as exc:
-        raise Invalid(f"{option} is {text!r}.", mend="Write a whole number, or none.") from exc

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import yaml
 
-from chassis.contract import EPOCH_ENVIRONMENT
+from chassis.contract import EPOCH_ENVIRONMENT, EXPRESS_ENVIRONMENT
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
 from control.laptop.places import REPOSITORY, Places, Ports, write_private
@@ -93,7 +93,7 @@ def envoy_part(
             "--drain-strategy", "immediate",
             "--log-level", "warn",
         ),
-        env=base_environment(environ),
+        env=base_environment(environ) | {name: environ[name] for name in (EXPRESS_ENVIRONMENT,) if name in environ},
         needs=needs,
         ready=http_ok(f"{admin}/ready"),
         before_start=_new_epoch,

@@ -47,10 +47,14 @@ def tail(path: Path, *, since: int, hide: Iterable[str]) -> list[str]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(min(since, size), size - _TAIL_BYTES))
+            start = max(min(since, size), size - _TAIL_BYTES)
+            file.seek(start)
             text = file.read().decode(errors="replace")
     except OSError:
         return []
+    if start > since:
+        # In the middle of a line, and perhaps of a secret, which would then not be known for one.
+        text = text.partition("\n")[2]
     for secret in hide:
         text = text.replace(secret, "***")
     return [line[:_LINE_CHARACTERS_MAX] for line in text.splitlines()[-TAIL_LINES:]]

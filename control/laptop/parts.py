@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chassis.contract import CLUSTER_EXTAUTH, CLUSTER_METERING, CLUSTER_RATELIMIT, SOCKETS
+from chassis.contract import CHANGES_PATH, CLUSTER_EXTAUTH, CLUSTER_METERING, CLUSTER_RATELIMIT, SOCKETS
 from control.laptop.places import REPOSITORY, Places, Ports
 from control.laptop.probes import Probe, file_exists, grpc_serving, http_ok
 
@@ -97,7 +97,7 @@ def service_environment(
 
 
 def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ...]) -> list[Part]:
-    """The schema's migrations and Peaje's five processes; *stores* are the parts that hold their data."""
+    """The schema's migrations and Peaje's own processes; *stores* are the parts that hold their data."""
     migrations = Part(
         name="migrations",
         argv=_module("chassis.schema"),
@@ -122,6 +122,14 @@ def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ..
             before_start=lambda: _remove(COLLECTOR_READY),
             # Reads what Envoy wrote last, into a Postgres that may be busy.
             stop_grace_seconds=20.0,
+        ),
+        Part(
+            name="beacon",
+            argv=_module("chassis.beacon"),
+            env=env,
+            needs=needs,
+            ready=file_exists(Path(CHANGES_PATH)),
+            before_start=lambda: _remove(CHANGES_PATH),
         ),
         Part(
             name="control",

@@ -145,7 +145,7 @@ class Pipe:
             try:
                 self._file.write(json.dumps(event) + "\n")
             except OSError:
-                self._file = None
+                self.close()
 
     def close(self) -> None:
         """Tell the reader that there is no more to come."""

@@ -4,6 +4,7 @@
 -- Pure: text in, facts or a refusal out. gate.lua writes the facts to metadata.
 
 local json = require('envoy.lua.json')
+local shape = require('envoy.lua.shape')
 local sub, find = string.sub, string.find
 
 local M = {}
@@ -133,7 +134,7 @@ function M.read(body, dialect)
     output_tokens_max = limit,
     choices = count,
     wants_usage = wants_usage,
-    shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and 'usage' or 'no',
+    shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and shape.need(body, members) or shape.NO,
   }
 end
 

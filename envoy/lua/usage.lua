@@ -5,7 +5,7 @@
 -- looks like usage, is skipped as a string. Pure: bytes in, bytes out; tap.lua moves them.
 
 local json = require('envoy.lua.json')
-local byte, find, sub = string.byte, string.find, string.sub
+local byte, find, match, sub = string.byte, string.find, string.match, string.sub
 
 local M = {}
 
@@ -87,12 +87,36 @@ local FINAL_TYPES = {
   ['"message_delta"'] = true,
 }
 
+-- The usual running frame of an engine, read without a parser: true if it was one, and its new text.
+-- Quotes inside JSON strings are escaped, so `,"usage":{` is a member's beginning wherever it stands;
+-- one whose object is followed by just the last brace of the data belongs to the outermost object.
+local function read_running(self, data)
+  local at = find(data, ',"usage":{', 1, true)
+  if not at or not find(data, '^%b{}}$', at + 9) or find(data, '[^%w_:,{}"]', at + 9) then return false end
+  local input = tonumber(match(data, '"prompt_tokens":(%d+)[,}]', at))
+  local output = tonumber(match(data, '"completion_tokens":(%d+)[,}]', at))
+  local counts = self.counts
+  if not input or not output or input > COUNT_MAX or output > COUNT_MAX then return false end
+  if output < (counts.output or 0) or input < (counts.input or 0) then return false end
+  if find(data, '"choices":[]', 1, true) or find(data, '"finish_reason":"', 1, true) then return false end
+  if find(data, '"reasoning_tokens"', at, true) then return false end
+  counts.input, counts.output = input, output
+  counts.cached = tonumber(match(data, '"cached_tokens":(%d+)[,}]', at)) or counts.cached
+  if self.seen == 'none' then self.seen = 'running' end
+  self.readings, self.frames = self.readings + 1, self.frames + 1
+  return true, sub(data, 1, at - 1) .. (self.wants == 'final' and ',"usage":null}' or '}')
+end
+
 -- Read one event's data. Returns: nil to leave it as it is, false to drop it, or its new text.
 local function read_event(self, data)
   if not find(data, '"usage"', 1, true) then
     -- Nothing that follows the terminator is read, so it passes, whether it comes with it or later.
     if data == '[DONE]' then self.passing = true else self.frames = self.frames + 1 end
     return nil
+  end
+  if self.hides then
+    local was_running, instead = read_running(self, data)
+    if was_running then return instead end
   end
   local members = json.document(data)
   if not members then
@@ -136,11 +160,11 @@ end
 
 -- The data of one event: its data lines joined by newlines, or nil when it has none.
 local function data_of(event)
-  local single = string.match(event, '^data: ?([^\r\n]*)[\r\n]*$')
-  if single then return trimmed(single) end
+  local single = match(event, '^data: ?([^\r\n]*)[\r\n]*$')
+  if single then return trimmed(single), true end
   local lines = {}
   for line in string.gmatch(event, '[^\r\n]+') do
-    local data = string.match(line, '^data: ?(.*)$')
+    local data = match(line, '^data: ?(.*)$')
     if data then lines[#lines + 1] = data end
   end
   if #lines == 0 then return nil end
@@ -178,14 +202,14 @@ local function feed_events(self, piece)
     local last = event_end(text, from, has_return)
     if not last then break end
     local event = sub(text, from, last)
-    local data = data_of(event)
+    local data, is_single = data_of(event)
     local verdict = nil
     if data then verdict = read_event(self, data) end
     if verdict == nil then
       out[#out + 1] = event
     else
       changed = true
-      if verdict then out[#out + 1] = replaced(event, verdict) end
+      if verdict then out[#out + 1] = is_single and 'data: ' .. verdict .. '\n\n' or replaced(event, verdict) end
     end
     from = last + 1
   end

@@ -20,8 +20,8 @@ local function clock()
   return time[1] * 1000000 + time[2]
 end
 
--- Lua's own number format keeps 14 digits.
-local function whole(n) return string.format('%.0f', n) end
+-- Lua's own number format keeps 14 digits. Plus zero: "-0" is no integer to the store.
+local function whole(n) return string.format('%.0f', n + 0) end
 local function exact(n) return string.format('%.17g', n) end
 
 local function debt_of(counter, now)

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What Envoy, engines and codecs agree on, byte for byte."""

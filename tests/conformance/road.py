@@ -11,6 +11,8 @@ from typing import Any
 
 from lupa import luajit21
 
+from metering.core.shape import Running
+
 ROOT = Path(__file__).parents[2]
 
 # The loops over splits run in Lua: a call from Python for each of a million pieces would be the test's whole cost.
@@ -102,6 +104,13 @@ def read_request(body: bytes, dialect: str = "openai.chat") -> tuple[dict[str, A
     answer = module("request")[b"read"](body, dialect.encode())
     facts, refusal = answer if isinstance(answer, tuple) else (answer, None)
     return (table(facts) if facts is not None else None), (table(refusal) if refusal is not None else None)
+
+
+def ask_in_lua(body: bytes, dialect: str, running: Running) -> bytes | None:
+    """Shape *body* as the tap does, None where it leaves it alone."""
+    facts, _ = read_request(body, dialect)
+    assert facts is not None
+    return module("shape")[b"ask_for_usage"](body, facts["shape"].encode(), running.value)
 
 
 def read_answer(kind: str, wants: str, pieces: Sequence[bytes]) -> Reading:

@@ -44,8 +44,24 @@ def facts_of(document: dict[str, Any], dialect: str) -> dict[str, Any]:
         "output_tokens_max": limits[0] if limits else 0,
         "choices": choices,
         "wants_usage": wants,
-        "shape": "usage" if is_stream and dialect in ("openai.chat", "openai.completions") else "no",
+        "shape": shape_of(document) if is_stream and dialect in ("openai.chat", "openai.completions") else "no",
     }
+
+
+def shape_of(document: dict[str, Any]) -> str:
+    """Say who asks the engine for usage in a stream of *document*."""
+    if "stream_options" not in document:
+        return "insert"
+    options = document["stream_options"]
+    if options is None:
+        return "replace"
+    if not isinstance(options, dict):
+        return "no"
+    is_known = all(
+        name in ("include_usage", "continuous_usage_stats") and (value is None or isinstance(value, bool))
+        for name, value in options.items()
+    )
+    return "replace" if is_known else "service"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +69,8 @@ def facts_of(document: dict[str, Any], dialect: str) -> dict[str, Any]:
     [
         ('{"model":"m"}', "openai.chat", {}),
         (' \t\r\n{ "model" : "m" }\n', "openai.chat", {}),
-        ('{"model":"m","stream":true}', "openai.chat", {"stream": True, "shape": "usage"}),
-        ('{"model":"m","stream":true}', "openai.completions", {"stream": True, "shape": "usage"}),
+        ('{"model":"m","stream":true}', "openai.chat", {"stream": True, "shape": "insert"}),
+        ('{"model":"m","stream":true}', "openai.completions", {"stream": True, "shape": "insert"}),
         ('{"model":"m","stream":true}', "openai.responses", {"stream": True}),
         ('{"model":"m","stream":true}', "anthropic.messages", {"stream": True}),
         ('{"model":"m","stream":null,"max_tokens":null,"n":null,"background":null}', "openai.chat", {}),

@@ -18,7 +18,6 @@ import redis
 from tests.dataplane.installation import Installation, Tenant, chat
 
 #: Refused because a part was away; such a request may or may not have been admitted before that.
-pytestmark = pytest.mark.xfail(reason="open in issue 2: not yet reliable on a busy machine", strict=False)
 _BROKEN = (httpx.HTTPError,)
 
 
@@ -92,10 +91,8 @@ def test_a_part_killed_under_load_loses_no_row_and_doubles_none(road: Installati
         if row["basis"] == "reported":
             assert engine is not None
             assert (engine["prompt_tokens"], engine["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
-    exact = sum(row["basis"] in ("reported", "running", "none") for row in rows)
-    # A stream that passed while metering was away, or did not answer within its 500 ms on a busy
-    # machine, was not asked for usage: its row says "estimated". Few, except when metering itself died.
-    assert exact >= (0.5 if part == "metering" else 0.95) * len(rows)
+    # Asking the engine for usage needs no service, so nothing is estimated, whichever part was away.
+    assert {"reported", "running", "none"} >= {row["basis"] for row in rows}
 
 
 def test_envoy_killed_in_mid_stream_leaves_rows_from_the_last_checkpoint(road: Installation, tenant: Tenant) -> None:

@@ -1,0 +1,54 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Ask the engine for usage in a streamed request that did not.
+--
+-- Does what a splice can do: puts one member in, or replaces one whose whole value is known.
+-- Options that hold more than usage are merged by metering/ (ext_proc), with a JSON parser. Pure.
+
+local json = require('envoy.lua.json')
+local byte, find, sub = string.byte, string.find, string.sub
+
+local M = {}
+
+-- How a body is to be shaped: not at all, by putting a member in, by replacing one, by metering/.
+M.NO, M.INSERT, M.REPLACE, M.SERVICE = 'no', 'insert', 'replace', 'service'
+
+local FINAL = '{"include_usage":true}'
+local RUNNING = '{"include_usage":true,"continuous_usage_stats":true}'
+local KNOWN = { include_usage = true, continuous_usage_stats = true }
+
+-- What a streamed request with these members needs.
+function M.need(body, members)
+  local span = members.stream_options
+  if not span then return M.INSERT end
+  if sub(body, span[1], span[2]) == 'null' then return M.REPLACE end
+  -- The engine's own error about options that are no object is clearer than any of ours.
+  if byte(body, span[1]) ~= 123 then return M.NO end
+  local options = json.members(body, span[1])
+  for name, inner in pairs(options or {}) do
+    local text = sub(body, inner[1], inner[2])
+    if not KNOWN[name] or (text ~= 'true' and text ~= 'false' and text ~= 'null') then return M.SERVICE end
+  end
+  return M.REPLACE
+end
+
+-- The body that asks for usage: in every chunk if the engine can, else in the last. nil: leave it as it is.
+function M.ask_for_usage(body, how, can_run)
+  local options = can_run and RUNNING or FINAL
+  if how == M.INSERT then
+    -- The gate has seen an object with at least one member, so a comma belongs here.
+    local brace = find(body, '{', 1, true)
+    return sub(body, 1, brace) .. '"stream_options":' .. options .. ',' .. sub(body, brace + 1)
+  end
+  if how == M.REPLACE then
+    local members = json.members(body)
+    local span = members and members.stream_options
+    if not span then return nil end
+    local asked = json.members(body, span[1])
+    local running = asked and asked.continuous_usage_stats
+    if running and sub(body, running[1], running[2]) == 'true' then options = RUNNING end
+    return sub(body, 1, span[1] - 1) .. options .. sub(body, span[2] + 1)
+  end
+  return nil
+end
+
+return M

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What all tests share: which of them run, and the installations that they run against.
+
+Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour.
+Without, they are deselected, and the end of the run says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.dataplane.installation import Installation, Tenant, running
+
+#: Marker and option of the tests that only run when asked for, and what they are.
+ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
+#: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
+_KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN")
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+# A busy machine is no failure: no example is judged by its time.
+settings.register_profile("peaje", deadline=None)
+settings.load_profile("peaje")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `./peaje test` take --chaos and --soak."""
+    group = parser.getgroup("peaje")
+    for name, what in ON_REQUEST.items():
+        group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers, and forget the settings of whoever runs the tests."""
+    for name, what in ON_REQUEST.items():
+        config.addinivalue_line("markers", f"{name}: {what}; only with --{name}")
+    for name in [name for name in os.environ if name.startswith("PEAJE_") and name not in _KEPT_SETTINGS]:
+        del os.environ[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what was not asked for, and remember how many of each."""
+    left_out: dict[str, int] = {}
+    kept, deselected = [], []
+    for item in items:
+        missing = [name for name in ON_REQUEST if item.get_closest_marker(name) and not config.getoption(name)]
+        for name in missing:
+            left_out[name] = left_out.get(name, 0) + 1
+        (deselected if missing else kept).append(item)
+    items[:] = kept
+    config.stash[_LEFT_OUT] = left_out
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say at the end what was left out, and how to run it."""
+    for name, count in config.stash.get(_LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"{count} {name} tests left out ({ON_REQUEST[name]}): --{name} runs them")
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """Everything real but the model server, which is the instrument."""
+    with running(tmp_path_factory.mktemp("road"), "--engine", "fake") as installation:
+        yield installation
+
+
+@pytest.fixture(scope="session")
+def dynamo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """Everything real: what `./peaje up` starts by itself."""
+    with running(tmp_path_factory.mktemp("dynamo")) as installation:
+        yield installation
+
+
+@pytest.fixture
+def tenant(road: Installation) -> Tenant:
+    """A tenant without limits on the fake engine's road."""
+    return road.new_tenant()
