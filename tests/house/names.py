@@ -21,6 +21,7 @@ import yaml
 #: Names of the contract that Envoy has no reason to spell, and why.
 NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
+    "ADM_OUTPUT_CAP": "ratelimit promises it; nothing in envoy/ holds the model server to it yet",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
