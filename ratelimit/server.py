@@ -19,6 +19,7 @@ from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.sweep import Sweep, sweep_for_ever
 from ratelimit.servicer import METHOD, Servicer
 
 
@@ -45,9 +46,8 @@ def main() -> None:
     """Serve until SIGTERM."""
     configure("ratelimit")
     stores, settings = StoreSettings(), Settings()
-    limits = LimitsSource(
-        read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
-    )
+    pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
+    limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
     stored = StoredCounters(connect(stores.require_redis(), cluster=settings.cluster))
 
@@ -55,6 +55,8 @@ def main() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
+    sweep = Sweep(stored, pool, lambda: limits.current.tenants)
+    threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,

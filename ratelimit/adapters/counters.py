@@ -16,7 +16,9 @@ from typing import Any, Final
 
 import orjson
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
+from redis.retry import Retry
 
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
@@ -55,7 +57,7 @@ def connect(url: str, *, cluster: bool) -> redis.Redis:
         "client_name": "peaje-ratelimit",
     }
     if cluster:
-        return redis.RedisCluster.from_url(url, **options)  # type: ignore[return-value]
+        return redis.RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **options)  # type: ignore[return-value]
     return redis.Redis.from_url(url, retry=None, **options)
 
 
