@@ -3,6 +3,7 @@
 -- scope column means any. All that match must allow.
 alter table rate_limit
     drop constraint rate_limit_tenant_id_key_id_model_key,
+    drop constraint rate_limit_check,
     add column project_id     text,
     add column unit           text check (unit in
         ('requests', 'tokens', 'input_tokens', 'output_tokens', 'cached_tokens', 'money', 'concurrency')),
