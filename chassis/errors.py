@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Name the four ways in which a use case can refuse.
+Name the five ways in which a use case can refuse.
 
 Each carries one sentence for a person and, where one exists, the mend. Adapters translate
 library errors into these once; faces (REST, CLI) translate these into statuses and exit codes.
@@ -29,6 +29,10 @@ class PeajeError(Exception):
 
 class Invalid(PeajeError):
     """Refuse a value that can never be right."""
+
+
+class Forbidden(PeajeError):
+    """Refuse what this operator may not do, whatever it is done to."""
 
 
 class NotFound(PeajeError):

@@ -2,6 +2,9 @@
 """
 Know the format of an API key: `peaje_<live|test>_<key id>_<secret><checksum>`, all base62.
 
+Our other secrets have the same form and another kind: `op` for an operator's token, `sa` for a
+service account's client secret, `boot` for the one-time bootstrap token.
+
 The key id (12 characters) finds the stored row. The secret (32 characters, 190 bits) makes
 guessing moot, so the stored form is one HMAC, not a slow password hash. The checksum (CRC-32
 of everything before it, 6 characters) turns garbage away without any I/O; it is not a
@@ -22,6 +25,9 @@ from typing import Final
 from chassis.errors import Invalid
 
 ENVIRONMENTS: Final = ("live", "test")
+OPERATOR_TOKEN: Final = "op"
+CLIENT_SECRET: Final = "sa"
+BOOTSTRAP_TOKEN: Final = "boot"
 KEY_ID_LENGTH: Final = 12
 SECRET_LENGTH: Final = 32
 CHECKSUM_LENGTH: Final = 6
@@ -34,7 +40,7 @@ _UNBIASED_BELOW: Final = 248
 #: A working source passes in one or two; more means that the source is broken.
 _DRAWS_MAX: Final = 64
 _SHAPE: Final = re.compile(
-    rf"peaje_(live|test)_([0-9A-Za-z]{{{KEY_ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}"
+    rf"peaje_(live|test|op|sa|boot)_([0-9A-Za-z]{{{KEY_ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}"
 )
 
 
@@ -56,14 +62,36 @@ class ParsedKey:
     key: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MintedToken:
+    """Hold a new secret of any kind, the one time that it exists in clear; its `repr` does not show it."""
+
+    token_id: str
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedToken:
+    """Hold what a well-formed secret says of itself. Nothing of it is proven yet; its `repr` hides the secret."""
+
+    token_id: str
+    kind: str
+    token: str = field(repr=False)
+
+
 def mint(environment: str, random_bytes: Callable[[int], bytes]) -> MintedKey:
     """Make a new key; *random_bytes* must be a cryptographic source such as `secrets.token_bytes`."""
     if environment not in ENVIRONMENTS:
         raise Invalid(f"The environment of a key is {environment!r}.", mend="Use live or test.")
-    key_id = _draw(KEY_ID_LENGTH, random_bytes)
-    body = f"peaje_{environment}_{key_id}_{_draw(SECRET_LENGTH, random_bytes)}"
-    key = body + checksum(body)
-    return MintedKey(key_id=key_id, key=key, last_four=key[-4:])
+    minted = mint_token(environment, random_bytes)
+    return MintedKey(key_id=minted.token_id, key=minted.token, last_four=minted.token[-4:])
+
+
+def mint_token(kind: str, random_bytes: Callable[[int], bytes], *, token_id: str | None = None) -> MintedToken:
+    """Make a new secret of *kind*, in the form of a key; with *token_id*, another one of the same owner."""
+    token_id = token_id or _draw(KEY_ID_LENGTH, random_bytes)
+    body = f"peaje_{kind}_{token_id}_{_draw(SECRET_LENGTH, random_bytes)}"
+    return MintedToken(token_id=token_id, token=body + checksum(body))
 
 
 def parse(text: object) -> ParsedKey | None:
@@ -77,6 +105,14 @@ def parse(text: object) -> ParsedKey | None:
     >>> parse("peaje_live_0123456789AB_0123456789abcdefghijklmnopqrstuv1fTxeW") is None
     True
     """
+    parsed = parse_token(text)
+    if parsed is None or parsed.kind not in ENVIRONMENTS:
+        return None
+    return ParsedKey(key_id=parsed.token_id, environment=parsed.kind, key=parsed.token)
+
+
+def parse_token(text: object) -> ParsedToken | None:
+    """Read the id and the kind of a secret of any kind, or answer None, as `parse` does."""
     if not isinstance(text, str) or len(text) > CREDENTIAL_LENGTH_MAX:
         return None
     shape = _SHAPE.fullmatch(text)
@@ -85,7 +121,7 @@ def parse(text: object) -> ParsedKey | None:
     body, given = text[:-CHECKSUM_LENGTH], text[-CHECKSUM_LENGTH:]
     if not hmac.compare_digest(checksum(body), given):
         return None
-    return ParsedKey(key_id=shape[2], environment=shape[1], key=text)
+    return ParsedToken(token_id=shape[2], kind=shape[1], token=text)
 
 
 def hash_key(pepper: bytes, key: str) -> bytes:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Read the secrets of an installation from files that only their owner can read.
+Read and write the secrets of an installation in files that only their owner can read.
 
 A secret that others can read, that is missing or that came with an example is a refusal to
 start, in one line that names the file and never its content.
@@ -8,6 +8,7 @@ start, in one line that names the file and never its content.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -23,6 +24,10 @@ PEPPER_BYTES_MIN: Final = 32
 _FILE_BYTES_MAX: Final = 4096
 #: Fewer distinct characters than this is a placeholder, not randomness.
 _DISTINCT_MIN: Final = 8
+
+#: Names below `secrets/`: the first operator's token, and the one-time token that it is exchanged for.
+ADMIN_TOKEN_NAME: Final = "admin-token"
+BOOTSTRAP_TOKEN_NAME: Final = "bootstrap-token"
 
 _PEPPER_NAME: Final = re.compile(r"pepper-([1-9][0-9]{0,8})")
 _SAMPLE: Final = re.compile(
@@ -50,6 +55,16 @@ def load_peppers(home: Path) -> dict[int, bytes]:
 
 def read_secret(path: Path) -> str:
     """Read one secret as text, without surrounding white space, or refuse a file that is not fit to hold one."""
+    text = read_private(path)
+    if len(text) < SECRET_LENGTH_MIN:
+        raise Invalid(f"The secret {path} has fewer than {SECRET_LENGTH_MIN} characters.", mend=_MEND_WEAK)
+    if _SAMPLE.search(text) or len(set(text)) < _DISTINCT_MIN:
+        raise Invalid(f"The secret {path} is a sample value.", mend=_MEND_WEAK)
+    return text
+
+
+def read_private(path: Path) -> str:
+    """Read a small text that only its owner may read, whatever it says: the file of a signing key, for one."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -65,11 +80,17 @@ def read_secret(path: Path) -> str:
         raise Invalid(f"The secret {path} is not plain text.") from exc
     except OSError as exc:
         raise Unavailable(f"The secret {path} cannot be read: {exc.strerror}.") from exc
-    if len(text) < SECRET_LENGTH_MIN:
-        raise Invalid(f"The secret {path} has fewer than {SECRET_LENGTH_MIN} characters.", mend=_MEND_WEAK)
-    if _SAMPLE.search(text) or len(set(text)) < _DISTINCT_MIN:
-        raise Invalid(f"The secret {path} is a sample value.", mend=_MEND_WEAK)
     return text
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write *text* so that a reader sees the old or the new, and only the owner sees any."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(text)
+    os.replace(temporary, path)
 
 
 def _pepper(path: Path) -> bytes:

@@ -6,7 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 from chassis.errors import NotFound
+from control.act import Act
 from control.store import Store
+
+#: As the billing view has it; the view itself would read past row-level security.
+_USAGE = """
+select request_id, tenant_id as tenant, project_id as project, key_id, model, dialect, started_at, ended_at,
+       status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis,
+       currency, amount_nano, rate_card_id, anomaly, upstream, streamed
+from usage_event where request_id = %s
+"""
 
 _BASIS = {
     "reported": "the engine's closing usage",
@@ -18,14 +27,10 @@ _BASIS = {
 }
 
 
-def explain(store: Store, request_id: str) -> dict[str, Any]:
+def explain(store: Store, act: Act, request_id: str) -> dict[str, Any]:
     """`state` (billed, in_flight or refused), `explanation`, and what is on record; raises `NotFound`."""
-    with store.transaction() as connection:
-        row = connection.execute(
-            "select b.*, u.anomaly, u.upstream, u.streamed from billing_usage_v1 b "
-            "join usage_event u using (started_at, request_id) where request_id = %s",
-            (request_id,),
-        ).fetchone()
+    with store.transaction(act.scope) as connection:
+        row = connection.execute(_USAGE, (request_id,)).fetchone()
         if row is not None:
             return {"request_id": request_id, "state": "billed", "explanation": _billed(row), "usage": row}
         open_ = connection.execute(

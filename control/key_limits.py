@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
-import psycopg
+from control.store import Connection
 
 
-def copy(connection: psycopg.Connection[dict[str, Any]], *, old_key_id: str, new_key_id: str, now: datetime) -> None:
+def copy(connection: Connection, *, old_key_id: str, new_key_id: str, now: datetime) -> None:
     """Make the limits of a key bind its successor too, from its first request."""
     connection.execute(
         """

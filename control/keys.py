@@ -1,116 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API keys: make, list, rotate, revoke. A key is shown once, when it is made; only its hash is kept."""
+"""API keys: make, list, disable, rotate, revoke. A key is shown once, when it is made; only its hash is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
-from chassis import keys
 from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import key_limits, tenants
+from control import audit, key_limits, projects, service_accounts, tenants
+from control.act import Act
+from control.core import rights
 from control.durations import moment_ahead
-from control.store import Store
+from control.minting import Mint
+from control.store import Connection, Store
+
+State = Literal["active", "disabled"]
 
 EXPIRES_DEFAULT = "365d"
 OVERLAP_MAX = timedelta(days=30)
 NAME_LENGTH_MAX = 100
-MODELS_MAX = 200
 
-_COLUMNS = (
-    "key_id, tenant_id, project_id, name, environment, last_four, models, created_at, expires_at, revoked_at"
+#: What a successor has in common with the key that it replaces.
+_RIGHTS = (
+    "tenant_id", "project_id", "name", "environment", "service_account_id", "scopes", "models", "denied_models",
+    "allowed_cidrs",
 )
+_COLUMNS = (
+    "key_id, tenant_id, project_id, service_account_id, name, environment, state, last_four, scopes, models, "
+    "denied_models, allowed_cidrs, created_at, expires_at, revoked_at, rotated_to, last_used_at, uses_after_rotation"
+)
+_SELECT = f"select {_COLUMNS} from api_key where key_id = %s"
 _INSERT = f"""
-insert into api_key (key_id, tenant_id, project_id, name, environment, key_hash, pepper_version, last_four,
-                     models, created_at, expires_at)
-values (%(key_id)s, %(tenant_id)s, %(project_id)s, %(name)s, %(environment)s, %(key_hash)s, %(pepper_version)s,
-        %(last_four)s, %(models)s, %(created_at)s, %(expires_at)s)
+insert into api_key (key_id, tenant_id, project_id, service_account_id, name, environment, key_hash, pepper_version,
+                     last_four, scopes, models, denied_models, allowed_cidrs, created_at, expires_at)
+values (%(key_id)s, %(tenant_id)s, %(project_id)s, %(service_account_id)s, %(name)s, %(environment)s, %(key_hash)s,
+        %(pepper_version)s, %(last_four)s, %(scopes)s, %(models)s, %(denied_models)s, %(allowed_cidrs)s::cidr[],
+        %(created_at)s, %(expires_at)s)
 returning {_COLUMNS}
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyMaker:
-    """What making a key needs besides the store."""
+class NewKey:
+    """What is asked of a new key, as people write it; None means every, or no end."""
 
-    peppers: Mapping[int, bytes]
-    random_bytes: Callable[[int], bytes]
-    catalogue: Callable[[], ModelCatalogue]
-
-    def mint(self, environment: str) -> tuple[keys.MintedKey, bytes, int]:
-        """A new key, its hash, and the version of the pepper in it: the newest."""
-        minted = keys.mint(environment, self.random_bytes)
-        version = max(self.peppers)
-        return minted, keys.hash_key(self.peppers[version], minted.key), version
+    name: str = "key"
+    environment: str = "live"
+    project: str = tenants.DEFAULT_PROJECT
+    service_account_id: str | None = None
+    scopes: Sequence[str] | None = None
+    models: Sequence[str] | None = None
+    denied_models: Sequence[str] = ()
+    allowed_cidrs: Sequence[str] | None = None
+    expires: str | None = None
 
 
 def create(
-    store: Store,
-    maker: KeyMaker,
-    tenant: str,
-    *,
-    name: str,
-    models: Sequence[str] | None,
-    expires: str | None,
-    environment: str,
-    now: datetime,
+    store: Store, act: Act, mint: Mint, tenant: str, asked: NewKey, *, catalogue: ModelCatalogue
 ) -> dict[str, Any]:
-    """Make a key in the tenant's default project; the answer is the only one that has `key`."""
-    if not 1 <= len(name) <= NAME_LENGTH_MAX or not name.isprintable():
-        raise Invalid(f"A key's name has 1 to {NAME_LENGTH_MAX} printable characters.")
-    refuse_unknown_models(models, maker.catalogue())
-    expires_at = moment_ahead(expires or EXPIRES_DEFAULT, what="expires", now=now)
-    minted, key_hash, version = maker.mint(environment)
+    """Make a key; the answer is the only one that has `key`."""
     row = {
-        "key_id": minted.key_id, "tenant_id": tenants.find(store, tenant)["tenant_id"],
-        "project_id": tenants.DEFAULT_PROJECT, "name": name, "environment": environment, "key_hash": key_hash,
-        "pepper_version": version, "last_four": minted.last_four,
-        "models": sorted(set(models)) if models is not None else None, "created_at": now, "expires_at": expires_at,
+        "name": rights.name(asked.name, what="A key's", length_max=NAME_LENGTH_MAX),
+        "environment": asked.environment,
+        "scopes": rights.scopes(asked.scopes),
+        "models": rights.allowed_models(asked.models, served=catalogue.served),
+        "denied_models": rights.denied_models(asked.denied_models, served=catalogue.served),
+        "allowed_cidrs": rights.allowed_cidrs(asked.allowed_cidrs),
+        "created_at": act.now,
+        "expires_at": moment_ahead(asked.expires or EXPIRES_DEFAULT, what="expires", now=act.now),
     }
-    with store.transaction() as connection:
-        made = connection.execute(_INSERT, row).fetchone()
-    assert made is not None
-    return made | {"key": minted.key}
+    with store.transaction(act.scope) as connection:
+        tenant_id = tenants.resolve(connection, tenant)["tenant_id"]
+        project_id = projects.resolve(connection, tenant_id, asked.project)["project_id"]
+        if asked.service_account_id is not None:
+            account = service_accounts.resolve(connection, asked.service_account_id)
+            if (account["tenant_id"], account["project_id"]) != (tenant_id, project_id):
+                raise service_accounts.no_such(asked.service_account_id)
+        place = {"tenant_id": tenant_id, "project_id": project_id, "service_account_id": asked.service_account_id}
+        made, key = _insert(connection, mint, row | place)
+        audit.append(connection, act, "key.created", made["key_id"], tenant_id=tenant_id, after=made)
+    return made | {"key": key}
 
 
-def list_all(store: Store, tenant: str | None) -> list[dict[str, Any]]:
-    """Keys of a tenant, or of all if the caller says None; never the secret."""
-    tenant_id = tenants.find(store, tenant)["tenant_id"] if tenant is not None else None
-    with store.transaction() as connection:
+def list_page(store: Store, act: Act, tenant: str | None, *, after: str | None, limit: int) -> list[dict[str, Any]]:
+    """Keys of a tenant, or of all in scope if the caller says None, those after *after*; never the secret."""
+    with store.transaction(act.scope) as connection:
         return connection.execute(
-            f"select {_COLUMNS} from api_key where %(it)s::text is null or tenant_id = %(it)s "
-            "order by tenant_id, created_at, key_id",
-            {"it": tenant_id},
+            f"select {_COLUMNS} from api_key k where (%(it)s::text is null or tenant_id = %(it)s) "
+            "and (%(after)s::text is null or (tenant_id, created_at, key_id) > "
+            "(select tenant_id, created_at, key_id from api_key where key_id = %(after)s)) "
+            "order by tenant_id, created_at, key_id limit %(limit)s",
+            {"it": tenants.resolve_id(connection, tenant), "after": after, "limit": limit},
         ).fetchall()
 
 
-def find(store: Store, key_id: str) -> dict[str, Any]:
+def find(store: Store, act: Act, key_id: str) -> dict[str, Any]:
     """One key; raises `NotFound`."""
-    with store.transaction() as connection:
-        found = connection.execute(f"select {_COLUMNS} from api_key where key_id = %s", (key_id,)).fetchone()
+    with store.transaction(act.scope) as connection:
+        found = connection.execute(_SELECT, (key_id,)).fetchone()
     if found is None:
-        raise NotFound(f"There is no key {key_id!r}.", mend="See `peaje keys list`.")
+        raise no_such(key_id)
     return found
 
 
-def revoke(store: Store, key_id: str, *, now: datetime) -> dict[str, Any]:
-    """End a key for good, everywhere within a second; revoking it again changes nothing."""
-    find(store, key_id)
-    with store.transaction() as connection:
-        revoked = connection.execute(
-            f"update api_key set revoked_at = coalesce(revoked_at, %s) where key_id = %s returning {_COLUMNS}",
-            (now, key_id),
+def resolve(connection: Connection, key_id: str) -> dict[str, Any]:
+    """One key, locked until the transaction ends; raises `NotFound`."""
+    found = connection.execute(f"{_SELECT} for update", (key_id,)).fetchone()
+    if found is None:
+        raise no_such(key_id)
+    return found
+
+
+def no_such(key_id: str) -> NotFound:
+    """The same for a key that does not exist and for one of somebody else."""
+    return NotFound(f"There is no key {key_id!r}.", mend="See `peaje keys list`.")
+
+
+def set_state(store: Store, act: Act, key_id: str, state: State) -> dict[str, Any]:
+    """Refuse a key until it is enabled again, or enable it; everywhere within a second."""
+    with store.transaction(act.scope) as connection:
+        before = resolve(connection, key_id)
+        if before["revoked_at"] is not None:
+            raise Conflict(f"Key {key_id!r} is revoked.", mend="Make a new one: `peaje keys create`.")
+        after = connection.execute(
+            f"update api_key set state = %s where key_id = %s returning {_COLUMNS}", (state, key_id)
         ).fetchone()
-    assert revoked is not None
-    return revoked
+        assert after is not None
+        action = "key.disabled" if state == "disabled" else "key.enabled"
+        audit.append(connection, act, action, key_id, tenant_id=after["tenant_id"], before=before, after=after)
+    return after
 
 
-def rotate(
-    store: Store, maker: KeyMaker, key_id: str, *, overlap: timedelta, now: datetime
-) -> dict[str, Any]:
+def revoke(store: Store, act: Act, key_id: str) -> dict[str, Any]:
+    """End a key for good, everywhere within a second; revoking it again changes nothing."""
+    with store.transaction(act.scope) as connection:
+        return revoke_in(connection, act, key_id)
+
+
+def revoke_in(connection: Connection, act: Act, key_id: str) -> dict[str, Any]:
+    """`revoke` within another use case's transaction."""
+    before = resolve(connection, key_id)
+    if before["revoked_at"] is not None:
+        return before
+    after = connection.execute(
+        f"update api_key set revoked_at = %s where key_id = %s returning {_COLUMNS}", (act.now, key_id)
+    ).fetchone()
+    assert after is not None
+    audit.append(connection, act, "key.revoked", key_id, tenant_id=after["tenant_id"], before=before, after=after)
+    return after
+
+
+def rotate(store: Store, act: Act, mint: Mint, key_id: str, *, overlap: timedelta) -> dict[str, Any]:
     """
     Make a successor with the same rights; the old key works until *overlap* is over, not longer.
 
@@ -118,32 +161,51 @@ def rotate(
     """
     if not timedelta(0) <= overlap <= OVERLAP_MAX:
         raise Invalid("overlap must be between 0 and 30 days.")
-    old = find(store, key_id)
-    if old["revoked_at"] is not None or (old["expires_at"] is not None and old["expires_at"] <= now):
-        raise Conflict(f"Key {key_id!r} is over.", mend="Make a new one: `peaje keys create`.")
-    minted, key_hash, version = maker.mint(old["environment"])
-    lifetime = old["expires_at"] - old["created_at"] if old["expires_at"] is not None else None
-    row = {
-        **{name: old[name] for name in ("tenant_id", "project_id", "name", "environment", "models")},
-        "key_id": minted.key_id, "key_hash": key_hash, "pepper_version": version,
-        "last_four": minted.last_four, "created_at": now,
-        "expires_at": now + lifetime if lifetime is not None else None,
-    }
-    with store.transaction() as connection:
-        made = connection.execute(_INSERT, row).fetchone()
-        connection.execute(
-            "update api_key set expires_at = least(coalesce(expires_at, %(end)s), %(end)s) where key_id = %(id)s",
-            {"end": now + overlap, "id": key_id},
+    with store.transaction(act.scope) as connection:
+        old = resolve(connection, key_id)
+        _refuse_rotation(old, act)
+        lifetime = old["expires_at"] - old["created_at"] if old["expires_at"] is not None else None
+        expires_at = act.now + lifetime if lifetime is not None else None
+        made, key = _insert(
+            connection, mint, {name: old[name] for name in _RIGHTS} | {"created_at": act.now, "expires_at": expires_at}
         )
-        key_limits.copy(connection, old_key_id=key_id, new_key_id=minted.key_id, now=now)
-    assert made is not None
-    return made | {"key": minted.key, "rotated_from": key_id, "old_expires_at": now + overlap}
+        ended = connection.execute(
+            "update api_key set rotated_to = %(new)s, expires_at = least(coalesce(expires_at, %(end)s), %(end)s) "
+            f"where key_id = %(id)s returning {_COLUMNS}",
+            {"new": made["key_id"], "end": act.now + overlap, "id": key_id},
+        ).fetchone()
+        assert ended is not None
+        key_limits.copy(connection, old_key_id=key_id, new_key_id=made["key_id"], now=act.now)
+        tenant_id = old["tenant_id"]
+        audit.append(connection, act, "key.rotated", key_id, tenant_id=tenant_id, before=old, after=ended)
+        audit.append(connection, act, "key.created", made["key_id"], tenant_id=tenant_id, after=made)
+    return made | {"key": key, "rotated_from": key_id, "old_expires_at": ended["expires_at"]}
 
 
-def refuse_unknown_models(models: Sequence[str] | None, catalogue: ModelCatalogue) -> None:
-    """Raise `Invalid` for a model that is not served: a rule about it could never act."""
-    if models is not None and not 1 <= len(models) <= MODELS_MAX:
-        raise Invalid(f"A list of models has 1 to {MODELS_MAX} names.")
-    for model in models or ():
+def refuse_unknown_models(models: Sequence[str], catalogue: ModelCatalogue) -> None:
+    """Raise `Invalid` for a model that is not served: a limit on it could never act."""
+    for model in models:
         if model not in catalogue.served:
             raise Invalid(f"Model {model!r} is not served.", mend=f"Served: {', '.join(catalogue.names)}.")
+
+
+def _refuse_rotation(old: dict[str, Any], act: Act) -> None:
+    key_id = old["key_id"]
+    if old["revoked_at"] is not None or (old["expires_at"] is not None and old["expires_at"] <= act.now):
+        raise Conflict(f"Key {key_id!r} is over.", mend="Make a new one: `peaje keys create`.")
+    if old["rotated_to"] is not None:
+        raise Conflict(f"Key {key_id!r} has a successor.", mend=f"Rotate that one: {old['rotated_to']}.")
+    if old["state"] == "disabled":
+        # Its successor would work at once: that is for `enable` to say.
+        raise Conflict(f"Key {key_id!r} is disabled.", mend=f"Enable it first: `peaje keys enable {key_id}`.")
+
+
+def _insert(connection: Connection, mint: Mint, row: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    minted, hashed = mint.key(row["environment"])
+    secret = {
+        "key_id": minted.key_id, "last_four": minted.last_four, "key_hash": hashed.hash,
+        "pepper_version": hashed.pepper_version,
+    }
+    made = connection.execute(_INSERT, row | secret).fetchone()
+    assert made is not None
+    return made, minted.key

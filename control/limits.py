@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final, Literal
 
-import psycopg
-
 from chassis.errors import Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import keys, tenants
-from control.store import Store
+from control import audit, keys, projects, tenants
+from control.act import Act
+from control.store import Connection, Store
 
 REQUESTS_MAX: Final = 1_000_000_000
 TOKENS_MAX: Final = 1_000_000_000_000
@@ -92,12 +90,12 @@ class Manner:
 
 def put(
     store: Store,
+    act: Act,
     scope: Scope,
     changes: Mapping[str, int | str | None],
     *,
     manner: Manner = Manner(),
     catalogue: ModelCatalogue,
-    now: datetime,
 ) -> dict[str, Any]:
     """
     Set the numbers and budgets in *changes* by name; None removes one, those not in it stay.
@@ -108,10 +106,11 @@ def put(
     _refuse_bad_manner(changes, manner)
     if scope.model is not None:
         keys.refuse_unknown_models([scope.model], catalogue)
-    place = _resolved(store, scope)
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
+        place = _resolved(connection, scope)
         # Two writers of one tenant's limits take turns, so that what is checked is what is written.
         connection.execute("select from tenant where tenant_id = %(tenant_id)s for update", place)
+        before = _rows(connection, f"where {_IN_SCOPE}", place)
         for name, amount in amounts.items():
             unit, period = (NUMBERS | BUDGETS)[name]
             row = {**place, "unit": unit, "period": period}
@@ -123,7 +122,7 @@ def put(
             connection.execute(
                 _UPSERT,
                 {
-                    **row, "amount": amount, "effect": manner.effect, "on_store_error": manner.on_store_error, "now": now,
+                    **row, "amount": amount, "effect": manner.effect, "on_store_error": manner.on_store_error, "now": act.now,
                     "burst": manner.burst if period in _BUCKET_PERIODS else None,
                     "currency": (manner.currency or CURRENCY_DEFAULT) if unit == "money" else None,
                 },
@@ -134,13 +133,18 @@ def put(
         for problem in _problems(_rows(connection, "where tenant_id = %(tenant_id)s", place)):
             if problem.limit_id in {row["limit_id"] for row in kept} and problem.name in changes:
                 raise Invalid(problem.what, mend=problem.mend)
-    return _document(kept)
+        after = _document(kept)
+        audit.append(
+            connection, act, "limit.set", _subject(place), tenant_id=place["tenant_id"],
+            before=_document(before) if before else None, after=after,
+        )  # fmt: skip
+    return after
 
 
-def list_all(store: Store, tenant: str | None) -> list[dict[str, Any]]:
-    """Limits of a tenant, or of all if the caller says None: one entry per scope."""
-    tenant_id = tenants.find(store, tenant)["tenant_id"] if tenant is not None else None
-    with store.transaction() as connection:
+def list_all(store: Store, act: Act, tenant: str | None) -> list[dict[str, Any]]:
+    """Limits of a tenant, or of all in scope if the caller says None: one entry per scope."""
+    with store.transaction(act.scope) as connection:
+        tenant_id = tenants.resolve_id(connection, tenant)
         rows = _rows(connection, "where %(it)s::text is null or tenant_id = %(it)s", {"it": tenant_id})
     scopes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -148,23 +152,28 @@ def list_all(store: Store, tenant: str | None) -> list[dict[str, Any]]:
     return [_document(rows) for rows in scopes.values()]
 
 
-def delete(store: Store, scope: Scope) -> dict[str, Any]:
+def delete(store: Store, act: Act, scope: Scope) -> dict[str, Any]:
     """Remove all limits of exactly *scope*; raises `NotFound`."""
-    with store.transaction() as connection:
-        gone = connection.execute(
-            f"delete from rate_limit where {_IN_SCOPE} returning {_COLUMNS}", _resolved(store, scope)
-        ).fetchall()
-    if not gone:
-        raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
-    return _document(gone)
+    with store.transaction(act.scope) as connection:
+        place = _resolved(connection, scope)
+        gone = connection.execute(f"delete from rate_limit where {_IN_SCOPE} returning {_COLUMNS}", place).fetchall()
+        if not gone:
+            raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
+        before = _document(gone)
+        audit.append(
+            connection, act, "limit.deleted", _subject(place), tenant_id=place["tenant_id"], before=before
+        )
+    return before
 
 
-def explain(store: Store, *, tenant: str, key_id: str | None, model: str | None) -> list[dict[str, Any]]:
+def explain(
+    store: Store, act: Act, *, tenant: str, key_id: str | None, model: str | None
+) -> list[dict[str, Any]]:
     """Each limit that a request of this tenant, key and model would meet, in words; null means any."""
-    scope = _resolved(store, Scope(tenant=tenant, key_id=key_id, model=model))
-    project_id = keys.find(store, key_id)["project_id"] if key_id is not None else None
-    with store.transaction() as connection:
-        rows = _rows(connection, "where tenant_id = %(tenant_id)s", scope)
+    with store.transaction(act.scope) as connection:
+        place = _resolved(connection, Scope(tenant=tenant, key_id=key_id, model=model))
+        project_id = keys.resolve(connection, key_id)["project_id"] if key_id is not None else None
+        rows = _rows(connection, "where tenant_id = %(tenant_id)s", place)
     named = {"project_id": project_id, "key_id": key_id, "model": model}
     return [
         {
@@ -176,9 +185,9 @@ def explain(store: Store, *, tenant: str, key_id: str | None, model: str | None)
     ]  # fmt: skip
 
 
-def findings(store: Store, catalogue: ModelCatalogue) -> list[str]:
+def findings(store: Store, act: Act, catalogue: ModelCatalogue) -> list[str]:
     """Limits that can never act: on what is not served or is over, or in another limit's shadow."""
-    with store.transaction() as connection:
+    with store.transaction(act.scope) as connection:
         rows = _rows(connection, "", {})
         revoked = {
             row["key_id"]
@@ -246,9 +255,7 @@ def _burst(row: dict[str, Any]) -> int:
     return int(row["amount"] if row["burst"] is None else row["burst"])
 
 
-def _rows(
-    connection: psycopg.Connection[dict[str, Any]], where: str, parameters: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _rows(connection: Connection, where: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     query = (
         f"select {_COLUMNS} from rate_limit {where} order by tenant_id, project_id nulls first, key_id nulls first, "
         "model nulls first, limit_id"
@@ -294,27 +301,26 @@ def _scope_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[column] for column in ("tenant_id", "project_id", "key_id", "model"))
 
 
-def _resolved(store: Store, scope: Scope) -> dict[str, Any]:
-    tenant_id = tenants.find(store, scope.tenant)["tenant_id"]
+def _subject(place: Mapping[str, Any]) -> str:
+    """The scope, as the audit log names it."""
+    named = (("project", place["project_id"]), ("key", place["key_id"]), ("model", place["model"]))
+    return " ".join([place["tenant_id"], *(f"{word}={value}" for word, value in named if value is not None)])
+
+
+def _resolved(connection: Connection, scope: Scope) -> dict[str, Any]:
+    tenant_id = tenants.resolve(connection, scope.tenant)["tenant_id"]
+    if scope.project_id is not None:
+        projects.resolve(connection, tenant_id, scope.project_id)
     if scope.key_id is not None:
-        key = keys.find(store, scope.key_id)
+        key = keys.resolve(connection, scope.key_id)
         if key["tenant_id"] != tenant_id:
-            raise NotFound(f"Tenant {tenant_id!r} has no key {scope.key_id!r}.", mend="See `peaje keys list`.")
+            raise keys.no_such(scope.key_id)
         if scope.project_id not in (None, key["project_id"]):
             raise Invalid(
                 f"Key {scope.key_id!r} is of project {key['project_id']!r}: this limit could never bind.",
                 mend="Leave the project out.",
             )
-    if scope.project_id is not None:
-        with store.transaction() as connection:
-            found = connection.execute(
-                "select from project where tenant_id = %s and project_id = %s", (tenant_id, scope.project_id)
-            ).fetchone()
-        if found is None:
-            raise NotFound(f"Tenant {tenant_id!r} has no project {scope.project_id!r}.")
-    return {
-        "tenant_id": tenant_id, "project_id": scope.project_id, "key_id": scope.key_id, "model": scope.model,
-    }  # fmt: skip
+    return {"tenant_id": tenant_id, "project_id": scope.project_id, "key_id": scope.key_id, "model": scope.model}
 
 
 def _amounts(changes: Mapping[str, int | str | None]) -> dict[str, int | None]:

@@ -45,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what was not asked for, and remember how many of each."""
     left_out: dict[str, int] = {}
-    kept, deselected = [], []
+    kept: list[pytest.Item] = []
+    deselected: list[pytest.Item] = []
     for item in items:
         missing = [name for name in ON_REQUEST if item.get_closest_marker(name) and not config.getoption(name)]
         for name in missing:

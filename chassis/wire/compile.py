@@ -17,7 +17,7 @@ def compile_protos(out: Path) -> int:
 
     common_protos = Path(status_pb2.__file__).parents[2]
     sources = sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "chassis/wire").glob("*.proto"))
-    return protoc.main(
+    status: int = protoc.main(
         [
             "protoc",
             f"-I{_ROOT}",
@@ -28,6 +28,7 @@ def compile_protos(out: Path) -> int:
             *(str(_ROOT / source) for source in sources),
         ]
     )
+    return status
 
 
 if __name__ == "__main__":

@@ -3,37 +3,107 @@
 
 from __future__ import annotations
 
-import os
 import secrets
+import threading
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
 
+import structlog
 import uvicorn
+from pydantic import Field, ValidationError
 
 from chassis import contract
 from chassis.clock import utc_now
+from chassis.errors import Invalid, Unavailable
 from chassis.models import WatchedCatalogue
-from chassis.secrets import load_peppers, read_secret
+from chassis.secrets import BOOTSTRAP_TOKEN_NAME, load_peppers
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
+from control import bootstrap
 from control.api.app import build
-from control.keys import KeyMaker
+from control.api.services import Services
+from control.minting import Mint
+from control.oauth import Issuer
+from control.secret_scanning import load_public_keys
+from control.signing_keys import SigningKeys
 from control.store import Store
+
+log = structlog.get_logger()
+
+#: Between attempts to look for a platform-admin while Postgres is away.
+_RETRY_SECONDS: Final = 2.0
+
+
+class Settings(StoreSettings):
+    """What the control API needs besides the stores."""
+
+    #: TCP port on loopback.
+    control_port: int = Field(default=10001, ge=1, le=65535)
+    #: What tokens name as their issuer: where clients and verifiers reach this API. Empty: http://127.0.0.1:<port>.
+    control_issuer: str = ""
+    #: File with a secret-scanning partner's public keys, in GitHub's form. None: every alert is refused.
+    secret_scanning_keys: Path | None = None
+
+    @property
+    def issuer(self) -> str:
+        """The issuer, without a slash at the end; raises `Invalid` for what cannot be one (RFC 8414 2)."""
+        url = (self.control_issuer or f"http://127.0.0.1:{self.control_port}").rstrip("/")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+            raise Invalid(f"PEAJE_CONTROL_ISSUER is {url!r}.", mend="Write a URL such as https://control.example.com.")
+        return url
 
 
 def main() -> None:
     """Serve until SIGTERM."""
     configure("control")
-    stores = StoreSettings()
-    catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
-    maker = KeyMaker(
-        peppers=load_peppers(stores.home), random_bytes=secrets.token_bytes, catalogue=catalogue.current
+    settings = _read_settings()
+    secrets_directory = settings.home / "secrets"
+    mint = Mint(peppers=load_peppers(settings.home), random_bytes=secrets.token_bytes)
+    load_public_keys(settings.secret_scanning_keys)  # a bad file is refused now, not at the first alert
+    services = Services(
+        store=Store(settings.require_postgres()),
+        mint=mint,
+        issuer=Issuer(url=settings.issuer, keys=SigningKeys(secrets_directory), mint=mint),
+        catalogue=WatchedCatalogue(settings.home / contract.MODELS_PATH).current,
+        clock=utc_now,
+        bootstrap_token_path=secrets_directory / BOOTSTRAP_TOKEN_NAME,
+        scanning_keys_path=settings.secret_scanning_keys,
     )
-    app = build(
-        Store(stores.require_postgres()), maker, admin_token=read_secret(stores.home / "secrets/admin-token"),
-        catalogue=catalogue.current, clock=utc_now,
+    services.issuer.keys.all(now=utc_now())  # makes the first key, or refuses one that others can read
+    if not _open_bootstrap(services):
+        threading.Thread(target=_open_bootstrap_later, args=(services,), name="bootstrap", daemon=True).start()
+    app = build(services)
+    uvicorn.run(
+        app, host="127.0.0.1", port=settings.control_port, access_log=False, log_config=None, server_header=False
     )
-    port = int(os.environ.get("PEAJE_CONTROL_PORT", "10001"))
-    uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_config=None, server_header=False)
+
+
+def _read_settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise Invalid(f"PEAJE_{str(first['loc'][0]).upper()}: {first['msg']}.") from exc
+
+
+def _open_bootstrap(services: Services) -> bool:
+    """Offer the first operator's road if nobody can administrate the platform; False if Postgres is away."""
+    try:
+        opened = bootstrap.open_road(services.store, services.mint, services.bootstrap_token_path, now=utc_now())
+    except Unavailable as exc:
+        log.warning("bootstrap_waits", reason=exc.message)
+        return False
+    if opened:
+        log.warning("bootstrap_token_written", path=str(services.bootstrap_token_path))
+    return True
+
+
+def _open_bootstrap_later(services: Services) -> None:
+    while not _open_bootstrap(services):
+        threading.Event().wait(_RETRY_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API's routes about limits."""
+"""Routes of limits."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from datetime import datetime
 from typing import Annotated, Any
 
 import structlog
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
-from chassis.models import ModelCatalogue
 from control import limits
-from control.store import Store
+from control.api.access import CurrentAct, needs
+from control.api.bodies import Body
+from control.api.services import Services
+from control.core.roles import Permission
 
 log = structlog.get_logger()
 
@@ -21,8 +19,8 @@ _NUMBER = Annotated[int | None, Field(description="null removes it; left out, it
 _BUDGET = Annotated[str | None, Field(description="an amount of money such as 100.00; null removes it; left out, it stays")]
 
 
-class _LimitScope(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _LimitScope(Body):
+    """What a change of limits says besides the numbers."""
 
     project_id: str | None = None
     key_id: str | None = None
@@ -42,49 +40,50 @@ LimitChange = create_model(
 )
 
 
-def add_limits(
-    app: FastAPI, store: Store, catalogue: Callable[[], ModelCatalogue], clock: Callable[[], datetime]
-) -> None:
-    """Add them to *app*."""
+def add(app: FastAPI, services: Services) -> None:
+    """Add the routes to *app*."""
+    store = services.store
 
-    @app.put("/v1/tenants/{tenant}/limits")
-    def put_limit(tenant: str, body: LimitChange) -> dict[str, Any]:  # type: ignore[valid-type]
+    @app.put("/v1/tenants/{tenant}/limits", **needs(Permission.LIMITS_WRITE))
+    def put_limit(tenant: str, body: LimitChange, act: CurrentAct) -> dict[str, Any]:  # type: ignore[valid-type]
         given: Any = body
         names = (name for name in (*limits.NUMBERS, *limits.BUDGETS) if name in given.model_fields_set)
         made = limits.put(
             store,
+            act,
             limits.Scope(tenant=tenant, project_id=given.project_id, key_id=given.key_id, model=given.model),
             {name: getattr(given, name) for name in names},
             manner=limits.Manner(
                 burst=given.burst, effect=given.effect, on_store_error=given.on_store_error, currency=given.currency
             ),
-            catalogue=catalogue(),
-            now=clock(),
+            catalogue=services.catalogue(),
         )
         log.info("limit_set", tenant=made["tenant_id"], limits=sorted(made["limits"]))
         return made
 
-    @app.get("/v1/tenants/{tenant}/limits")
-    def list_tenant_limits(tenant: str) -> dict[str, Any]:
-        return {"limits": limits.list_all(store, tenant)}
+    @app.get("/v1/tenants/{tenant}/limits", **needs(Permission.LIMITS_READ))
+    def list_tenant_limits(tenant: str, act: CurrentAct) -> dict[str, Any]:
+        return {"limits": limits.list_all(store, act, tenant)}
 
-    @app.get("/v1/tenants/{tenant}/limits/explain")
-    def explain_limits(tenant: str, key_id: str | None = None, model: str | None = None) -> dict[str, Any]:
-        return {"limits": limits.explain(store, tenant=tenant, key_id=key_id, model=model)}
+    @app.get("/v1/tenants/{tenant}/limits/explain", **needs(Permission.LIMITS_READ))
+    def explain_limits(
+        tenant: str, act: CurrentAct, key_id: str | None = None, model: str | None = None
+    ) -> dict[str, Any]:
+        return {"limits": limits.explain(store, act, tenant=tenant, key_id=key_id, model=model)}
 
-    @app.delete("/v1/tenants/{tenant}/limits")
+    @app.delete("/v1/tenants/{tenant}/limits", **needs(Permission.LIMITS_WRITE))
     def delete_limit(
-        tenant: str, project_id: str | None = None, key_id: str | None = None, model: str | None = None
+        tenant: str, act: CurrentAct, project_id: str | None = None, key_id: str | None = None, model: str | None = None
     ) -> dict[str, Any]:
         scope = limits.Scope(tenant=tenant, project_id=project_id, key_id=key_id, model=model)
-        gone = limits.delete(store, scope)
+        gone = limits.delete(store, act, scope)
         log.info("limit_deleted", tenant=gone["tenant_id"], limits=sorted(gone["limits"]))
         return gone
 
-    @app.get("/v1/limits")
-    def list_limits() -> dict[str, Any]:
-        return {"limits": limits.list_all(store, None)}
+    @app.get("/v1/limits", **needs(Permission.LIMITS_READ))
+    def list_limits(act: CurrentAct) -> dict[str, Any]:
+        return {"limits": limits.list_all(store, act, None)}
 
-    @app.get("/v1/limits/findings")
-    def limit_findings() -> dict[str, Any]:
-        return {"findings": limits.findings(store, catalogue())}
+    @app.get("/v1/limits/findings", **needs(Permission.LIMITS_CHECK))
+    def limit_findings(act: CurrentAct) -> dict[str, Any]:
+        return {"findings": limits.findings(store, act, services.catalogue())}

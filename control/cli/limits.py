@@ -8,16 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from chassis.errors import Invalid
-from control.cli.client import call
+from control.cli.client import at, call
+from control.cli.options import AnyTenant, Json, Key, Model, Tenant
 from control.cli.show import show
 
-limits_app = typer.Typer(no_args_is_help=True, help="How much they may use.")
+app = typer.Typer(no_args_is_help=True, help="How much they may use.")
 
-Json = Annotated[bool, typer.Option("--json", help="As JSON, with the field names of the API.")]
-Tenant = Annotated[str, typer.Option("--tenant", help="Id or name.")]
 Project = Annotated[str | None, typer.Option("--project", help="Project id; any if left out.", show_default=False)]
-Key = Annotated[str | None, typer.Option("--key", help="Key id; any if left out.", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", help="Served model; any if left out.", show_default=False)]
 
 
 def _number(option: str, what: str) -> Any:
@@ -27,7 +24,7 @@ def _number(option: str, what: str) -> Any:
 Number = str | None
 
 
-@limits_app.command("set")
+@app.command("set")
 def set_limit(
     tenant: Tenant,
     project: Project = None,
@@ -83,36 +80,36 @@ def set_limit(
         "burst": burst, "on_store_error": on_store_error, "currency": currency, "effect": _effect(shadow, soft, hard),
     }  # fmt: skip
     body |= {field: value for field, value in manner.items() if value is not None}
-    show(_flat(call("PUT", f"/v1/tenants/{tenant}/limits", body=body), as_json), as_json=as_json)
+    show(_flat(call("PUT", at("/v1/tenants/{}/limits", tenant), body=body), as_json), as_json=as_json)
 
 
-@limits_app.command("show")
+@app.command("show")
 def show_limits(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Id or name; all if left out.", show_default=False)] = None,
+    tenant: AnyTenant = None,
     as_json: Json = False,
 ) -> None:
     """Show limits."""
-    answer = call("GET", "/v1/limits" if tenant is None else f"/v1/tenants/{tenant}/limits")
+    answer = call("GET", "/v1/limits" if tenant is None else at("/v1/tenants/{}/limits", tenant))
     if as_json:
         show(answer, as_json=True)
         return
     show({"limits": [row for scope in answer["limits"] for row in _rows(scope)]}, as_json=False)
 
 
-@limits_app.command("delete")
+@app.command("delete")
 def delete_limit(
     tenant: Tenant, project: Project = None, key: Key = None, model: Model = None, as_json: Json = False
 ) -> None:
     """Remove the limits of exactly this tenant, project, key and model."""
     query = {"project_id": project, "key_id": key, "model": model}
-    show(_flat(call("DELETE", f"/v1/tenants/{tenant}/limits", query=query), as_json), as_json=as_json)
+    show(_flat(call("DELETE", at("/v1/tenants/{}/limits", tenant), query=query), as_json), as_json=as_json)
 
 
-@limits_app.command("explain")
+@app.command("explain")
 def explain_limits(tenant: Tenant, key: Key = None, model: Model = None, as_json: Json = False) -> None:
     """Say which limits a request of this tenant, key and model would meet, and what each does."""
     query = {"key_id": key, "model": model}
-    show(call("GET", f"/v1/tenants/{tenant}/limits/explain", query=query), as_json=as_json)
+    show(call("GET", at("/v1/tenants/{}/limits/explain", tenant), query=query), as_json=as_json)
 
 
 def _effect(shadow: bool, soft: bool, hard: bool) -> str | None:

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 
-def show(document: Any, *, as_json: bool) -> None:
-    """Print *document*."""
+#: Characters; wider than any row.
+_PIPE_WIDTH = 2000
+
+
+def show(document: Any, *, as_json: bool, columns: tuple[str, ...] | None = None) -> None:
+    """Print *document*; a table for people has *columns* only, if given."""
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    rows = next((value for value in document.values() if isinstance(value, list)), None)
+    values = list(document.values())
+    # One thing alone, and a list: that is what was asked for. A list among other fields is one of them.
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else None
     if rows is None:
         _pairs(document)
     elif rows and isinstance(rows[0], dict):
-        _table(rows)
+        _table([{name: row[name] for name in columns or row} for row in rows])
     else:
         print("nothing" if not rows else "\n".join(map(str, rows)))
 
@@ -41,12 +48,13 @@ def _table(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
-    Console(width=None, soft_wrap=True).print(table)
+    # For another program a row is a line, however long; for a person it fits the window.
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "-"
     return str(value)

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from chassis.secrets import ADMIN_TOKEN_NAME, BOOTSTRAP_TOKEN_NAME
 from control.laptop.errors import Trouble
 from control.laptop.places import Places, write_private
 
@@ -30,6 +31,8 @@ DEADLINE_SECONDS = 60.0
 #: What is refused for a reason of its own is not asked for much longer.
 _REFUSED_SECONDS = 5.0
 _ATTEMPT_SECONDS = 20.0
+#: The control plane writes its one-time token as it starts, or once Postgres answers.
+_OPERATOR_SECONDS = 15.0
 _EVERY_SECONDS = 0.2
 _BODY_CHARACTERS_MAX = 300
 #: May turn into 200 by themselves: the model is not discovered yet, or a limit was reached.
@@ -47,12 +50,38 @@ class Addresses:
 async def admit(
     places: Places, addresses: Addresses, model: str, *, say: Callable[[str], None]
 ) -> str:
-    """Ensure the two tenants' keys, send a request until it passes, and return the demo tenant's key."""
+    """Ensure the first operator and two tenants' keys, send a request until it passes, and return the demo key."""
     async with httpx.AsyncClient(trust_env=False, timeout=_ATTEMPT_SECONDS) as client:
+        await ensure_operator(client, places, addresses)
         demo_key = await ensure_key(client, places, addresses, DEMO_TENANT)
         probe_key = await ensure_key(client, places, addresses, PROBE_TENANT)
         await _until_passing(client, addresses, model, probe_key, say=say)
     return demo_key
+
+
+async def ensure_operator(client: httpx.AsyncClient, places: Places, addresses: Addresses) -> None:
+    """
+    See to it that `secrets/` has the token of an operator whom this database knows.
+
+    On a new one that is the first operator: made as anybody would, with the one-time token that the
+    control plane has written beside it.
+    """
+    path, once = places.secrets / ADMIN_TOKEN_NAME, places.secrets / BOOTSTRAP_TOKEN_NAME
+    deadline = time.monotonic() + _OPERATOR_SECONDS
+    while True:
+        if path.exists() and await _is_known(client, places, addresses):
+            return
+        if once.exists():
+            answer = await client.post(f"{addresses.control}/v1/bootstrap", json={"token": once.read_text().strip()})
+            if answer.status_code == HTTPStatus.CREATED:
+                write_private(path, str(answer.json()["token"]) + "\n")
+                return
+        if time.monotonic() > deadline:
+            raise Trouble(
+                f"{path} is not the token of an operator whom this database knows.",
+                mend="Put one there, or let the database's owner end all platform-admins (docs/operations.md, Bootstrap).",
+            )
+        await asyncio.sleep(_EVERY_SECONDS)
 
 
 async def ensure_key(
@@ -92,10 +121,21 @@ async def _ensure_tenant(
     raise _unexpected("making a tenant", answer)
 
 
+async def _is_known(client: httpx.AsyncClient, places: Places, addresses: Addresses) -> bool:
+    try:
+        answer = await client.get(
+            f"{addresses.control}/v1/tenants?limit=1",
+            headers={"authorization": f"Bearer {places.secret(ADMIN_TOKEN_NAME)}"},
+        )
+    except httpx.HTTPError as exc:
+        raise Trouble(f"The control API does not answer: {exc or type(exc).__name__}.") from exc
+    return answer.status_code == HTTPStatus.OK
+
+
 async def _ask(
     client: httpx.AsyncClient, places: Places, url: str, body: dict[str, Any]
 ) -> httpx.Response:
-    token = places.secret("admin-token")
+    token = places.secret(ADMIN_TOKEN_NAME)
     try:
         return await client.post(url, json=body, headers={"authorization": f"Bearer {token}"})
     except httpx.HTTPError as exc:

@@ -74,9 +74,14 @@ def read_models_document(path: Path) -> Engine:
 
 def ask_model_server(url: str) -> Engine:
     """A model server that already runs at *url*: which models, and of which kind."""
-    parts = urlsplit(url if "//" in url else f"http://{url}")
+    no_url = Trouble(f"--model-server {url} is not a URL.", mend="Give one like http://127.0.0.1:8000.")
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        port = parts.port
+    except ValueError as exc:
+        raise no_url from exc
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Trouble(f"--model-server {url} is not a URL.", mend="Give one like http://127.0.0.1:8000.")
+        raise no_url
     base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     asked = f"{base}/v1/models"
     try:
@@ -95,7 +100,7 @@ def ask_model_server(url: str) -> Engine:
     if not entries:
         raise Trouble(f"The model server at {base} serves no model yet.", mend="Try again when it does.")
     endpoint = base if parts.scheme == "https" else base.removeprefix("http://")
-    if parts.port is None and parts.scheme == "http":
+    if port is None and parts.scheme == "http":
         endpoint = f"{endpoint}:80"
     document = {
         "models": [

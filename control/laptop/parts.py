@@ -6,9 +6,10 @@ from __future__ import annotations
 import enum
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from chassis.contract import CHANGES_PATH, CLUSTER_EXTAUTH, CLUSTER_METERING, CLUSTER_RATELIMIT, SOCKETS
 from control.laptop.places import REPOSITORY, Places, Ports
@@ -57,7 +58,7 @@ class Part:
     #: Called before each life; clears what the last one left and returns what its environment adds.
     before_start: Callable[[], Mapping[str, str]] | None = None
     after_ready: Callable[[], Awaitable[None]] | None = None
-    before_stop: Callable[[], Awaitable[None]] | None = None
+    before_stop: Callable[[], Coroutine[Any, Any, None]] | None = None
     #: TCP ports it listens on, by purpose; for `status`.
     ports: Mapping[str, int] = field(default_factory=dict)
 

@@ -11,10 +11,11 @@ import os
 import secrets as random_source
 import stat
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from chassis.secrets import write_private as write_private
 from control.laptop.errors import Trouble
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,8 +31,7 @@ SOCKET_PATH_BYTES_MAX = 107
 MARKER = "peaje-state"
 LAYOUT = "1\n"
 
-#: Made on the first `up`; the services read them, `chassis.secrets` checks their modes.
-ADMIN_TOKEN_PREFIX = "peaje_admin_"
+#: What the secrets that `make` makes consist of; the services read them, `chassis.secrets` checks their modes.
 _URL_SAFE = string.ascii_letters + string.digits
 
 
@@ -62,7 +62,7 @@ class Places:
 
     @property
     def secrets(self) -> Path:
-        """Passwords, the pepper, the admin token, the demo tenant's key."""
+        """Passwords, the pepper, signing keys, the first operator's token, the demo tenant's key."""
         return self.home / "secrets"
 
     @property
@@ -190,16 +190,6 @@ def socket_address(home: Path, relative: str) -> str:
     return f"/proc/self/cwd/{relative}"
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write *text* so that a reader sees the old or the new, and only the owner sees any."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(text)
-    os.replace(temporary, path)
-
-
 def _check_ours(home: Path) -> None:
     """Refuse a directory that is not ours before its mode is touched."""
     try:
@@ -229,11 +219,10 @@ def _make_secrets(places: Places) -> None:
     def token(length: int) -> str:
         return "".join(random_source.choice(_URL_SAFE) for _ in range(length))
 
-    makers = {
+    makers: Mapping[str, Callable[[], str]] = {
         "postgres-password": lambda: token(43),
         "valkey-password": lambda: token(43),
         "pepper-1": lambda: random_source.token_hex(32),
-        "admin-token": lambda: ADMIN_TOKEN_PREFIX + token(43),
     }
     for name, maker in makers.items():
         path = places.secrets / name

@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -257,6 +258,7 @@ def _make_elsewhere(home: Path) -> None:
 
 def _initdb(lodging: Lodging, data: Path, password_file: Path) -> None:
     account = lodging.account
+    as_user: dict[str, Any] = {} if account is None else {"user": account.uid, "group": account.gid, "extra_groups": []}
     try:
         answer = subprocess.run(  # noqa: S603 - found by us or named by the user
             [
@@ -275,7 +277,7 @@ def _initdb(lodging: Lodging, data: Path, password_file: Path) -> None:
             timeout=_INITDB_SECONDS,
             stdin=subprocess.DEVNULL,
             check=False,
-            **({} if account is None else {"user": account.uid, "group": account.gid, "extra_groups": []}),
+            **as_user,
         )
     except (OSError, subprocess.SubprocessError) as exc:
         raise Trouble(f"initdb cannot be run ({lodging.programs}): {exc}.") from exc

@@ -95,7 +95,7 @@ def run(options: Options, out: reporter.Reporter) -> int:
             out,
             restarts_max=options.restarts_max,
             facts=plan.facts,
-            hide=_texts_to_hide(place),
+            hide=_texts_to_hide(place, environ),
         )
         return asyncio.run(supervisor.run(lambda: _admit(options, place, plan, out, began)))
 
@@ -282,11 +282,17 @@ def runs_postgres_for_root(environ: Mapping[str, str]) -> bool:
     return os.geteuid() == 0 and not environ.get("PEAJE_POSTGRES_URL")
 
 
-def _texts_to_hide(place: Places) -> list[str]:
-    texts = [
+def _texts_to_hide(place: Places, environ: Mapping[str, str]) -> list[str]:
+    """Our own secrets, and the passwords of stores that the user runs: no tail of a log shows one."""
+    own = {
         (place.secrets / name).read_text().strip()
         for name in _SECRETS_TO_HIDE
         if (place.secrets / name).exists()
-    ]
-    return [text for text in texts if text]
-
+    }
+    theirs = {
+        password
+        for variable in ("PEAJE_POSTGRES_URL", "PEAJE_REDIS_URL")
+        for password in stores.passwords_in(environ.get(variable, ""))
+    }
+    # The longest first: one may be the beginning of another.
+    return sorted((own | theirs) - {""}, key=len, reverse=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the supervisor knows, on disk: for `status` and `down`, and for the next `up`, which ends
-what a supervisor that was killed may have left.
+What the supervisor knows, on disk.
+
+For `status` and `down`, and for the next `up`, which ends what a supervisor that was killed may have left.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import psycopg
 import redis
@@ -50,6 +50,16 @@ def check(postgres_url: str | None, redis_url: str | None) -> None:
             look(url)
 
 
+def passwords_in(url: str) -> set[str]:
+    """The passwords that a store's URL holds, in each spelling in which they may be seen again."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return set()
+    password = parts.password or ""
+    return {password, unquote(password), *parse_qs(parts.query).get("password", ())} - {""}
+
+
 def _check_scheme(variable: str, url: str, schemes: tuple[str, ...]) -> None:
     try:
         scheme = urlsplit(url).scheme
@@ -69,7 +79,6 @@ def _does_not_answer(variable: str, url: str, exc: Exception) -> Trouble:
 
 
 def _without_password(text: str, url: str) -> str:
-    password = urlsplit(url).password
-    for secret in {url, password or "", unquote(password or "")} - {""}:
+    for secret in {url, *passwords_in(url)}:
         text = text.replace(secret, "***")
     return text.rstrip(".") + "."

@@ -81,7 +81,7 @@ class Death:
     status: int
 
 
-class StopRequested(Exception):  # noqa: N818 - it is not an error
+class StopRequested(Exception):
     """Somebody asked us to stop."""
 
 

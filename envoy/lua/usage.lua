@@ -87,21 +87,33 @@ local FINAL_TYPES = {
   ['"message_delta"'] = true,
 }
 
--- The usual running frame of an engine, read without a parser: true if it was one, and its new text.
+-- Where a usage object begins, if the member belongs to the outermost object for certain.
 -- Quotes inside JSON strings are escaped, so `,"usage":{` is a member's beginning wherever it stands;
--- one whose object is followed by just the last brace of the data belongs to the outermost object.
-local function read_running(self, data)
+-- if nothing after its object opens or closes but the last brace of all, that brace is its owner's.
+local function plain_usage(data)
   local at = find(data, ',"usage":{', 1, true)
-  if not at or not find(data, '^%b{}}$', at + 9) or find(data, '[^%w_:,{}"]', at + 9) then return false end
+  if at and find(data, '^%b{}[^{}%[%]\\]*}%s*$', at + 9) then return at end
+  return nil
+end
+
+-- Counts of the usual usage object, read without a parser; nil where anything about it is unusual.
+local function plain_counts(data, at)
+  if find(data, '"reasoning_tokens"', at, true) then return nil end
   local input = tonumber(match(data, '"prompt_tokens":(%d+)[,}]', at))
   local output = tonumber(match(data, '"completion_tokens":(%d+)[,}]', at))
+  if not input or not output or input > COUNT_MAX or output > COUNT_MAX then return nil end
+  return input, output, tonumber(match(data, '"cached_tokens":(%d+)[,}]', at))
+end
+
+-- The usual running frame of an engine: true if it was one, and its new text.
+local function read_running(self, data)
+  local at = plain_usage(data)
+  if not at or not find(data, '^%b{}}$', at + 9) then return false end
+  local input, output, cached = plain_counts(data, at)
   local counts = self.counts
-  if not input or not output or input > COUNT_MAX or output > COUNT_MAX then return false end
-  if output < (counts.output or 0) or input < (counts.input or 0) then return false end
+  if not input or output < (counts.output or 0) or input < (counts.input or 0) then return false end
   if find(data, '"choices":[]', 1, true) or find(data, '"finish_reason":"', 1, true) then return false end
-  if find(data, '"reasoning_tokens"', at, true) then return false end
-  counts.input, counts.output = input, output
-  counts.cached = tonumber(match(data, '"cached_tokens":(%d+)[,}]', at)) or counts.cached
+  counts.input, counts.output, counts.cached = input, output, cached or counts.cached
   if self.seen == 'none' then self.seen = 'running' end
   self.readings, self.frames = self.readings + 1, self.frames + 1
   return true, sub(data, 1, at - 1) .. (self.wants == 'final' and ',"usage":null}' or '}')
@@ -233,6 +245,17 @@ end
 -- Feed a piece of a JSON body: follow depth and strings, keep only the top-level usage object.
 local function feed_object(self, piece)
   local i, n = 1, #piece
+  -- Most answers come whole, and then need no following.
+  if self.depth == 0 and not self.in_string and self.readings == 0 and byte(piece, 1) == 123 then
+    local at = find(piece, '^%b{}%s*$') and plain_usage(piece)
+    local input, output, cached = nil, nil, nil
+    if at then input, output, cached = plain_counts(piece, at) end
+    if input then
+      self.counts.input, self.counts.output, self.counts.cached = input, output, cached
+      self.seen, self.readings = 'final', 1
+      return nil
+    end
+  end
   if self.capture then
     self.capture = self.capture .. piece
     if #self.capture > M.USAGE_BYTES_MAX + n then self.anomaly, self.capture = 'invalid', nil end

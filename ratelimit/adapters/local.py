@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from chassis.errors import Unavailable
-from ratelimit.core.decide import Level, Memory, Outcome, settle, take
+from ratelimit.core.decide import Memory, Outcome, settle, take
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, OnStoreError
 from ratelimit.core.usage import Report

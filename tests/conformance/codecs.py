@@ -101,12 +101,19 @@ def message_types() -> list[Descriptor]:
 def typed_class(descriptor: Descriptor) -> type[betterproto2.Message]:
     """Envoy's own message of the same name; KeyError if there is none."""
     import_module(f"envoy_data_plane.{descriptor.file.package}")  # which registers its messages
-    return default_message_pool.url_to_type[_TYPE_URL + descriptor.full_name]
+    cls: type[betterproto2.Message] = default_message_pool.url_to_type[_TYPE_URL + descriptor.full_name]
+    return cls
+
+
+def about(cls: type[betterproto2.Message]) -> Any:
+    """What Envoy's message knows of its own fields; the library keeps it to itself and untyped."""
+    return cls._betterproto  # type: ignore[arg-type]
 
 
 def upb_class(descriptor: Descriptor) -> type[Message]:
     """The class of a descriptor, ours or a mutated one."""
-    return message_factory.GetMessageClass(descriptor)
+    cls: type[Message] = message_factory.GetMessageClass(descriptor)
+    return cls
 
 
 # --- What is declared ------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def declared(field: FieldDescriptor) -> tuple[object, ...]:
 
 def typed_declared(cls: type[betterproto2.Message], name: str) -> tuple[object, ...] | None:
     """The same as Envoy's message declares it; None if it has no such field."""
-    meta = cls._betterproto.meta_by_field_name.get(name)
+    meta = about(cls).meta_by_field_name.get(name)
     if meta is None:
         return None
     if meta.proto_type == betterproto2.TYPE_MAP:
@@ -157,7 +164,7 @@ def trees(descriptor: Descriptor) -> st.SearchStrategy[Tree]:
     groups: dict[str, list[FieldDescriptor]] = {}
     for field in _used_fields(descriptor):
         groups.setdefault(_oneof_or_name(field), []).append(field)
-    choices = [
+    choices: list[st.SearchStrategy[Tree]] = [
         st.just({}) | st.one_of([st.tuples(st.just(field.name), _values(field)).map(lambda item: dict([item])) for field in fields])
         for fields in groups.values()
     ]
@@ -270,21 +277,21 @@ def _plain_value(value: struct_pb2.Value) -> Any:
 
 def to_typed(cls: type[betterproto2.Message], tree: Tree) -> betterproto2.Message:
     """Build Envoy's message."""
-    about = cls._betterproto
-    values = {}
+    fields = about(cls)
+    values: Tree = {}
     for name, value in tree.items():
-        meta = about.meta_by_field_name[name]
+        meta = fields.meta_by_field_name[name]
         if meta.proto_type == betterproto2.TYPE_MAP:
-            inner = about.cls_by_field[f"{name}.value"]
+            inner = fields.cls_by_field[f"{name}.value"]
             values[name] = {key: _typed_value(inner, one) for key, one in value.items()}
         elif meta.repeated:
-            values[name] = [_typed_value(about.cls_by_field[name], one) for one in value]
+            values[name] = [_typed_value(fields.cls_by_field[name], one) for one in value]
         else:
-            values[name] = _typed_value(about.cls_by_field[name], value)
+            values[name] = _typed_value(fields.cls_by_field[name], value)
     return cls(**values)
 
 
-def _typed_value(cls: type, value: Any) -> Any:
+def _typed_value(cls: Any, value: Any) -> Any:
     if cls is typed_google.Struct:
         return typed_google.Struct.from_dict(value)
     if cls is timedelta:
@@ -297,7 +304,7 @@ def _typed_value(cls: type, value: Any) -> Any:
 def from_typed(message: betterproto2.Message) -> Tree:
     """Write Envoy's message down; what was not understood is written down too."""
     tree: Tree = {}
-    for name, meta in message._betterproto.meta_by_field_name.items():
+    for name, meta in about(type(message)).meta_by_field_name.items():
         value = getattr(message, name)
         # Only a field of a oneof and a message know "set to the default" from "not set".
         if value is None or (not value and not meta.optional and meta.group is None):
@@ -314,7 +321,7 @@ def from_typed(message: betterproto2.Message) -> Tree:
     return tree | ({"(unknown)": message._unknown_fields} if message._unknown_fields else {})
 
 
-def _typed_leaf(kind: str, unwraps: bool, value: Any) -> Any:  # noqa: FBT001 - two facts of one field
+def _typed_leaf(kind: str, unwraps: bool, value: Any) -> Any:
     match value:
         case typed_google.Struct():
             return "struct", value.to_dict()
@@ -411,11 +418,11 @@ def _map_types(field: FieldDescriptor) -> tuple[str, ...]:
 
 
 def _leaf_name(field: FieldDescriptor) -> str:
-    return str(field.message_type.full_name) if field.message_type is not None else _TYPE_NAMES[field.type]
+    return str(field.message_type.full_name if field.message_type is not None else _TYPE_NAMES[field.type])
 
 
 def _oneof_or_name(field: FieldDescriptor) -> str:
-    return field.containing_oneof.name if field.containing_oneof is not None else field.name
+    return str(field.containing_oneof.name if field.containing_oneof is not None else field.name)
 
 
 def _used_fields(descriptor: Descriptor) -> list[FieldDescriptor]:

@@ -82,7 +82,7 @@ def test_any_value_of_a_message_arrives_on_the_other_side(message: Descriptor, d
 @pytest.mark.parametrize("field", [field for field in FIELDS if field.enum_type is not None], ids=name)
 def test_an_enum_has_envoys_numbers(field: FieldDescriptor) -> None:
     """Ours may have fewer values, never others."""
-    cls = codecs.typed_class(field.containing_type)._betterproto.cls_by_field[field.name]
+    cls = codecs.about(codecs.typed_class(field.containing_type)).cls_by_field[field.name]
 
     theirs = {value.name: value.value for value in cls}
     ours = {value.name: value.number for value in field.enum_type.values}

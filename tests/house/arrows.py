@@ -138,7 +138,8 @@ def _place(module: str) -> tuple[str, str]:
 
 
 def _is_core(module: str) -> bool:
-    return module.split(".")[0] in SERVICES and "core" in module.split(".")[1:2]
+    service, place = _place(module)
+    return service in SERVICES and place == "core"
 
 
 def _impurities(module: str, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:

@@ -92,7 +92,7 @@ def local_traces(root: Path) -> list[str]:
 def unlocked(lock: Path) -> list[str]:
     """Lines of *lock* that are not a pinned version with its hashes."""
     found = []
-    hashes = {name: 0 for name in read_lock(lock)}
+    hashes = dict.fromkeys(read_lock(lock), 0)
     current = ""
     for number, line in enumerate(lock.read_text().splitlines(), start=1):
         if requirement := _REQUIREMENT.match(line):

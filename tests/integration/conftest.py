@@ -25,6 +25,7 @@ import pytest
 
 from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
+from tests.integration.control_plane import ControlPlane, sign_in_first, start
 from tests.integration.stores import store_cluster, store_server
 
 #: Postgres refuses to run as root; every Unix has this user.
@@ -68,8 +69,8 @@ def postgres_server() -> Iterator[str]:
         _wait(url, process, directory / "log")
         yield url
     finally:
-        # SIGINT is Postgres' "fast": it ends connections instead of waiting for them.
-        process.send_signal(signal.SIGINT)
+        # SIGQUIT is Postgres' "immediate": what would be written out now is thrown away below.
+        process.send_signal(signal.SIGQUIT)
         process.wait(timeout=30)
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -114,7 +115,7 @@ def counter_cluster() -> Iterator[str]:
 def _create_database(server_url: str, *, template: str) -> str:
     name = f"t{secrets.token_hex(6)}"
     with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(f"create database {name} template {template}")  # type: ignore[call-overload]
+        connection.execute(f"create database {name} template {template}")
     return f"{server_url.rpartition('/')[0]}/{name}"
 
 
@@ -154,3 +155,28 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+@pytest.fixture(scope="session")
+def idle_control(
+    postgres_server: str, _migrated_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ControlPlane]:
+    """
+    Give a control API that all tests share which are refused in all that they ask.
+
+    It has the tenants acme and rival with one of everything, and nobody moves its clock.
+    """
+    plane = start(_create_database(postgres_server, template=_migrated_template), tmp_path_factory.mktemp("idle"))
+    sign_in_first(plane)
+    plane.acme, plane.rival = plane.tenant("acme"), plane.tenant("rival")
+    yield plane
+    plane.services.store.close()
+
+
+@pytest.fixture
+def control(postgres_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
+    """Give a control API with its first operator, on a fresh database."""
+    plane = start(postgres_url, tmp_path)
+    sign_in_first(plane)
+    yield plane
+    plane.services.store.close()

@@ -17,10 +17,14 @@ from chassis.models import ModelCatalogue
 from chassis.schema import migrate as migrate_module
 from chassis.schema.migrate import migrate
 from control import keys, limits, tenants
+from control.act import ALL_TENANTS, Act
 from control.limits import Manner, Scope
+from control.minting import Mint
 from control.store import Store
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+ACT = Act(actor="test", scope=ALL_TENANTS, request_id="r", now=NOW)
+MINT = Mint(peppers={1: b"p" * 32}, random_bytes=os.urandom)
 CATALOGUE = ModelCatalogue.parse(
     {"models": [{"name": "tiny", "engine": "openai", "endpoints": ["127.0.0.1:1"]}]}, source="test"
 )
@@ -31,19 +35,17 @@ ACME = Scope(tenant="acme")
 def store(postgres_url: str) -> Iterator[Store]:
     """A store with one tenant, acme."""
     made = Store(postgres_url)
-    tenants.create(made, "acme", now=NOW)
+    tenants.create(made, ACT, "acme")
     yield made
     made.close()
 
 
 def put(store: Store, scope: Scope = ACME, manner: Manner = Manner(), **changes: Any) -> dict[str, Any]:
-    return limits.put(store, scope, changes, manner=manner, catalogue=CATALOGUE, now=NOW)
+    return limits.put(store, ACT, scope, changes, manner=manner, catalogue=CATALOGUE)
 
 
 def key_of_acme(store: Store) -> str:
-    maker = keys.KeyMaker(peppers={1: b"p" * 32}, random_bytes=os.urandom, catalogue=lambda: CATALOGUE)
-    made = keys.create(store, maker, "acme", name="k", models=None, expires=None, environment="live", now=NOW)
-    return str(made["key_id"])
+    return str(keys.create(store, ACT, MINT, "acme", keys.NewKey(), catalogue=CATALOGUE)["key_id"])
 
 
 def test_numbers_that_are_not_named_stay_and_none_removes_one(store: Store) -> None:
@@ -51,7 +53,7 @@ def test_numbers_that_are_not_named_stay_and_none_removes_one(store: Store) -> N
     put(store, requests_per_minute=10, tokens_per_minute=1000)
     put(store, concurrency=3, tokens_per_minute=None)
 
-    [scope] = limits.list_all(store, "acme")
+    [scope] = limits.list_all(store, ACT, "acme")
 
     assert (10, None, 3) == (scope["requests_per_minute"], scope["tokens_per_minute"], scope["concurrency"])
     assert {"requests_per_minute", "concurrency"} == set(scope["limits"])
@@ -92,9 +94,9 @@ def test_a_limit_that_can_never_be_right_is_refused_and_changes_nothing(
 ) -> None:
     """In one sentence that says what would be right."""
     with pytest.raises(Invalid, match=says):
-        limits.put(store, ACME, changes, manner=manner, catalogue=CATALOGUE, now=NOW)
+        limits.put(store, ACT, ACME, changes, manner=manner, catalogue=CATALOGUE)
 
-    assert [] == limits.list_all(store, "acme")
+    assert [] == limits.list_all(store, ACT, "acme")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_a_limit_in_another_one_s_shadow_is_refused(
     with pytest.raises(Invalid, match="can never bind"):
         put(store, manner=manner, **narrow)
 
-    assert 1 == len(limits.list_all(store, "acme")[0]["limits"])
+    assert 1 == len(limits.list_all(store, ACT, "acme")[0]["limits"])
     put(store, **{name: amount - 1 for name, amount in narrow.items()})
 
 
@@ -133,18 +135,20 @@ def test_a_tenant_s_limit_that_makes_a_key_s_pointless_is_found(store: Store) ->
     """Lowering the wide one is allowed; `check` says what became of the narrow one."""
     key_id = key_of_acme(store)
     put(store, Scope(tenant="acme", key_id=key_id), requests_per_minute=49)
-    assert [] == limits.findings(store, CATALOGUE)
+    assert [] == limits.findings(store, ACT, CATALOGUE)
 
     put(store, requests_per_minute=10)
 
-    [finding] = limits.findings(store, CATALOGUE)
+    [finding] = limits.findings(store, ACT, CATALOGUE)
     assert "can never bind" in finding
 
 
 def test_scopes_that_do_not_exist_are_refused(store: Store) -> None:
     """A model nobody serves, a project or key of nobody, a key with another project."""
     key_id = key_of_acme(store)
-    tenants.create(store, "other", now=NOW)
+    tenants.create(store, ACT, "other")
+    with store.transaction(ALL_TENANTS) as connection:
+        connection.execute("insert into project (tenant_id, project_id, created_at) values ('acme', 'elsewhere', now())")
 
     with pytest.raises(Invalid, match="not served"):
         put(store, Scope(tenant="acme", model="TINY"), requests_per_minute=1)
@@ -155,7 +159,7 @@ def test_scopes_that_do_not_exist_are_refused(store: Store) -> None:
     with pytest.raises(Invalid, match="never bind"):
         put(store, Scope(tenant="acme", key_id=key_id, project_id="elsewhere"), requests_per_minute=1)
 
-    assert [] == limits.list_all(store, None)
+    assert [] == limits.list_all(store, ACT, None)
 
 
 def test_explain_says_what_a_request_would_meet(store: Store) -> None:
@@ -165,7 +169,7 @@ def test_explain_says_what_a_request_would_meet(store: Store) -> None:
     put(store, Scope(tenant="acme", model="tiny"), Manner(effect="shadow"), concurrency=2)
     put(store, Scope(tenant="acme", project_id="default"), monthly_budget="5.00")
 
-    found = limits.explain(store, tenant="acme", key_id=key_id, model="other")
+    found = limits.explain(store, ACT, tenant="acme", key_id=key_id, model="other")
 
     assert [("requests_per_minute", "tenant"), ("monthly_budget", "project default")] == [
         (limit["name"], limit["binds"]) for limit in found
@@ -176,11 +180,10 @@ def test_a_rotated_key_keeps_its_limits(store: Store) -> None:
     """All of them, with their manner."""
     key_id = key_of_acme(store)
     put(store, Scope(tenant="acme", key_id=key_id), Manner(burst=7, on_store_error="deny"), requests_per_minute=5)
-    maker = keys.KeyMaker(peppers={1: b"p" * 32}, random_bytes=os.urandom, catalogue=lambda: CATALOGUE)
 
-    made = keys.rotate(store, maker, key_id, overlap=timedelta(hours=1), now=NOW)
+    made = keys.rotate(store, ACT, MINT, key_id, overlap=timedelta(hours=1))
 
-    both = {scope["key_id"]: scope["limits"]["requests_per_minute"] for scope in limits.list_all(store, "acme")}
+    both = {scope["key_id"]: scope["limits"]["requests_per_minute"] for scope in limits.list_all(store, ACT, "acme")}
     assert {key_id, made["key_id"]} == set(both)
     assert (5, 7, "deny") == tuple(both[made["key_id"]][name] for name in ("amount", "burst", "on_store_error"))
 

@@ -115,8 +115,8 @@ def test_an_owner_without_role_rights_can_migrate_when_the_role_exists(postgres_
     database = url.rpartition("/")[2]
     role = f"owner_{database}"
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"create role {role} login password 'pw' nocreaterole")  # type: ignore[call-overload]
-        connection.execute(f"alter database {database} owner to {role}")  # type: ignore[call-overload]
+        connection.execute(f"create role {role} login password 'pw' nocreaterole")
+        connection.execute(f"alter database {database} owner to {role}")
     server = url.rpartition("@")[2]
 
     done = run_command(f"postgresql://{role}:pw@{server}")
@@ -173,4 +173,4 @@ def test_the_billing_role_reads_views_and_nothing_else(postgres_url: str) -> Non
         assert (1,) == connection.execute("select count(*) from billing_usage_v1").fetchone()
         for table in ("usage_event", "usage_event_default", "api_key", "tenant"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege), connection.transaction():
-                connection.execute(f"select * from {table}")  # type: ignore[call-overload]
+                connection.execute(f"select * from {table}")

@@ -1,4 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
+-- People name a tenant by its id or by its name.
+create index tenant_by_name on tenant (name);
+
 -- Projects carry labels that policies read.
 alter table project
     add column name   text check (length(name) between 1 and 100),
@@ -16,6 +19,10 @@ create table service_account (
     denied_models      text[] not null default '{}',
     secret_hash        bytea not null check (length(secret_hash) = 32),
     pepper_version     integer not null,
+    -- The secret before the last rotation, while both work.
+    previous_secret_hash       bytea check (length(previous_secret_hash) = 32),
+    previous_pepper_version    integer,
+    previous_secret_expires_at timestamptz,
     created_at         timestamptz not null,
     foreign key (tenant_id, project_id) references project
 );
@@ -75,7 +82,33 @@ end $$;
 create trigger audit_event_append_only before update or delete or truncate on audit_event
     for each statement execute function refuse_change();
 
--- Key batches from secret-scanning partners, so that a second delivery changes nothing.
+-- The end of the chain. Without it, entries cut off at the end would not show.
+create table audit_head (
+    is_only  boolean primary key default true check (is_only),
+    sequence bigint not null,
+    hash     bytea not null check (length(hash) = 32)
+);
+insert into audit_head (sequence, hash) values (0, decode(repeat('00', 32), 'hex'));
+
+-- Who appends waits here for the one before. As the owner: an entry of any tenant may be the last.
+create function lock_audit_head() returns audit_head language sql security definer
+    set search_path = pg_catalog, public, pg_temp as $$
+    select * from audit_head for update;
+$$;
+create function advance_audit_head() returns trigger language plpgsql security definer
+    set search_path = pg_catalog, public, pg_temp as $$
+begin
+    update audit_head set sequence = new.sequence, hash = new.hash
+    where sequence = new.sequence - 1 and hash = new.previous_hash;
+    if not found then
+        raise exception 'audit_event % does not follow the one before', new.sequence;
+    end if;
+    return null;
+end $$;
+create trigger audit_event_follows after insert on audit_event
+    for each row execute function advance_audit_head();
+
+-- What secret-scanning partners have found of ours, so that a second delivery changes nothing.
 create table secret_alert (
     alert_hash  bytea primary key check (length(alert_hash) = 32),
     key_id      text,
@@ -106,12 +139,24 @@ begin
     end if;
 exception when duplicate_object or unique_violation then null;
 end $$;
+-- Whoever runs this is, most often, who the control plane signs in as.
+do $$
+begin
+    if not (select rolsuper from pg_roles where rolname = current_user) then
+        execute format('grant peaje_control to %I', current_user);
+    end if;
+exception when insufficient_privilege then null;  -- then the operator grants it, as the control plane will say
+end $$;
 grant usage on schema public to peaje_control;
-grant select, insert, update, delete on tenant, project, api_key, rate_limit, service_account, operator, bootstrap, secret_alert
-    to peaje_control;
+grant select, insert, update on tenant, project, api_key, rate_limit, service_account, operator, bootstrap to peaje_control;
+grant delete on rate_limit to peaje_control;
+grant select, insert on secret_alert to peaje_control;
 -- The tables, not the billing views: a view reads as its owner, past the policies below.
 grant select on usage_event, usage_hour, usage_conflict, open_exchange, refusal to peaje_control;
 grant select, insert on audit_event to peaje_control;
+grant select on audit_head to peaje_control;
+revoke execute on function lock_audit_head() from public;
+grant execute on function lock_audit_head() to peaje_control;
 
 create function peaje_may_see(owner text) returns boolean stable language sql
     return current_setting('peaje.tenant', true) = '*' or owner = current_setting('peaje.tenant', true);

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Who may do what to the control plane: one table of roles and permissions.
+
+A role is held on one tenant or on all. Some permissions are the platform's own: a tenant that
+could raise its own limit, or let itself back in, would have none.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class Permission(StrEnum):
+    """What a route asks for; each route names exactly one."""
+
+    TENANTS_READ = "tenants:read"
+    TENANTS_WRITE = "tenants:write"
+    PROJECTS_READ = "projects:read"
+    PROJECTS_WRITE = "projects:write"
+    KEYS_READ = "keys:read"
+    KEYS_WRITE = "keys:write"
+    SERVICE_ACCOUNTS_READ = "service-accounts:read"
+    SERVICE_ACCOUNTS_WRITE = "service-accounts:write"
+    LIMITS_READ = "limits:read"
+    LIMITS_WRITE = "limits:write"
+    LIMITS_CHECK = "limits:check"
+    USAGE_READ = "usage:read"
+    REQUESTS_READ = "requests:read"
+    OPERATORS_READ = "operators:read"
+    OPERATORS_WRITE = "operators:write"
+    AUDIT_READ = "audit:read"
+    AUDIT_VERIFY = "audit:verify"
+    SIGNING_KEYS_READ = "signing-keys:read"
+    SIGNING_KEYS_WRITE = "signing-keys:write"
+
+
+class Role(StrEnum):
+    """What an operator is."""
+
+    PLATFORM_ADMIN = "platform-admin"
+    TENANT_ADMIN = "tenant-admin"
+    DEVELOPER = "developer"
+    BILLING_READER = "billing-reader"
+    AUDITOR = "auditor"
+
+
+_P = Permission
+
+#: Never an operator's of a tenant, whatever its role.
+PLATFORM_ONLY: Final = frozenset({
+    _P.TENANTS_WRITE, _P.LIMITS_WRITE, _P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.SIGNING_KEYS_READ, _P.SIGNING_KEYS_WRITE,
+})
+
+PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
+    Role.PLATFORM_ADMIN: frozenset(Permission),
+    Role.TENANT_ADMIN: frozenset(Permission) - PLATFORM_ONLY,
+    Role.DEVELOPER: frozenset({
+        _P.TENANTS_READ, _P.PROJECTS_READ, _P.KEYS_READ, _P.KEYS_WRITE, _P.SERVICE_ACCOUNTS_READ, _P.LIMITS_READ,
+        _P.USAGE_READ, _P.REQUESTS_READ,
+    }),
+    Role.BILLING_READER: frozenset({_P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ}),
+    Role.AUDITOR: frozenset(
+        {permission for permission in Permission if permission.endswith(":read")} | {_P.LIMITS_CHECK, _P.AUDIT_VERIFY}
+    ),
+}
+
+#: Roles that make sense without a tenant; the schema holds the same.
+_ON_ALL_TENANTS: Final = frozenset({Role.PLATFORM_ADMIN, Role.BILLING_READER, Role.AUDITOR})
+
+
+def may(role: Role, permission: Permission, *, tenant_id: str | None) -> bool:
+    """
+    Tell whether *role*, held on *tenant_id* (None: on all), has *permission*.
+
+    >>> may(Role.AUDITOR, Permission.AUDIT_VERIFY, tenant_id=None)
+    True
+    >>> may(Role.AUDITOR, Permission.AUDIT_VERIFY, tenant_id="acme")
+    False
+    """
+    if tenant_id is not None and permission in PLATFORM_ONLY:
+        return False
+    return permission in PERMISSIONS[role]
+
+
+def can_be_held(role: Role, *, tenant_id: str | None) -> bool:
+    """Tell whether *role* exists on *tenant_id* (None: on all tenants)."""
+    return role in _ON_ALL_TENANTS if tenant_id is None else role is not Role.PLATFORM_ADMIN
