@@ -9,8 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import redis
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
+
+#: What Envoy did not settle is settled from the ledger: after half a minute, what never reached an engine after two.
+SETTLED_SECONDS = 180.0
 
 
 def limited(road: Installation, name: str, **numbers: Any) -> Tenant:
@@ -136,3 +140,35 @@ def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
 
     assert [200] * 3 == statuses
     assert f'"tenant": "{caller.tenant_id}"'.replace(" ", "") in (road.home / "log/ratelimit.log").read_text().replace(" ", "")
+
+
+def test_a_killed_ratelimit_loses_no_limit_and_leaves_nothing_held(road: Installation) -> None:
+    """Killed twice under load: never more than the limit, and what was not settled is, from the ledger."""
+    caller = limited(road, "killed", daily_requests=60, concurrency=20, monthly_tokens=10_000_000)
+    store = redis.Redis(
+        unix_socket_path=str(road.home / "run/valkey.sock"),
+        password=(road.home / "secrets/valkey-password").read_text().strip(),
+    )
+
+    def send(number: int) -> int:
+        if number in (40, 100):
+            road.kill("ratelimit")
+        return road.post(caller, json=chat(max_tokens=5)).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = Counter(pool.map(send, range(160)))
+    rows = road.rows(caller, statuses[200])
+
+    assert 0 < statuses[200] <= 60
+    assert {200, 429, 503} >= set(statuses)
+    assert statuses[200] <= len(rows) <= 60
+    deadline = time.monotonic() + SETTLED_SECONDS
+    open_key = f"peaje:{{{caller.tenant_id}}}:open"
+    while store.zcard(open_key) and time.monotonic() < deadline:
+        time.sleep(1.0)
+    assert 0 == store.zcard(open_key)
+    used = [
+        int(store.hget(key, "used") or 0)
+        for key in store.scan_iter(f"peaje:{{{caller.tenant_id}}}:*", _type="HASH")
+    ]
+    assert sorted([len(rows), sum(row["input_tokens"] + row["output_tokens"] for row in rows)]) == sorted(used)
