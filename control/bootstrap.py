@@ -24,6 +24,8 @@ from control.store import Store
 LIFETIME: Final = timedelta(minutes=15)
 FIRST_NAME: Final = "first operator"
 
+_GOOD: Final = "token_hash = any(%(hashes)s) and used_at is null and expires_at > %(now)s"
+
 
 def open_road(store: Store, mint: Mint, path: Path, *, now: datetime) -> bool:
     """
@@ -61,14 +63,14 @@ def exchange(store: Store, act: Act, mint: Mint, token: str, *, name: str) -> di
     parsed = formats.parse_token(token)
     if parsed is None or parsed.kind != formats.BOOTSTRAP_TOKEN:
         return None
+    wanted = {"now": act.now, "hashes": [formats.hash_key(pepper, token) for pepper in mint.peppers.values()]}
     with store.transaction(act.scope) as connection:
+        # Anybody may call this: only who has the token makes others wait.
+        if connection.execute(f"select from bootstrap where {_GOOD}", wanted).fetchone() is None:
+            return None
         connection.execute("lock table bootstrap in share row exclusive mode")
-        found = connection.execute(
-            "update bootstrap set used_at = %(now)s "
-            "where token_hash = any(%(hashes)s) and used_at is null and expires_at > %(now)s returning token_hash",
-            {"now": act.now, "hashes": [formats.hash_key(pepper, token) for pepper in mint.peppers.values()]},
-        ).fetchone()
-        if found is None or operators.has_platform_admin(connection, act.now):
+        used = connection.execute(f"update bootstrap set used_at = %(now)s where {_GOOD}", wanted).rowcount
+        if used == 0 or operators.has_platform_admin(connection, act.now):
             return None
         return operators.insert(
             connection, act, mint, name=name, role=Role.PLATFORM_ADMIN, tenant_id=None, expires_at=None

@@ -93,7 +93,7 @@ def list_page(store: Store, act: Act, tenant: str | None, *, after: str | None, 
             "and (%(after)s::text is null or (tenant_id, created_at, key_id) > "
             "(select tenant_id, created_at, key_id from api_key where key_id = %(after)s)) "
             "order by tenant_id, created_at, key_id limit %(limit)s",
-            {"it": tenants.resolve_id(connection, tenant), "after": after, "limit": limit},
+            {"it": tenants.resolve_id(connection, tenant) or act.tenant_id, "after": after, "limit": limit},
         ).fetchall()
 
 

@@ -61,8 +61,9 @@ def list_page(store: Store, act: Act, *, after: str | None, limit: int) -> list[
     """Tenants by id, those after *after*."""
     with store.transaction(act.scope) as connection:
         return connection.execute(
-            f"select {_COLUMNS} from tenant where tenant_id > coalesce(%s, '') order by tenant_id limit %s",
-            (after, limit),
+            f"select {_COLUMNS} from tenant where tenant_id > coalesce(%(after)s, '') "
+            "and (%(own)s::text is null or tenant_id = %(own)s) order by tenant_id limit %(limit)s",
+            {"after": after, "own": act.tenant_id, "limit": limit},
         ).fetchall()
 
 

@@ -17,7 +17,9 @@ import psycopg
 import pytest
 
 from chassis import keys as formats
+from chassis.errors import Unavailable
 from control import bootstrap
+from control.api import __main__ as entry
 from control.laptop import admission
 from control.laptop.admission import Addresses
 from control.laptop.errors import Trouble
@@ -168,6 +170,26 @@ def test_up_without_a_token_that_works_says_what_to_do(
 
     with pytest.raises(Trouble, match="admin-token is not the token of an operator"):
         ensure(fresh, places)
+
+
+def test_a_start_without_postgres_offers_the_road_once_it_answers(
+    fresh: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control plane starts all the same, and nobody has to restart it."""
+    real, failures = bootstrap.open_road, iter([Unavailable("away"), Unavailable("away")])
+
+    def flaky(*arguments: Any, **named: Any) -> bool:
+        for failure in failures:
+            raise failure
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(bootstrap, "open_road", flaky)
+    monkeypatch.setattr(entry, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(entry, "utc_now", fresh.clock)
+
+    entry._open_bootstrap_later(fresh.services)
+
+    assert 201 == exchange(fresh, fresh.services.bootstrap_token_path.read_text().strip()).status_code
 
 
 def test_a_database_that_does_not_lend_the_role_says_what_to_grant(postgres_url: str, tmp_path: Path) -> None:

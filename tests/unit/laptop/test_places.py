@@ -69,7 +69,7 @@ def test_a_new_state_directory_is_the_owners_alone(tmp_path: Path) -> None:
     directories = [place.home, place.run, place.log, place.secrets, place.journal, place.envoy, place.valkey]
     assert {0o700} == {mode(path) for path in directories}
     secrets = list(place.secrets.iterdir())
-    assert {"admin-token", "pepper-1", "postgres-password", "valkey-password"} == {path.name for path in secrets}
+    assert {"pepper-1", "postgres-password", "valkey-password"} == {path.name for path in secrets}
     assert {0o600} == {mode(path) for path in secrets}
 
 
@@ -94,7 +94,6 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
 
     assert kept == {path.name: path.read_text() for path in first.secrets.iterdir()}
     assert set() == set(kept.values()) & {path.read_text() for path in second.secrets.iterdir()}
-    assert kept["admin-token"].startswith(places.ADMIN_TOKEN_PREFIX)
 
 
 def test_an_empty_directory_becomes_ours(tmp_path: Path) -> None:
