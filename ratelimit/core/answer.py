@@ -100,8 +100,6 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
         message = (
             f"This request needs about {counter.lean} {unit}; the limit of this {counter.scope} is {limit}, "
             "so it can never pass. Ask for fewer."
-            if counter.lean > counter.burst or counter.period is not Period.EVER
-            else f"The quota of this {counter.scope} is used up: {limit}."
         )
     else:
         message = (
