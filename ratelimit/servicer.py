@@ -113,8 +113,8 @@ class Servicer:
         if not self._breaker.is_open:
             try:
                 outcome = self._take_stored(asked)
-            except StoreRefused:
-                log.error("counter_damaged", tenant=asked.tenant_id)
+            except StoreRefused as exc:
+                log.error("store_refused", tenant=asked.tenant_id, reason=exc.message)
             except Unavailable:
                 self._breaker.failed()
             else:
@@ -128,10 +128,14 @@ class Servicer:
             return self._stored.take(asked, {})
         except Unseeded:
             # A new period, or a store that came back empty: the ledger says what was used.
-            seeds: Mapping[str, int] = {
-                counter.name: self._limits.spent(counter) for counter in asked.counters if counter.kind is Kind.QUOTA
-            }
-            return self._stored.take(asked, seeds)
+            return self._stored.take(asked, self._seeds(asked))
+
+    def _seeds(self, asked: Demand) -> Mapping[str, int]:
+        try:
+            return {c.name: self._limits.spent(c) for c in asked.counters if c.kind is Kind.QUOTA}
+        except Unavailable as exc:
+            # Postgres is away, not the store: every other decision goes on as before.
+            raise StoreRefused("What was used of a quota is not known.") from exc
 
     def _settle(self, entries: Mapping[str, str]) -> None:
         tenant_id = entries.get(contract.DESC_TENANT, contract.DESC_ABSENT)
@@ -151,8 +155,8 @@ class Servicer:
             return
         try:
             self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
-        except StoreRefused:
-            log.error("counter_damaged", tenant=tenant_id)
+        except StoreRefused as exc:
+            log.error("store_refused", tenant=tenant_id, reason=exc.message)
         except Unavailable:
             # What was reserved stays charged until its lease ends: never a lost count.
             self._breaker.failed()

@@ -40,7 +40,7 @@ class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and 
 
 
 class StoreRefused(Unavailable):
-    """The store answers, but not this: a key of one tenant is damaged. No reason to leave it alone."""
+    """The store is well, and this one decision cannot be made with it. No reason to leave it alone."""
 
 
 @dataclass(frozen=True, slots=True)

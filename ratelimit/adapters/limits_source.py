@@ -39,18 +39,20 @@ select model, tenant_id, currency, input_nano_per_million, output_nano_per_milli
 from rate_card
 where effective @> now()
 """
-#: What one limit's calendar window holds in the ledger.
-_SUMS: Final[Mapping[Unit, LiteralString]] = {
-    Unit.REQUESTS: "count(*)",
-    Unit.TOKENS: "sum(input_tokens + output_tokens)",
-    Unit.INPUT_TOKENS: "sum(input_tokens)",
-    Unit.OUTPUT_TOKENS: "sum(output_tokens)",
-    Unit.CACHED_TOKENS: "sum(least(cached_tokens, input_tokens))",
-    Unit.MONEY: "sum(amount_nano) filter (where currency = %(currency)s)",
+#: What one limit's calendar window holds in the ledger. Its hourly sums are written with the rows, and
+#: days and months begin with an hour; money is summed from the rows, which have it.
+_HOURLY: Final[LiteralString] = "from billing_usage_hourly_v1 where hour >= %(start)s and hour < %(end)s"
+_ROWS: Final[LiteralString] = "from billing_usage_v1 where started_at >= %(start)s and started_at < %(end)s"
+_SUMS: Final[Mapping[Unit, tuple[LiteralString, LiteralString]]] = {
+    Unit.REQUESTS: ("sum(request_count)", _HOURLY),
+    Unit.TOKENS: ("sum(input_tokens + output_tokens)", _HOURLY),
+    Unit.INPUT_TOKENS: ("sum(input_tokens)", _HOURLY),
+    Unit.OUTPUT_TOKENS: ("sum(output_tokens)", _HOURLY),
+    Unit.CACHED_TOKENS: ("sum(cached_tokens)", _HOURLY),
+    Unit.MONEY: ("sum(amount_nano) filter (where currency = %(currency)s)", _ROWS),
 }
-_SPENT: Final[LiteralString] = """
-from billing_usage_v1
-where tenant = %(tenant)s and started_at >= %(start)s and started_at < %(end)s
+_OF_SCOPE: Final[LiteralString] = """
+  and tenant = %(tenant)s
   and (%(project)s::text is null or project = %(project)s)
   and (%(key)s::text is null or key_id = %(key)s)
   and (%(model)s::text is null or model = %(model)s)
@@ -90,7 +92,8 @@ class LimitsSource:
             "tenant": limit.tenant_id, "project": limit.project_id, "key": limit.key_id, "model": limit.model,
             "currency": limit.currency, "start": _moment(counter.starts_us), "end": _moment(counter.ends_us),
         }  # fmt: skip
-        query: LiteralString = "select coalesce(" + _SUMS[counter.unit] + ", 0)::bigint " + _SPENT
+        total, place = _SUMS[counter.unit]
+        query: LiteralString = "select coalesce(" + total + ", 0)::bigint " + place + _OF_SCOPE
         [(spent,)] = fetch_all(self._pool, query, parameters)
         return int(spent)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import redis
 
 from control.laptop.binaries import find_valkey
-from tests.integration.ports import free_port
+from tests.integration.ports import free_ports
 
 _START_SECONDS_MAX = 20.0
 _SLOTS = 16384
@@ -32,14 +32,16 @@ def store_server(program: Path | None = None) -> Iterator[str]:
 @contextmanager
 def store_cluster() -> Iterator[str]:
     """Three masters on loopback that share the slots; the URL of one of them."""
-    program, ports = find_valkey({}), [free_port() for _ in range(3)]
+    program, free = find_valkey({}), free_ports(6)
+    ports, buses = free[:3], free[3:]
     with _directory() as directory:
         nodes = []
         try:
-            for index, port in enumerate(ports):
-                home = directory / str(index)
+            for port, bus in zip(ports, buses, strict=True):
+                home = directory / str(port)
                 home.mkdir()
-                nodes.append(_start(program, home, ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]))
+                options = ["--port", str(port), "--cluster-port", str(bus), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
+                nodes.append(_start(program, home, options))
             clients = [redis.Redis(port=port) for port in ports]
             for client in clients:
                 _wait(client)
@@ -47,7 +49,7 @@ def store_cluster() -> Iterator[str]:
             for index, client in enumerate(clients):
                 client.execute_command("CLUSTER ADDSLOTSRANGE", bounds[index], bounds[index + 1] - 1)
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
-                client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
+                client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0], buses[0])
             deadline = time.monotonic() + _START_SECONDS_MAX
             while not all(b"cluster_state:ok" in _info(c) and b"cluster_known_nodes:3" in _info(c) for c in clients):
                 assert time.monotonic() < deadline, "the cluster did not form"

@@ -248,19 +248,17 @@ def header(answer: wire.RateLimitResponse, name: str) -> str:
 
 def spend(desk: Desk, *, tokens: int, at: datetime) -> None:
     desk.connection.execute(
-        "insert into usage_event (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, "
-        "status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis, streamed, recorded_at) "
-        "values (%s, %s, 'default', 'k', 'm', 'openai.chat', %s, %s, 200, 'ok', %s, 0, 0, 0, 'reported', false, %s)",
-        (f"e{next(_NUMBERS)}", desk.tenant, at, at, tokens, at),
+        "insert into usage_hour (hour, tenant_id, project_id, key_id, model, request_count, input_tokens, output_tokens, "
+        "cached_tokens, reasoning_tokens) values (%s, %s, 'default', 'k', 'm', 1, %s, 0, 0, 0)",
+        (at, desk.tenant, tokens),
     )
 
 
 def test_a_quota_starts_from_what_the_ledger_has(desk: Desk) -> None:
     """Of its own calendar month only; and again after the store was wiped, never on top."""
-    desk.connection.execute("create table usage_2030_03 partition of usage_event for values from ('2030-01-01') to ('2031-01-01')")
     desk.limit("tokens", "calendar_month", 1000)
     spend(desk, tokens=400, at=datetime(2030, 3, 1, tzinfo=UTC))
-    spend(desk, tokens=777, at=datetime(2030, 2, 28, 23, 59, 59, tzinfo=UTC))
+    spend(desk, tokens=777, at=datetime(2030, 2, 28, 23, tzinfo=UTC))
     desk.open()
 
     first = desk.admit("one")
@@ -341,3 +339,19 @@ def test_draft_headers_name_quota_window_and_what_is_left(desk: Desk) -> None:
 
     assert '"requests-minute";q=60;w=60' == header(answer, "ratelimit-policy")
     assert '"requests-minute";r=59;t=1' == header(answer, "ratelimit")
+
+
+def test_an_absent_postgres_is_not_an_absent_store(desk: Desk) -> None:
+    """A quota that nobody can seed is not decided; the limits beside it are counted in the store as ever."""
+    desk.limit("tokens", "calendar_month", 1000, model="m")
+    desk.limit("requests", "minute", 5)
+    desk.open()
+    desk.pool.close()
+
+    for number in range(FAILURES_TO_OPEN + 1):
+        with pytest.raises(Unavailable):
+            desk.admit(f"r{number}")
+    other = desk.admit("other", model="n")
+
+    assert (OK, "4") == (other.overall_code, header(other, "x-ratelimit-remaining-requests"))
+    assert not desk.breaker.is_open
