@@ -47,7 +47,8 @@ BUDGETS: Final[Mapping[str, tuple[str, str]]] = {
     "monthly_budget": ("money", "calendar_month"),
     "prepaid_budget": ("money", "ever"),
 }
-_NAMES: Final = {place: name for name, place in (NUMBERS | BUDGETS).items()}
+_PLACES: Final = {**NUMBERS, **BUDGETS}
+_NAMES: Final = {place: name for name, place in _PLACES.items()}
 
 _SCOPE = "tenant_id, project_id, key_id, model"
 _COLUMNS = f"limit_id, {_SCOPE}, unit, period, amount, burst, effect, on_store_error, currency, updated_at"
@@ -112,7 +113,7 @@ def put(
         connection.execute("select from tenant where tenant_id = %(tenant_id)s for update", place)
         before = _rows(connection, f"where {_IN_SCOPE}", place)
         for name, amount in amounts.items():
-            unit, period = (NUMBERS | BUDGETS)[name]
+            unit, period = _PLACES[name]
             row = {**place, "unit": unit, "period": period}
             if amount is None:
                 connection.execute(
@@ -260,7 +261,7 @@ def _rows(connection: Connection, where: str, parameters: Mapping[str, Any]) -> 
         f"select {_COLUMNS} from rate_limit {where} order by tenant_id, project_id nulls first, key_id nulls first, "
         "model nulls first, limit_id"
     )
-    return connection.execute(query, parameters).fetchall()  # type: ignore[call-overload]
+    return connection.execute(query, parameters).fetchall()
 
 
 def _document(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -282,7 +283,8 @@ def _document(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return _NAMES[row["unit"], row["period"]]
+    name: str = _NAMES[row["unit"], row["period"]]
+    return name
 
 
 def _shown(row: dict[str, Any]) -> int | str:
@@ -333,7 +335,7 @@ def _amount(name: str, value: int | str) -> int:
     if name in BUDGETS:
         return _nano(name, value)
     if name not in NUMBERS:
-        raise Invalid(f"There is no limit called {name!r}.", mend=f"Known: {', '.join(NUMBERS | BUDGETS)}.")
+        raise Invalid(f"There is no limit called {name!r}.", mend=f"Known: {', '.join(_PLACES)}.")
     unit, _ = NUMBERS[name]
     most = {"requests": REQUESTS_MAX, "concurrency": CONCURRENCY_MAX}.get(unit, TOKENS_MAX)
     if not isinstance(value, int) or not 0 <= value <= most:

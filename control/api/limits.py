@@ -31,13 +31,11 @@ class _LimitScope(Body):
     currency: str | None = None
 
 
-#: Numbers to set; null removes one, a missing one stays.
-LimitChange = create_model(
-    "LimitChange",
-    __base__=_LimitScope,
-    **{name: (_NUMBER, None) for name in limits.NUMBERS},
-    **{name: (_BUDGET, None) for name in limits.BUDGETS},
-)
+#: Numbers to set by name; null removes one, a missing one stays.
+_FIELDS: dict[str, Any] = {name: (_NUMBER, None) for name in limits.NUMBERS} | {
+    name: (_BUDGET, None) for name in limits.BUDGETS
+}
+LimitChange = create_model("LimitChange", __base__=_LimitScope, **_FIELDS)
 
 
 def add(app: FastAPI, services: Services) -> None:

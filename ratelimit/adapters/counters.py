@@ -91,7 +91,7 @@ class StoredCounters:
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
         try:
-            found = self._store.zrangebyscore(open_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
+            found: Any = self._store.zrangebyscore(open_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
