@@ -43,7 +43,7 @@ def add(app: FastAPI, services: Services) -> None:
     store = services.store
 
     @app.put("/v1/tenants/{tenant}/limits", **needs(Permission.LIMITS_WRITE))
-    def put_limit(tenant: str, body: LimitChange, act: CurrentAct) -> dict[str, Any]:  # type: ignore[valid-type]
+    def put_limit(tenant: str, body: LimitChange, act: CurrentAct) -> dict[str, Any]:
         given: Any = body
         names = (name for name in (*limits.NUMBERS, *limits.BUDGETS) if name in given.model_fields_set)
         made = limits.put(
