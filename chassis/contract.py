@@ -88,6 +88,15 @@ ID_CACHE_MS: Final = "cache_ms"
 
 ADM_ADMITTED: Final = "admitted"
 ADM_RESERVED_TOKENS: Final = "reserved_tokens"
+#: Output tokens per choice that were promised under a hard limit; absent if none binds. tap.lua
+#: writes it into the upstream request.
+ADM_OUTPUT_CAP: Final = "output_tokens_cap"
+#: The status of a refusal when it is not 429; envoy.yaml maps it, because the filter has one status for all.
+ADM_REFUSED_STATUS: Final = "refused_status"
+#: Whether there is something to settle; carried back by the settle descriptor.
+ADM_HOLD: Final = "hold"
+HOLD_SOMETHING: Final = "yes"
+HOLD_NOTHING: Final = "no"
 #: True where no limit applies: Envoy need not ask again while it remembers the identity.
 ADM_UNLIMITED: Final = "unlimited"
 #: What was taken in advance for this worker to spend by itself.
@@ -128,6 +137,7 @@ PHASE_ADMIT: Final = "admit"
 PHASE_SETTLE: Final = "settle"
 DESC_REQUEST_ID: Final = "request_id"
 DESC_TENANT: Final = "tenant"
+DESC_PROJECT: Final = "project"
 DESC_KEY: Final = "key_id"
 DESC_MODEL: Final = "model"
 DESC_DIALECT: Final = "dialect"
@@ -141,6 +151,7 @@ ADMIT_KEYS: Final = (
     DESC_PHASE,
     DESC_REQUEST_ID,
     DESC_TENANT,
+    DESC_PROJECT,
     DESC_KEY,
     DESC_MODEL,
     DESC_DIALECT,
@@ -150,7 +161,24 @@ ADMIT_KEYS: Final = (
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
 DESC_SEEN: Final = "seen"
-SETTLE_KEYS: Final = (DESC_PHASE, DESC_REQUEST_ID, DESC_TENANT, DESC_SEEN)
+DESC_INPUT: Final = "input"
+DESC_OUTPUT: Final = "output"
+DESC_CACHED: Final = "cached"
+DESC_FRAMES: Final = "frames"
+DESC_HOLD: Final = "hold"
+SETTLE_KEYS: Final = (
+    DESC_PHASE,
+    DESC_REQUEST_ID,
+    DESC_TENANT,
+    DESC_MODEL,
+    DESC_PROMPT_BYTES,
+    DESC_HOLD,
+    DESC_INPUT,
+    DESC_OUTPUT,
+    DESC_CACHED,
+    DESC_FRAMES,
+    DESC_SEEN,
+)
 
 # --- Journal -----------------------------------------------------------------------------
 
@@ -267,6 +295,7 @@ ERROR_CODES: Final = (
     "request_too_large",
     "not_found",
     "rate_limit_exceeded",
+    "insufficient_quota",
     "upstream_unavailable",
     "upstream_timeout",
     "service_unavailable",

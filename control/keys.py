@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import audit, projects, service_accounts, tenants
+from control import audit, key_limits, projects, service_accounts, tenants
 from control.act import Act
 from control.core import rights
 from control.durations import moment_ahead
@@ -175,14 +175,7 @@ def rotate(store: Store, act: Act, mint: Mint, key_id: str, *, overlap: timedelt
             {"new": made["key_id"], "end": act.now + overlap, "id": key_id},
         ).fetchone()
         assert ended is not None
-        # Limits of the old key bind the new one from its first request.
-        connection.execute(
-            """
-            insert into rate_limit (tenant_id, key_id, model, requests_per_minute, tokens_per_minute, updated_at)
-            select tenant_id, %s, model, requests_per_minute, tokens_per_minute, %s from rate_limit where key_id = %s
-            """,
-            (made["key_id"], act.now, key_id),
-        )
+        key_limits.copy(connection, old_key_id=key_id, new_key_id=made["key_id"], now=act.now)
         tenant_id = old["tenant_id"]
         audit.append(connection, act, "key.rotated", key_id, tenant_id=tenant_id, before=old, after=ended)
         audit.append(connection, act, "key.created", made["key_id"], tenant_id=tenant_id, after=made)

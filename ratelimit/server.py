@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
+from chassis.clock import utc_now
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
-from ratelimit.adapters.counters import LocalCounters, StoredCounters
+from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
-from ratelimit.servicer import METHOD, Servicer, WhenUnavailable
+from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.sweep import Sweep, sweep_for_ever
+from ratelimit.servicer import METHOD, Servicer
 
 
 class Settings(BaseSettings):
@@ -23,27 +30,41 @@ class Settings(BaseSettings):
 
     #: Threads: each waits for one round trip to the store.
     workers: int = 4
-    #: Postgres connections per process; limits are read whole, by one thread.
-    connections: int = 1
-    #: While the counter store is away: "local" (this process's share), "allow" or "deny" (503).
-    when_unavailable: WhenUnavailable = WhenUnavailable.LOCAL
+    #: Postgres connections per process: limits are read whole by one thread, seeds by the others.
+    connections: int = 2
     #: How many ratelimit processes share a limit while each counts alone.
-    processes: int = 1
+    processes: int = Field(default=1, ge=1)
+    #: Whether PEAJE_REDIS_URL names a node of a Redis Cluster.
+    cluster: bool = False
+    #: Output tokens that one choice may have under a hard quota or budget, if the caller names no fewer.
+    output_tokens_cap: int = Field(default=16_384, ge=1)
+    #: Also answer with RateLimit and RateLimit-Policy (draft 10, not a standard yet).
+    draft_headers: bool = False
 
 
 def main() -> None:
     """Serve until SIGTERM."""
     configure("ratelimit")
     stores, settings = StoreSettings(), Settings()
-    limits = LimitsSource(
-        read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
-    )
+    pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
+    limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
+    stored = StoredCounters(connect(stores.require_redis(), cluster=settings.cluster))
+
+    def probe() -> None:
+        threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
+
+    breaker = Breaker(clock=time.monotonic, opened=probe)
+    sweep = Sweep(stored, pool, lambda: limits.current.tenants)
+    threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     servicer = Servicer(
         limits,
-        StoredCounters(stores.require_redis()),
+        stored,
         LocalCounters(share=1 / settings.processes),
-        when_unavailable=settings.when_unavailable,
+        breaker,
+        clock=utc_now,
+        output_cap=settings.output_tokens_cap,
+        draft_headers=settings.draft_headers,
     )
     serve_unary(
         contract.SOCKETS[contract.CLUSTER_RATELIMIT],

@@ -3,15 +3,16 @@
 Answer Envoy's rate limit filter: admit before the request, settle after it.
 
 What Envoy does with the answers: OK lets the request on, adds our headers to its response and
-puts our metadata under envoy.filters.http.ratelimit; OVER_LIMIT ends it with 429 and our body;
-a failed call or 500 ms of silence becomes 503 (failure_mode_deny in envoy.yaml). A settle is
-sent when the stream is done and its answer is ignored.
+puts our metadata under envoy.filters.http.ratelimit; OVER_LIMIT ends it with our status and our
+body; a failed call or 500 ms of silence becomes 503 (failure_mode_deny in envoy.yaml). A settle
+is sent when the stream is done and its answer is ignored.
 """
 
 from __future__ import annotations
 
 import time
-from enum import Enum
+from collections.abc import Callable, Mapping
+from datetime import datetime
 
 import grpc
 import structlog
@@ -20,25 +21,24 @@ from chassis import contract
 from chassis.errors import Invalid, Unavailable
 from chassis.refusals import render
 from chassis.wire import ratelimit_pb2 as wire
-from ratelimit.adapters.counters import Breaker, LocalCounters, Outcome, StoredCounters
+from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.limits_source import LimitsSource
+from ratelimit.adapters.local import Breaker, LocalCounters
 from ratelimit.core import answer
-from ratelimit.core.limits import Ask, Counter, counters, reservation_name, tokens_to_reserve
+from ratelimit.core.decide import Outcome, Verdict
+from ratelimit.core.demand import Demand, Kind, demand
+from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import Ask
+from ratelimit.core.usage import Report
 
 log = structlog.get_logger()
 
 METHOD = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 
 #: Beyond any body limit or context; a descriptor with more did not come from our Envoy.
-_NUMBER_MAX = 1 << 40
-
-
-class WhenUnavailable(Enum):
-    """What to do while the counter store is away."""
-
-    LOCAL = "local"
-    ALLOW = "allow"
-    DENY = "deny"
+_NUMBER_MAX = 1_000_000_000
+#: What Envoy answers to OVER_LIMIT by itself.
+_RATE_LIMITED = 429
 
 
 class Servicer:
@@ -49,14 +49,20 @@ class Servicer:
         limits: LimitsSource,
         stored: StoredCounters,
         local: LocalCounters,
+        breaker: Breaker,
         *,
-        when_unavailable: WhenUnavailable,
+        clock: Callable[[], datetime],
+        output_cap: int,
+        draft_headers: bool,
     ) -> None:
         self._limits = limits
         self._stored = stored
         self._local = local
-        self._when_unavailable = when_unavailable
-        self._breaker = Breaker()
+        self._breaker = breaker
+        self._estimates = Estimates()
+        self._clock = clock
+        self._output_cap = output_cap
+        self._draft_headers = draft_headers
 
     def should_rate_limit(
         self, request: wire.RateLimitRequest, context: grpc.ServicerContext
@@ -65,8 +71,7 @@ class Servicer:
         del context
         if request.domain != contract.RLS_DOMAIN or not request.descriptors:
             raise Invalid("unknown domain or no descriptor")
-        descriptor = request.descriptors[0]
-        entries = {entry.key: entry.value for entry in descriptor.entries}
+        entries = {entry.key: entry.value for entry in request.descriptors[0].entries}
         match entries.get(contract.DESC_PHASE):
             case contract.PHASE_ADMIT:
                 ask = _ask(entries)
@@ -75,61 +80,90 @@ class Servicer:
                     raise Invalid("incomplete descriptor")
                 return self._admit(ask)
             case contract.PHASE_SETTLE:
-                self._settle(entries, descriptor.hits_addend.value)
+                self._settle(entries)
                 return wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
         raise Invalid("unknown phase")
 
     def _admit(self, ask: Ask) -> wire.RateLimitResponse:
-        tokens = tokens_to_reserve(ask)
-        wanted = counters(self._limits.current.match(ask), ask, tokens=tokens)
-        if not wanted:
-            response = _admitted({}, reserved=0)
+        asked = demand(
+            ask,
+            self._limits.current.match(ask),
+            estimates=self._estimates,
+            price=self._limits.price(model=ask.model, tenant_id=ask.tenant_id),
+            output_cap=self._output_cap,
+            now=self._clock(),
+        )
+        if not asked.counters:
+            response = _admitted({}, asked, Verdict.FULL)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
             return response
-        outcome = self._take(ask, wanted)
-        if outcome is None:
-            return _admitted({}, reserved=0)
+        outcome = self._take(asked)
+        if outcome.over:
+            over = sorted({c.limit_id for c in asked.counters if c.name in outcome.over})
+            log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
+        headers = answer.draft_headers(outcome.readings) if self._draft_headers else {}
         if outcome.admitted:
-            return _admitted(answer.headers(outcome.readings), reserved=tokens)
-        refusal, headers = answer.refusal(outcome.readings)
+            return _admitted(answer.headers(outcome.readings) | headers, asked, outcome.verdict)
+        refusal, told = answer.refusal(outcome.readings)
         log.info("limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, unit=refusal.type)
         body = render(refusal, dialect=ask.dialect, request_id=ask.request_id)
-        return _refused(headers, body)
+        return _refused(refusal.status, told | headers, body)
 
-    def _take(self, ask: Ask, wanted: list[Counter]) -> Outcome | None:
-        """None means: let it pass uncounted, as the policy says."""
-        if self._breaker.allows():
+    def _take(self, asked: Demand) -> Outcome:
+        if not self._breaker.is_open:
             try:
-                outcome = self._stored.take(
-                    reservation_name(tenant_id=ask.tenant_id, request_id=ask.request_id), wanted
-                )
+                outcome = self._take_stored(asked)
+            except StoreRefused as exc:
+                log.error("store_refused", tenant=asked.tenant_id, reason=exc.message)
             except Unavailable:
                 self._breaker.failed()
             else:
                 self._breaker.succeeded()
+                self._local.note(outcome)
                 return outcome
-        match self._when_unavailable:
-            case WhenUnavailable.ALLOW:
-                return None
-            case WhenUnavailable.LOCAL:
-                return self._local.take(wanted, time.monotonic_ns() // 1000)
-        raise Unavailable("The counter store did not answer, and the policy is to deny.")
+        return self._local.take(asked, now_us=_now_us(), away_seconds=self._breaker.away_seconds)
 
-    def _settle(self, entries: dict[str, str], actual: int) -> None:
+    def _take_stored(self, asked: Demand) -> Outcome:
+        try:
+            return self._stored.take(asked, {})
+        except Unseeded:
+            # A new period, or a store that came back empty: the ledger says what was used.
+            return self._stored.take(asked, self._seeds(asked))
+
+    def _seeds(self, asked: Demand) -> Mapping[str, int]:
+        try:
+            return {c.name: self._limits.spent(c) for c in asked.counters if c.kind is Kind.QUOTA}
+        except Unavailable as exc:
+            # Postgres is away, not the store: every other decision goes on as before.
+            raise StoreRefused("What was used of a quota is not known.") from exc
+
+    def _settle(self, entries: Mapping[str, str]) -> None:
         tenant_id = entries.get(contract.DESC_TENANT, contract.DESC_ABSENT)
         request_id = entries.get(contract.DESC_REQUEST_ID)
-        if tenant_id == contract.DESC_ABSENT or not request_id or not self._breaker.allows():
+        if tenant_id == contract.DESC_ABSENT or not request_id:
             return
-        reservation = reservation_name(tenant_id=tenant_id, request_id=request_id)
+        report = _report(entries)
+        if report.input is not None:
+            self._estimates.learn(
+                tenant_id=tenant_id, model=entries.get(contract.DESC_MODEL, ""),
+                prompt_bytes=_number(entries.get(contract.DESC_PROMPT_BYTES)),
+                input_tokens=report.input, output_tokens=report.output,
+            )  # fmt: skip
+        if entries.get(contract.DESC_HOLD) == contract.HOLD_NOTHING:
+            return
+        if self._local.settle(request_id, report, _now_us()) or self._breaker.is_open:
+            return
         try:
-            self._stored.settle(reservation, min(actual, _NUMBER_MAX))
+            self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+        except StoreRefused as exc:
+            log.error("store_refused", tenant=tenant_id, reason=exc.message)
         except Unavailable:
-            # What was reserved stays charged and drains with the minute: never a lost count.
+            # What was reserved stays charged until its lease ends: never a lost count.
             self._breaker.failed()
             log.warning("settle_lost", request_id=request_id)
 
 
-def _ask(entries: dict[str, str]) -> Ask | None:
+def _ask(entries: Mapping[str, str]) -> Ask | None:
     try:
         values = {key: entries[key] for key in contract.ADMIT_KEYS}
         numbers = [
@@ -146,6 +180,7 @@ def _ask(entries: dict[str, str]) -> Ask | None:
     return Ask(
         request_id=values[contract.DESC_REQUEST_ID],
         tenant_id=values[contract.DESC_TENANT],
+        project_id=values[contract.DESC_PROJECT],
         key_id=values[contract.DESC_KEY],
         model=values[contract.DESC_MODEL],
         dialect=values[contract.DESC_DIALECT],
@@ -155,23 +190,55 @@ def _ask(entries: dict[str, str]) -> Ask | None:
     )
 
 
-def _admitted(headers: dict[str, str], *, reserved: int) -> wire.RateLimitResponse:
+def _report(entries: Mapping[str, str]) -> Report:
+    if entries.get(contract.DESC_SEEN) == "none" and _number(entries.get(contract.DESC_FRAMES)) > 0:
+        # The engine said nothing: each frame of the answer had at least one token.
+        return Report(input=None, output=_number(entries.get(contract.DESC_FRAMES)))
+    return Report(
+        input=_number(entries.get(contract.DESC_INPUT)),
+        output=_number(entries.get(contract.DESC_OUTPUT)),
+        cached=_number(entries.get(contract.DESC_CACHED)),
+    )
+
+
+def _number(text: str | None) -> int:
+    """A count from a descriptor; what is no count (an engine that said -1) is none, what is absurd is bounded."""
+    try:
+        return max(0, min(int(float(text or "0")), _NUMBER_MAX))
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _now_us() -> int:
+    # While the store is away, this process's own steady clock; its values never meet the store's.
+    return time.monotonic_ns() // 1000
+
+
+def _admitted(headers: Mapping[str, str], asked: Demand, verdict: Verdict) -> wire.RateLimitResponse:
     response = wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
     response.statuses.add(code=wire.RateLimitResponse.OK)
     _add_headers(response, headers)
-    response.dynamic_metadata.fields[contract.ADM_ADMITTED].bool_value = True
-    response.dynamic_metadata.fields[contract.ADM_RESERVED_TOKENS].number_value = reserved
+    fields = response.dynamic_metadata.fields
+    held, cap = (asked.full, asked.cap_full) if verdict is Verdict.FULL else (asked.lean, asked.cap_lean)
+    fields[contract.ADM_ADMITTED].bool_value = True
+    fields[contract.ADM_RESERVED_TOKENS].number_value = held.input + held.output if asked.counters else 0
+    # Descriptors carry strings only, and the settle's descriptor carries this back.
+    fields[contract.ADM_HOLD].string_value = contract.HOLD_SOMETHING if asked.settles else contract.HOLD_NOTHING
+    if cap is not None:
+        fields[contract.ADM_OUTPUT_CAP].number_value = cap
     return response
 
 
-def _refused(headers: dict[str, str], body: str) -> wire.RateLimitResponse:
+def _refused(status: int, headers: Mapping[str, str], body: str) -> wire.RateLimitResponse:
     response = wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OVER_LIMIT)
     response.statuses.add(code=wire.RateLimitResponse.OVER_LIMIT)
-    _add_headers(response, headers | {"content-type": "application/json"})
+    _add_headers(response, {**headers, "content-type": "application/json"})
     response.raw_body = body.encode()
+    if status != _RATE_LIMITED:
+        response.dynamic_metadata.fields[contract.ADM_REFUSED_STATUS].string_value = str(status)
     return response
 
 
-def _add_headers(response: wire.RateLimitResponse, headers: dict[str, str]) -> None:
+def _add_headers(response: wire.RateLimitResponse, headers: Mapping[str, str]) -> None:
     for key, value in headers.items():
         response.response_headers_to_add.add(key=key, value=value)

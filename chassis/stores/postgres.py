@@ -8,7 +8,7 @@ A read that cannot be made raises `Unavailable`; the caller's failure policy dec
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, LiteralString
 
 import psycopg
@@ -46,7 +46,7 @@ def read_pool(url: str, *, name: str, connections: int) -> ConnectionPool:
     )
 
 
-def fetch_all(pool: ConnectionPool, query: LiteralString, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+def fetch_all(pool: ConnectionPool, query: LiteralString, arguments: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Run one read, retried once on a connection that had died unnoticed; raises `Unavailable`."""
     for attempt in (1, 2):
         try:

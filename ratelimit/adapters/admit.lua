@@ -1,40 +1,91 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Take from all counters of one request or from none, and note what was taken.
--- The arithmetic is that of ratelimit/core/bucket.py. Redis 7.0 features only.
--- KEYS[1]      the reservation; KEYS[2..] the counters, all in one slot
--- ARGV[1]      how long an unsettled reservation is remembered, ms
--- ARGV[2]      what settle needs to know, stored as it is
--- ARGV[3..]    per counter: limit, period in microseconds, hits
--- Answer: {1 admitted | 0 refused, then the debt of each counter (after taking | as found)}
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local count = #KEYS - 1
-local debts, fits = {}, true
-for i = 1, count do
-  local limit, period, hits = tonumber(ARGV[3 * i]), tonumber(ARGV[3 * i + 1]), tonumber(ARGV[3 * i + 2])
-  local stored = redis.call('HMGET', KEYS[i + 1], 'debt', 'at')
-  local debt = 0
-  if stored[1] then
-    local elapsed = now - tonumber(stored[2])
-    if elapsed < 0 then elapsed = 0 end
-    debt = tonumber(stored[1]) - elapsed * limit
-    if debt < 0 then debt = 0 end
+-- Take all that one request asks, or nothing, and note what was taken.
+-- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
+--          of open reservations, the counters
+-- ARGV[1]  the demand as JSON: r request, s whether it settles, d lease in microseconds, in estimated
+--          input tokens, c counters
+-- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
+-- Answer: {verdict, now, then per counter its level and 1 if it had room, else 0}
+--         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
+local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
+local now = clock()
+local levels, rooms = {}, {}
+
+for i, counter in ipairs(demand.c) do
+  if counter.k == 'bucket' then
+    levels[i] = debt_of(counter, now)
+  elseif counter.k == 'leases' then
+    levels[i] = leases_of(counter, now)
+  else
+    levels[i] = quota_of(counter, now)
+    if not levels[i] then
+      local seed = seeds[counter.n]
+      if not seed then return { -1, whole(now) } end
+      redis.call('HSETNX', counter.n, 'used', whole(seed))
+      keep(counter, counter.n)
+      levels[i] = seed
+    end
   end
-  debts[i] = debt
-  if debt + hits * period > limit * period then fits = false end
 end
-local answer = { fits and 1 or 0 }
-for i = 1, count do
-  local limit, period, hits = tonumber(ARGV[3 * i]), tonumber(ARGV[3 * i + 1]), tonumber(ARGV[3 * i + 2])
-  if fits then
-    debts[i] = debts[i] + hits * period
-    -- Lua's own number format keeps 14 digits; a debt may need 17.
-    redis.call('HSET', KEYS[i + 1], 'debt', string.format('%.17g', debts[i]), 'at', string.format('%.0f', now))
-    redis.call('PEXPIRE', KEYS[i + 1], math.ceil(debts[i] / math.max(limit, 1) / 1000) + 1000)
+
+local function has_room(i, counter, hits)
+  if counter.k == 'bucket' then return levels[i] + hits * counter.p <= counter.b * counter.p end
+  return levels[i] + hits <= counter.a
+end
+
+local function judge(way)
+  for i, counter in ipairs(demand.c) do
+    if counter.e == 'refuse' and not has_room(i, counter, counter[way]) then return false end
   end
-  answer[i + 1] = string.format('%.17g', debts[i])
+  return true
 end
-if fits and ARGV[2] ~= '' then
-  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[1])
+
+local function answer(verdict)
+  local said = { verdict, whole(now) }
+  for i in ipairs(demand.c) do
+    said[#said + 1] = exact(levels[i])
+    said[#said + 1] = rooms[i] == false and 0 or 1
+  end
+  return said
 end
-return answer
+
+-- Asked again (a call that was repeated): the same answer, and nothing more is taken.
+local known = demand.s and redis.call('GET', KEYS[1])
+if known and known ~= '' then return answer(tonumber(string.sub(known, 1, 1))) end
+
+local verdict, way = 1, 'f'
+if not judge('f') then
+  verdict, way = 2, 'l'
+  if not judge('l') then return answer(0) end
+end
+
+local taken = ''
+for i, counter in ipairs(demand.c) do
+  local hits = counter[way]
+  rooms[i] = has_room(i, counter, hits)
+  local takes = rooms[i] or counter.e ~= 'shadow'
+  taken = taken .. (takes and 1 or 0)
+  if takes then
+    if counter.k == 'bucket' then
+      levels[i] = levels[i] + hits * counter.p
+      put_debt(counter, levels[i], now)
+    elseif counter.k == 'leases' then
+      levels[i] = levels[i] + 1
+      redis.call('ZADD', counter.n, whole(now + demand.d), demand.r)
+      redis.call('PEXPIRE', counter.n, whole(demand.d / 1000 + 1000))
+    else
+      levels[i] = levels[i] + hits
+      redis.call('HINCRBY', counter.n, 'held', whole(hits))
+      redis.call('ZADD', counter.n .. ':held', whole(now + demand.d), whole(hits) .. ':' .. demand.r)
+      keep(counter, counter.n)
+      keep(counter, counter.n .. ':held')
+    end
+  end
+end
+if demand.s then
+  -- The demand as it came: encoding it again would round its numbers to 14 digits.
+  redis.call('SET', KEYS[1], verdict .. taken .. ARGV[1], 'PX', whole(demand.d / 1000))
+  redis.call('ZADD', KEYS[2], whole(now), demand.r)
+  redis.call('PEXPIRE', KEYS[2], whole(demand.d / 1000 + 1000))
+end
+return answer(verdict)

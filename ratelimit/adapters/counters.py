@@ -1,155 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Where counters live: Valkey/Redis, or this process's own memory while that is away.
+Counters in Valkey or Redis: one script and one round trip for each admission and each settle.
 
-One round trip per decision. The store's time is the only clock, so replicas agree.
+The store's time is the only clock, so replicas agree. All keys of one decision have the
+tenant's hash tag, so they share a slot of a Redis Cluster.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha1
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import redis
-import structlog
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
+from redis.retry import Retry
 
 from chassis.errors import Unavailable
-from ratelimit.core import bucket
-from ratelimit.core.limits import Counter, Unit
+from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
+from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.limits import Period
+from ratelimit.core.usage import Report
 
-log = structlog.get_logger()
-
-#: Longer than any stream lives; an unsettled reservation has long drained by then.
-RESERVATION_LIFE_MS: Final = 3_600_000
 #: Well below Envoy's 500 ms for the whole decision, well above what a busy host delays a reply.
-STORE_TIMEOUT_SECONDS: Final = 0.2
-#: Consecutive failures after which the store is left alone, and for how long.
-_FAILURES_TO_OPEN = 3
-_PROBE_EVERY_SECONDS = 1.0
-#: Counters kept in memory while the store is away.
-LOCAL_COUNT_MAX: Final = 100_000
+STORE_TIMEOUT_SECONDS: Final = 0.1
+#: How long the store keeps a calendar quota beyond its window: what was admitted in it may settle later.
+_QUOTA_KEPT_MS: Final = 2 * LEASE_US // 1000
 
 _SCRIPTS = Path(__file__).parent
+_UNSEEDED: Final = -1
+
+
+class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and asks again
+    """The store knows nothing of a quota, and no seed was given: nothing was taken."""
+
+
+class StoreRefused(Unavailable):
+    """The store is well, and this one decision cannot be made with it. No reason to leave it alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """Whether all counters had room, and what each says now."""
+class _Script:
+    text: str
+    sha: str
 
-    admitted: bool
-    readings: list[bucket.Reading]
+
+def connect(url: str, *, cluster: bool) -> redis.Redis:
+    """A client for one server, or for a Redis Cluster of which *url* names a node; connects when first used."""
+    options: dict[str, Any] = {
+        "socket_timeout": STORE_TIMEOUT_SECONDS,
+        "socket_connect_timeout": STORE_TIMEOUT_SECONDS,
+        "client_name": "peaje-ratelimit",
+    }
+    if cluster:
+        return redis.RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **options)  # type: ignore[return-value]
+    return redis.Redis.from_url(url, retry=None, **options)
 
 
 class StoredCounters:
-    """Counters in Valkey or Redis (7.0 or later); raises `Unavailable`."""
+    """Counters in the store; raises `Unavailable`."""
 
-    def __init__(self, url: str) -> None:
-        self._store = redis.Redis.from_url(
-            url,
-            socket_timeout=STORE_TIMEOUT_SECONDS,
-            socket_connect_timeout=STORE_TIMEOUT_SECONDS,
-            retry=None,
-            client_name="peaje-ratelimit",
-        )
-        # Registered scripts go by hash and are sent whole once after a restart or flush (NOSCRIPT).
-        self._admit = self._store.register_script((_SCRIPTS / "admit.lua").read_text())
-        self._settle = self._store.register_script((_SCRIPTS / "settle.lua").read_text())
+    def __init__(self, store: redis.Redis) -> None:
+        self._store = store
+        shared = (_SCRIPTS / "counters.lua").read_text()
+        self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
 
-    def take(self, reservation: str, wanted: Sequence[Counter]) -> Outcome:
-        """Take from all *wanted* or from none; a reservation remembers the tokens taken."""
-        held = [(c.name, c.limit, c.period_us, c.hits) for c in wanted if c.unit is Unit.TOKENS]
-        numbers = [number for c in wanted for number in (c.limit, c.period_us, c.hits)]
-        answer = self._call(
-            self._admit,
-            keys=[reservation, *(c.name for c in wanted)],
-            args=[RESERVATION_LIFE_MS, orjson.dumps(held) if held else b"", *numbers],
-        )
-        debts = [float(debt) for debt in answer[1:]]
-        if answer[0]:
-            return Outcome(True, [bucket.reading(c, d, wait_us=0) for c, d in zip(wanted, debts, strict=True)])
-        return Outcome(False, [bucket.read(c, d) for c, d in zip(wanted, debts, strict=True)])
+    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+        """
+        Take all of *demand* or nothing; raises `Unseeded` for a quota that neither the store nor *seeds* know.
 
-    def settle(self, reservation: str, actual: int) -> bool:
-        """Charge *actual* tokens in place of what *reservation* holds; False if it holds nothing (any more)."""
+        A seed is only for a quota that the store does not know: one that it knows stays.
+        """
+        answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
+        if answer[0] == _UNSEEDED:
+            raise Unseeded
+        values, rooms = [float(level) for level in answer[2::2]], answer[3::2]
+        over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
+        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over)
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
+        """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
+        numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
+        keys = [reservation_key(tenant_id, request_id), open_key(tenant_id)]
+        return int(self._call(self._settle, keys, [*numbers, request_id])) > 0
+
+    def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
+        """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
         try:
-            held = self._store.get(reservation)
+            found: Any = self._store.zrangebyscore(open_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
         except redis.RedisError as exc:
-            raise Unavailable("The counter store did not answer.") from exc
-        if held is None:
-            return False
-        counters = orjson.loads(held)
-        numbers = [number for counter in counters for number in counter[1:]]
-        keys = [reservation, *(counter[0] for counter in counters)]
-        return bool(self._call(self._settle, keys=keys, args=[actual, *numbers]))
+            raise _translated(exc) from exc
+        return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
 
-    def _call(self, script: redis.commands.core.Script, *, keys: list[str], args: list) -> list:
+    def probe(self) -> bool:
+        """Whether the store takes a write: one that only answers is of no use."""
         try:
-            return script(keys=keys, args=args)
-        except redis.RedisError as exc:
-            raise Unavailable("The counter store did not answer.") from exc
-
-
-class LocalCounters:
-    """The same arithmetic in this process's memory: a fraction of each limit, for the store's absence."""
-
-    def __init__(self, *, share: float) -> None:
-        self._share = share
-        self._levels: OrderedDict[str, bucket.Level] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def take(self, wanted: Sequence[Counter], now_us: int) -> Outcome:
-        """Take from all *wanted*, each at its local share, or from none."""
-        shared = [self._shared(counter) for counter in wanted]
-        with self._lock:
-            levels = [self._levels.get(counter.name) for counter in shared]
-            admitted, readings, after = bucket.take(shared, levels, now_us)
-            for counter, level in zip(shared, after, strict=False):
-                self._levels[counter.name] = level
-                self._levels.move_to_end(counter.name)
-            while len(self._levels) > LOCAL_COUNT_MAX:
-                self._levels.popitem(last=False)
-        return Outcome(admitted, readings)
-
-    def _shared(self, counter: Counter) -> Counter:
-        limit = counter.limit and max(1, int(counter.limit * self._share))
-        return Counter(
-            name=counter.name, unit=counter.unit, limit=limit, period_us=counter.period_us,
-            hits=counter.hits, scope=counter.scope,
-        )
-
-
-class Breaker:
-    """Leaves a failing store alone: open after consecutive failures, one probe a second."""
-
-    def __init__(self) -> None:
-        self._failures = 0
-        self._probe_at = 0.0
-
-    def allows(self) -> bool:
-        """Whether to ask the store now."""
-        if self._failures < _FAILURES_TO_OPEN:
-            return True
-        now = time.monotonic()
-        if now < self._probe_at:
+            self._store.set("peaje:probe", b"", px=1000)
+        except redis.RedisError:
             return False
-        self._probe_at = now + _PROBE_EVERY_SECONDS
         return True
 
-    def succeeded(self) -> None:
-        """The store answered."""
-        if self._failures >= _FAILURES_TO_OPEN:
-            log.info("store_back")
-        self._failures = 0
+    def _call(self, script: _Script, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        try:
+            try:
+                return self._store.evalsha(script.sha, len(keys), *keys, *arguments)
+            except NoScriptError:
+                # A restarted or flushed store knows no scripts; sent whole, it remembers.
+                return self._store.eval(script.text, len(keys), *keys, *arguments)
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
 
-    def failed(self) -> None:
-        """The store did not answer."""
-        self._failures += 1
-        if self._failures == _FAILURES_TO_OPEN:
-            self._probe_at = time.monotonic() + _PROBE_EVERY_SECONDS
-            log.error("store_lost")
+
+def reservation_key(tenant_id: str, request_id: str) -> str:
+    """Where a reservation waits to be settled."""
+    return f"peaje:{{{tenant_id}}}:held:{request_id}"
+
+
+def open_key(tenant_id: str) -> str:
+    """The index of a tenant's open reservations, by when they were made."""
+    return f"peaje:{{{tenant_id}}}:open"
+
+
+def _script(text: str) -> _Script:
+    # The store names scripts by this hash; nothing rests on its strength.
+    return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _keys(demand: Demand) -> list[str]:
+    keys = [reservation_key(demand.tenant_id, demand.request_id), open_key(demand.tenant_id)]
+    for counter in demand.counters:
+        keys.append(counter.name)
+        if counter.kind is Kind.QUOTA:
+            keys.append(f"{counter.name}:held")
+    return keys
+
+
+def _document(demand: Demand) -> bytes:
+    return orjson.dumps(
+        {
+            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+            "c": [_counter_document(counter) for counter in demand.counters],
+        }  # fmt: skip
+    )
+
+
+def _counter_document(counter: Counter) -> dict[str, Any]:
+    price = counter.price
+    return {
+        "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
+        "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
+        "x": _forgotten_ms(counter),
+        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano],
+    }  # fmt: skip
+
+
+def _forgotten_ms(counter: Counter) -> int:
+    """When a quota may be forgotten; 0 for what never ends: renewed with each use."""
+    return 0 if counter.period in (Period.EVER, Period.NOW) else counter.ends_us // 1000 + _QUOTA_KEPT_MS
+
+
+def _translated(exc: redis.RedisError) -> Unavailable:
+    # A wrong type is one damaged key; a full, read-only or loading store is everybody's trouble.
+    if "WRONGTYPE" in str(exc):
+        return StoreRefused("A counter is damaged.")
+    return Unavailable("The counter store did not answer.")

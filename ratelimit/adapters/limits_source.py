@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The limits in force, read whole from Postgres and swapped as one.
+The limits and prices in force, read whole from Postgres and swapped as one; and what the ledger has summed.
 
 A change is pushed and read at once; the period bounds what a lost push can cost. While
 Postgres is away the last table stays in force. Before the first one there is none to
@@ -11,43 +11,96 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Final
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Final, LiteralString
 
 import structlog
 from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
 from chassis.stores.postgres import fetch_all, listen
-from ratelimit.core.limits import Limit, LimitTable
+from ratelimit.core.demand import Counter
+from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Unit
+from ratelimit.core.usage import Price
 
 log = structlog.get_logger()
 
 _ALL_LIMITS: Final = """
-select limit_id, tenant_id, key_id, model, requests_per_minute, tokens_per_minute
+select limit_id, tenant_id, project_id, key_id, model, unit, period, amount, burst, effect, on_store_error, currency
 from rate_limit
 order by limit_id
+"""
+#: The rate card is the ledger's; without it nothing has a price.
+_HAS_PRICES: Final = "select to_regclass('rate_card') is not null"
+_PRICES: Final = """
+select model, tenant_id, currency, input_nano_per_million, output_nano_per_million,
+       coalesce(cached_nano_per_million, input_nano_per_million)
+from rate_card
+where effective @> now()
+"""
+#: What one limit's calendar window holds in the ledger. Its hourly sums are written with the rows, and
+#: days and months begin with an hour; money is summed from the rows, which have it.
+_HOURLY: Final[LiteralString] = "from billing_usage_hourly_v1 where hour >= %(start)s and hour < %(end)s"
+_ROWS: Final[LiteralString] = "from billing_usage_v1 where started_at >= %(start)s and started_at < %(end)s"
+_SUMS: Final[Mapping[Unit, tuple[LiteralString, LiteralString]]] = {
+    Unit.REQUESTS: ("sum(request_count)", _HOURLY),
+    Unit.TOKENS: ("sum(input_tokens + output_tokens)", _HOURLY),
+    Unit.INPUT_TOKENS: ("sum(input_tokens)", _HOURLY),
+    Unit.OUTPUT_TOKENS: ("sum(output_tokens)", _HOURLY),
+    Unit.CACHED_TOKENS: ("sum(cached_tokens)", _HOURLY),
+    Unit.MONEY: ("sum(amount_nano) filter (where currency = %(currency)s)", _ROWS),
+}
+_OF_SCOPE: Final[LiteralString] = """
+  and tenant = %(tenant)s
+  and (%(project)s::text is null or project = %(project)s)
+  and (%(key)s::text is null or key_id = %(key)s)
+  and (%(model)s::text is null or model = %(model)s)
 """
 _RELOAD_EVERY_SECONDS = 5.0
 _RETRY_EVERY_SECONDS = 0.5
 
+PriceList = Mapping[tuple[str, str | None], Price]
+
 
 class LimitsSource:
-    """Holds the current table; `current` never blocks."""
+    """Holds the current tables; reading them never blocks."""
 
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
         self._changed = threading.Event()
-        self.current = self._first()
+        self._prices: PriceList = {}
+        self._by_id: Mapping[int, Limit] = {}
+        self.current = LimitTable(())
+        self._load_first()
 
     def watch(self, url: str) -> None:
-        """Keep the table current from background threads."""
-        listen(url, ("peaje_rate_limit",), lambda *_: self._changed.set(), name="ratelimit")
+        """Keep the tables current from background threads."""
+        listen(url, ("peaje_rate_limit", "peaje_rate_card"), lambda *_: self._changed.set(), name="ratelimit")
         threading.Thread(target=self._run, name="limits", daemon=True).start()
 
-    def _first(self) -> LimitTable:
+    def price(self, *, model: str, tenant_id: str) -> Price | None:
+        """The price in force: the tenant's own, else everybody's; None if there is none."""
+        return self._prices.get((model, tenant_id)) or self._prices.get((model, None))
+
+    def spent(self, counter: Counter) -> int:
+        """What the ledger has for *counter*'s window; raises `Unavailable`."""
+        limit = self._by_id.get(counter.limit_id)
+        if limit is None:
+            raise Unavailable("The limit is gone.")
+        parameters = {
+            "tenant": limit.tenant_id, "project": limit.project_id, "key": limit.key_id, "model": limit.model,
+            "currency": limit.currency, "start": _moment(counter.starts_us), "end": _moment(counter.ends_us),
+        }  # fmt: skip
+        total, place = _SUMS[counter.unit]
+        query: LiteralString = "select coalesce(" + total + ", 0)::bigint " + place + _OF_SCOPE
+        [(spent,)] = fetch_all(self._pool, query, parameters)
+        return int(spent)
+
+    def _load_first(self) -> None:
         while True:
             try:
-                return self._fetch()
+                return self._load()
             except Unavailable:
                 log.warning("limits_wait_for_postgres")
                 time.sleep(_RETRY_EVERY_SECONDS)
@@ -57,15 +110,33 @@ class LimitsSource:
             self._changed.wait(_RELOAD_EVERY_SECONDS)
             self._changed.clear()
             try:
-                self.current = self._fetch()
+                self._load()
             except Unavailable:
                 log.warning("limits_stale")
 
-    def _fetch(self) -> LimitTable:
-        return LimitTable(
+    def _load(self) -> None:
+        limits = [
             Limit(
-                limit_id=limit_id, tenant_id=tenant_id, key_id=key_id, model=model,
-                requests_per_minute=rpm, tokens_per_minute=tpm,
+                limit_id=limit_id, tenant_id=tenant_id, project_id=project_id, key_id=key_id, model=model,
+                unit=Unit(unit), period=Period(period), amount=amount, burst=burst, effect=Effect(effect),
+                on_store_error=OnStoreError(on_store_error), currency=currency,
             )
-            for limit_id, tenant_id, key_id, model, rpm, tpm in fetch_all(self._pool, _ALL_LIMITS, ())
-        )
+            for (
+                limit_id, tenant_id, project_id, key_id, model, unit, period, amount, burst, effect, on_store_error,
+                currency,
+            ) in fetch_all(self._pool, _ALL_LIMITS, ())
+        ]  # fmt: skip
+        prices: dict[tuple[str, str | None], Price] = {}
+        [(has_prices,)] = fetch_all(self._pool, _HAS_PRICES, ())
+        if has_prices:
+            for model, tenant_id, currency, input_, output, cached in fetch_all(self._pool, _PRICES, ()):
+                prices[model, tenant_id] = Price(
+                    currency=currency, input_nano=input_, output_nano=output, cached_nano=cached
+                )
+        self._by_id = {limit.limit_id: limit for limit in limits}
+        self._prices = prices
+        self.current = LimitTable(limits)
+
+
+def _moment(us: int) -> datetime:
+    return datetime.fromtimestamp(us // 1_000_000, tz=UTC)

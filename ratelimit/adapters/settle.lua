@@ -1,28 +1,59 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Replace what a request reserved by what it used. Once: the reservation goes with it.
--- KEYS[1]      the reservation; KEYS[2..] the counters it took tokens from, all in one slot
--- ARGV[1]      tokens used
--- ARGV[2..]    per counter: limit, period in microseconds, hits reserved
--- Answer: 1 settled | 0 there was nothing (settled before, or expired)
-if redis.call('DEL', KEYS[1]) == 0 then return 0 end
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-for i = 1, #KEYS - 1 do
-  local limit, period, hits = tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i]), tonumber(ARGV[3 * i + 1])
-  local stored = redis.call('HMGET', KEYS[i + 1], 'debt', 'at')
-  local debt = 0
-  if stored[1] then
-    local elapsed = now - tonumber(stored[2])
-    if elapsed < 0 then elapsed = 0 end
-    debt = tonumber(stored[1]) - elapsed * limit
-    if debt < 0 then debt = 0 end
+-- Replace what a request reserved by what it used. Once, whoever says it first.
+-- KEYS     the reservation, the index of open reservations. The counters' names are in the
+--          reservation; they have the same hash tag, so they live in the same slot.
+-- ARGV     input tokens (-1: nobody knows, the estimate stands), output tokens, cached tokens,
+--          how long it is remembered that this request was settled (ms), the request
+-- Answer: when it was settled | 0 there was nothing (settled before, expired, or never reserved)
+local stored = redis.call('GET', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[5])
+if not stored or stored == '' then return '0' end
+redis.call('SET', KEYS[1], '', 'PX', ARGV[4])
+local verdict, taken, text = string.match(stored, '^(%d)([01]*)(.*)$')
+local demand = cjson.decode(text)
+local now = clock()
+local input, output, cached = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+if input < 0 then input = demand['in'] end
+cached = math.min(cached, input)
+
+-- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
+-- and nano-units per million would not be exact in a double.
+local function cost(price)
+  local amount, rest = 0, 0
+  local tokens = { input - cached, output, cached }
+  for i = 1, 3 do
+    local low = price[i] % 1000000
+    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
+    rest = rest + tokens[i] * low
   end
-  debt = debt + (tonumber(ARGV[1]) - hits) * period
-  if debt <= 0 then
-    redis.call('DEL', KEYS[i + 1])
-  else
-    redis.call('HSET', KEYS[i + 1], 'debt', string.format('%.17g', debt), 'at', string.format('%.0f', now))
-    redis.call('PEXPIRE', KEYS[i + 1], math.ceil(debt / math.max(limit, 1) / 1000) + 1000)
+  return amount + math.ceil(rest / 1000000)
+end
+
+local USED = {
+  requests = function() return 1 end,
+  tokens = function() return input + output end,
+  input_tokens = function() return input end,
+  output_tokens = function() return output end,
+  cached_tokens = function() return cached end,
+  money = function(counter) return type(counter.c) == 'table' and cost(counter.c) or 0 end,
+}
+
+for i, counter in ipairs(demand.c) do
+  local hits = verdict == '1' and counter.f or counter.l
+  if string.sub(taken, i, i) == '0' then
+    -- A shadow limit without room: nothing was taken.
+  elseif counter.k == 'leases' then
+    redis.call('ZREM', counter.n, demand.r)
+  elseif counter.k == 'bucket' then
+    if counter.u ~= 'requests' then
+      put_debt(counter, debt_of(counter, now) + (USED[counter.u](counter) - hits) * counter.p, now)
+    end
+  -- A quota that was wiped meanwhile is given back by the ledger, which has this exchange in it.
+  elseif redis.call('EXISTS', counter.n) == 1 then
+    if redis.call('ZREM', counter.n .. ':held', whole(hits) .. ':' .. demand.r) == 1 then
+      redis.call('HINCRBY', counter.n, 'held', whole(-hits))
+    end
+    redis.call('HINCRBY', counter.n, 'used', whole(USED[counter.u](counter)))
   end
 end
-return 1
+return whole(now)

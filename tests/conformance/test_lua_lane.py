@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from chassis.beacon import CHANGES_MAX, News
-from ratelimit.core.limits import Ask, tokens_to_reserve
+from ratelimit.core.demand import demand
+from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import Ask
 from tests.conformance.road import module, runtime, table
 
 IDENTITY = {"tenant": "acme", "project": "default", "key_id": "KEY1"}
@@ -197,11 +200,12 @@ def test_news_are_bounded_too(lane: Lane) -> None:
 @pytest.mark.parametrize("dialect", ["openai.chat", "openai.completions", "openai.embeddings", "openai.responses", "anthropic.messages"])
 @pytest.mark.parametrize(("prompt_bytes", "output", "choices"), [(0, 0, 1), (1, 0, 1), (5, 16, 1), (100, 16, 2), (999, 4096, 1), (12345, 4097, 3), (10, 0, 128)])
 def test_a_lease_is_charged_what_ratelimit_would_reserve(dialect: str, prompt_bytes: int, output: int, choices: int) -> None:
-    """One sum in two languages."""
+    """One sum in two languages, as long as nothing is learned."""
     ask = Ask(
-        request_id="r", tenant_id="t", key_id="k", model="m", dialect=dialect,
+        request_id="r", tenant_id="t", project_id="p", key_id="k", model="m", dialect=dialect,
         prompt_bytes=prompt_bytes, output_tokens_max=output, choices=choices,
     )  # fmt: skip
     facts = {b"dialect": dialect.encode(), b"prompt_bytes": prompt_bytes, b"output_tokens_max": output, b"choices": choices}
 
-    assert tokens_to_reserve(ask) == module("lane")[b"tokens"](runtime().table_from(facts))
+    asked = demand(ask, (), estimates=Estimates(), price=None, output_cap=16_384, now=datetime(2026, 1, 1, tzinfo=UTC)).lean
+    assert asked.input + asked.output == module("lane")[b"tokens"](runtime().table_from(facts))

@@ -25,6 +25,7 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",
     "DIALECT_SCOPES": "extauth's rule; Envoy knows dialects, not what they need",
     "SCOPES": "extauth's rule, as above",
+    "ADM_OUTPUT_CAP": "ratelimit promises it; nothing in envoy/ holds the model server to it yet",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
@@ -170,7 +171,7 @@ def _descriptors(contract: ModuleType, bootstrap: Any) -> Iterator[str]:
     sent: dict[str, tuple[str, ...]] = {}
     for mapping in _mappings(bootstrap):
         for entry in mapping.get("rate_limits", ()):
-            keys = tuple(next(iter(action.values()))["descriptor_key"] for action in entry["actions"])
+            keys = tuple(_descriptor_key(next(iter(action.values()))) for action in entry["actions"])
             phase = next((a["generic_key"]["descriptor_value"] for a in entry["actions"] if "generic_key" in a), "")
             sent[phase] = keys
     for phase, keys in ((contract.PHASE_ADMIT, contract.ADMIT_KEYS), (contract.PHASE_SETTLE, contract.SETTLE_KEYS)):
@@ -178,6 +179,11 @@ def _descriptors(contract: ModuleType, bootstrap: Any) -> Iterator[str]:
             yield f"the {phase} descriptor has {', '.join(sent.get(phase, ())) or 'no keys'}; the contract says {', '.join(keys)}"
     for phase in sorted(sent.keys() - {contract.PHASE_ADMIT, contract.PHASE_SETTLE}):
         yield f"envoy.yaml sends a descriptor of phase {phase or '(none)'}, which the contract does not have"
+
+
+def _descriptor_key(action: Mapping[str, Any]) -> str:
+    """What an action calls its entry; an extension says it in its own configuration."""
+    return str(action.get("typed_config", action)["descriptor_key"])
 
 
 def _journal(contract: ModuleType, bootstrap: Any, journal_lua: str) -> Iterator[str]:

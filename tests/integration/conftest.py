@@ -27,6 +27,7 @@ from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
 from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane, sign_in_first, start
+from tests.integration.stores import store_cluster, store_server
 
 #: Postgres refuses to run as root; every Unix has this user.
 _NOBODY = 65534
@@ -105,6 +106,20 @@ def ledger_url(postgres_url: str) -> Iterator[str]:
     with psycopg.connect(postgres_url) as connection:
         found = verify(connection)
     assert found.holds, [verdict for verdict in found.verdicts if verdict.violations]
+
+
+@pytest.fixture(scope="session")
+def counter_store() -> Iterator[str]:
+    """Start one Valkey for the whole run and give its URL; tests keep apart by tenant."""
+    with store_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def counter_cluster() -> Iterator[str]:
+    """Start a three-node cluster for the whole run and give the URL of one node."""
+    with store_cluster() as url:
+        yield url
 
 
 def _create_database(server_url: str, *, template: str) -> str:

@@ -185,7 +185,10 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
         control.ask("POST", "/v1/operators", acme.admin, json={"name": "x", "role": "developer", "tenant": "rival"}),
         # The platform may set limits, but not one of acme's on a key of rival's.
         control.ask("PUT", f"{mine}/limits", json={"requests_per_minute": 1, "key_id": theirs["key_id"]}),
+        control.ask("PUT", f"{mine}/limits", json={"requests_per_minute": 1, "project_id": theirs["project"]}),
         control.ask("DELETE", f"{mine}/limits?key_id={theirs['key_id']}"),
+        control.ask("DELETE", f"{mine}/limits?project_id={theirs['project']}"),
+        control.ask("GET", f"{mine}/limits/explain?key_id={theirs['key_id']}", acme.admin),
     ]
 
     assert [404] * len(answers) == [answer.status_code for answer in answers]
@@ -194,7 +197,7 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
 
 def test_query_parameters_that_name_objects_are_known(control: ControlPlane) -> None:
     """A new parameter must be added here, and to the test above if it can name an object."""
-    known = {"after", "limit", "since", "by", "anchor", "tenant", "key_id", "model", "in_force"}
+    known = {"after", "limit", "since", "by", "anchor", "tenant", "project_id", "key_id", "model", "in_force"}
 
     found = {
         parameter["name"]

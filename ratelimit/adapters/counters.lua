@@ -1,0 +1,70 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Shared by admit.lua and settle.lua, which follow it: how counters are stored.
+-- The arithmetic is that of ratelimit/core (bucket.py, decide.py); tests run the two side by side.
+-- Redis 7.0 features only. The store's own time is the only clock, in microseconds.
+--
+--   bucket   hash {debt, at}
+--   quota    hash {used, held} and, beside it, the sorted set NAME:held of "hits:request" by end
+--   leases   sorted set of request by end
+--
+-- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
+-- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
+-- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens.
+
+local DAYS_400_MS = 34560000000
+-- Leases purged in one call; more wait for the next, and until then count as held.
+local PURGED_MAX = 100
+
+local function clock()
+  local time = redis.call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+
+-- Lua's own number format keeps 14 digits. Plus zero: "-0" is no integer to the store.
+local function whole(n) return string.format('%.0f', n + 0) end
+local function exact(n) return string.format('%.17g', n) end
+
+local function debt_of(counter, now)
+  local stored = redis.call('HMGET', counter.n, 'debt', 'at')
+  if not stored[1] then return 0 end
+  return math.max(0, tonumber(stored[1]) - math.max(0, now - tonumber(stored[2])) * counter.a)
+end
+
+local function put_debt(counter, debt, now)
+  if debt <= 0 then
+    redis.call('DEL', counter.n)
+    return
+  end
+  redis.call('HSET', counter.n, 'debt', exact(debt), 'at', whole(now))
+  local life = math.ceil(debt / math.max(counter.a, 1) / 1000) + 1000
+  redis.call('PEXPIRE', counter.n, whole(math.min(life, DAYS_400_MS)))
+end
+
+local function keep(counter, key)
+  if counter.x > 0 then
+    redis.call('PEXPIREAT', key, whole(counter.x))
+  else
+    redis.call('PEXPIRE', key, whole(DAYS_400_MS))
+  end
+end
+
+-- Used and held of a quota, or nil if the store knows nothing of it.
+local function quota_of(counter, now)
+  local stored = redis.call('HMGET', counter.n, 'used', 'held')
+  if not stored[1] then return nil end
+  local held = tonumber(stored[2] or '0')
+  local leases = counter.n .. ':held'
+  local over = redis.call('ZRANGEBYSCORE', leases, '-inf', whole(now), 'LIMIT', 0, PURGED_MAX)
+  for _, member in ipairs(over) do
+    held = held - tonumber(string.match(member, '^%d+'))
+    redis.call('ZREM', leases, member)
+  end
+  if #over > 0 then redis.call('HSET', counter.n, 'held', whole(held)) end
+  return tonumber(stored[1]) + held
+end
+
+local function leases_of(counter, now)
+  local over = redis.call('ZRANGEBYSCORE', counter.n, '-inf', whole(now), 'LIMIT', 0, PURGED_MAX)
+  if #over > 0 then redis.call('ZREM', counter.n, unpack(over)) end
+  return redis.call('ZCOUNT', counter.n, '(' .. whole(now), '+inf')
+end

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Settle what Envoy did not: the ledger is the second side from which an exchange may be settled.
+
+Envoy sends a settle once and ignores the answer; it is lost when Envoy, this service or the store
+dies in that moment. What the ledger has as ended is settled with the ledger's own counts. What the
+ledger has never heard of, long after it was admitted, never reached a model server (its client was
+gone before): it is given back whole. What is under way stays. Any number of processes may sweep.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Final, Protocol
+
+import structlog
+from psycopg_pool import ConnectionPool
+
+from chassis.errors import Unavailable
+from chassis.stores.postgres import fetch_all
+from ratelimit.core.usage import Report
+
+log = structlog.get_logger()
+
+#: Younger reservations are Envoy's to settle; streams that ended have been settled by then.
+AGE_MIN: Final = timedelta(seconds=30)
+#: A start record is written at admission; if the journal has been read past this age without it, there is none.
+ORPHAN_AGE_MIN: Final = timedelta(seconds=120)
+#: Reservations looked at for one tenant in one sweep; the rest waits for the next.
+_BATCH_MAX: Final = 200
+_SWEEP_EVERY_SECONDS: Final = 10.0
+
+_ENDED: Final = """
+select request_id, input_tokens, output_tokens, cached_tokens from usage_event where request_id = any(%s)
+"""
+_UNDER_WAY: Final = "select request_id from open_exchange where request_id = any(%s)"
+#: How far every journal has been read: one that stands still may hold a start record unread.
+_READ_UNTIL: Final = "select min(updated_at) from journal_position"
+
+
+class Counters(Protocol):
+    """The part of `StoredCounters` that a sweep needs."""
+
+    def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
+        """Open reservations, oldest first."""
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
+        """Settle one, if it is not settled."""
+
+
+class Sweep:
+    """One pass over the open reservations of all tenants with limits."""
+
+    def __init__(self, counters: Counters, pool: ConnectionPool, tenants: Callable[[], Sequence[str]]) -> None:
+        self._counters = counters
+        self._pool = pool
+        self._tenants = tenants
+
+    def run(self, now: datetime) -> int:
+        """Settle what is over; how many. *now* is compared with the store's own clock. Raises `Unavailable`."""
+        return sum(self._tenant(tenant_id, now) for tenant_id in self._tenants())
+
+    def _tenant(self, tenant_id: str, now: datetime) -> int:
+        aged = self._counters.opened_before(tenant_id, _microseconds(now - AGE_MIN), most=_BATCH_MAX)
+        if not aged:
+            return 0
+        ids = [request_id for request_id, _ in aged]
+        ended = {row[0]: Report(input=row[1], output=row[2], cached=row[3]) for row in fetch_all(self._pool, _ENDED, (ids,))}
+        under_way = {row[0] for row in fetch_all(self._pool, _UNDER_WAY, (ids,))}
+        [(read_until,)] = fetch_all(self._pool, _READ_UNTIL, ())
+        settled = 0
+        for request_id, admitted_us in aged:
+            report = ended.get(request_id)
+            if report is None and request_id not in under_way and read_until is not None:
+                unheard_of_us = _microseconds(min(now, read_until)) - admitted_us
+                if unheard_of_us > ORPHAN_AGE_MIN.total_seconds() * 1_000_000:
+                    report = Report(input=0, output=0)
+            if report is not None:
+                settled += self._counters.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+        if settled:
+            log.info("settled_from_ledger", tenant=tenant_id, count=settled)
+        return settled
+
+
+def sweep_for_ever(sweep: Sweep, clock: Callable[[], datetime]) -> None:
+    """Sweep every ten seconds; a store that is away is tried again with the next."""
+    while True:
+        time.sleep(_SWEEP_EVERY_SECONDS)
+        try:
+            sweep.run(clock())
+        except Unavailable:
+            log.warning("sweep_failed")
+
+
+def _microseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1_000_000)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Take all that a request asks or nothing; replace what it reserved by what it used, once.
+
+This is the whole of the limiter, in memory: it decides while the counter store is away, and it
+is what `counters.lua` must agree with (tests run both, and a third one written naively, side by
+side). Times are microseconds of one clock, whichever that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from ratelimit.core import bucket
+from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.limits import Effect, Unit
+from ratelimit.core.reading import Reading, read
+from ratelimit.core.usage import Report, hits
+
+#: An unsettled reservation is given back after this. Longer than streams live (Envoy ends a silent
+#: one after 600 s, a busy one has ended by then); what is known to be over is settled far earlier.
+LEASE_US: Final = 3_600_000_000
+#: How long the store remembers that a request was settled, so that a second settle changes nothing.
+DONE_US: Final = 600_000_000
+
+
+class Verdict(Enum):
+    """How a demand was met."""
+
+    REFUSED = 0
+    FULL = 1
+    LEAN = 2
+
+
+@dataclass(slots=True)
+class Level:
+    """What is remembered of one counter; each kind uses its own part."""
+
+    debt: float = 0.0
+    at_us: int = 0
+    used: int = 0
+    #: Request id to (hits, when the lease ends).
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def value(self, counter: Counter, now_us: int) -> float:
+        """The level as `read` takes it."""
+        if counter.kind is Kind.BUCKET:
+            return bucket.drained(counter, debt=self.debt, at_us=self.at_us, now_us=now_us)
+        for request_id in [name for name, (_, ends) in self.held.items() if ends <= now_us]:
+            del self.held[request_id]
+        if counter.kind is Kind.LEASES:
+            return len(self.held)
+        return self.used + sum(hits_ for hits_, _ in self.held.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """What a request was given, to be settled."""
+
+    demand: Demand
+    verdict: Verdict
+    #: Names of the counters that were really taken from (a shadow limit without room was not).
+    taken: frozenset[str]
+    ends_us: int
+
+
+@dataclass(slots=True)
+class Memory:
+    """Levels by counter name, reservations by request id (None: settled)."""
+
+    levels: MutableMapping[str, Level] = field(default_factory=dict)
+    reservations: MutableMapping[str, Reservation | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The verdict, and what each counter says after it."""
+
+    verdict: Verdict
+    readings: tuple[Reading, ...]
+    #: Names of counters that had no room but do not refuse.
+    over: frozenset[str] = frozenset()
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the request passes."""
+        return self.verdict is not Verdict.REFUSED
+
+
+def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
+    """Take from all counters of *demand* or from none; asked again for the same request, it takes nothing more."""
+    levels = [memory.levels.get(counter.name) or Level() for counter in demand.counters]
+    values = [level.value(counter, now_us) for level, counter in zip(levels, demand.counters, strict=True)]
+    known = _reservation(memory, demand.request_id, now_us)
+    if known is not None:
+        return outcome(demand, known.verdict, values, now_us)
+    verdict = _judge(demand, values)
+    if verdict is Verdict.REFUSED:
+        return outcome(demand, verdict, values, now_us)
+    taken, over = set(), set()
+    for index, (counter, level) in enumerate(zip(demand.counters, levels, strict=True)):
+        wanted = asked(counter, verdict)
+        if not has_room(counter, values[index], wanted):
+            over.add(counter.name)
+            if counter.effect is Effect.SHADOW:
+                continue
+        taken.add(counter.name)
+        memory.levels[counter.name] = level
+        values[index] += wanted * counter.period_us if counter.kind is Kind.BUCKET else wanted
+        if counter.kind is Kind.BUCKET:
+            level.debt, level.at_us = values[index], now_us
+        else:
+            level.held[demand.request_id] = (wanted, now_us + LEASE_US)
+    if demand.settles:
+        memory.reservations[demand.request_id] = Reservation(
+            demand=demand, verdict=verdict, taken=frozenset(taken), ends_us=now_us + LEASE_US
+        )
+    return outcome(demand, verdict, values, now_us, over=frozenset(over))
+
+
+def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool:
+    """
+    Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle.
+
+    A refund never takes a bucket below empty: what has drained meanwhile was not held any more.
+    What exceeds the reservation becomes a debt.
+    """
+    reservation = _reservation(memory, request_id, now_us)
+    if reservation is None:
+        return False
+    memory.reservations[request_id] = None
+    actual = report.usage(reservation.demand.lean)
+    for counter in reservation.demand.counters:
+        level = memory.levels.get(counter.name)
+        if counter.name not in reservation.taken or level is None:
+            continue
+        used = hits(counter.unit, actual, counter.price)
+        if counter.kind is Kind.BUCKET:
+            if counter.unit is not Unit.REQUESTS:
+                excess = used - asked(counter, reservation.verdict)
+                debt = bucket.drained(counter, debt=level.debt, at_us=level.at_us, now_us=now_us)
+                level.debt, level.at_us = max(0.0, debt + excess * counter.period_us), now_us
+        else:
+            level.held.pop(request_id, None)
+            level.used += used if counter.kind is Kind.QUOTA else 0
+    return True
+
+
+def asked(counter: Counter, verdict: Verdict) -> int:
+    """Hits that *counter* is asked for under *verdict*."""
+    return counter.full if verdict is Verdict.FULL else counter.lean
+
+
+def has_room(counter: Counter, value: float, wanted: int) -> bool:
+    """Whether *wanted* more hits fit at level *value*."""
+    if counter.kind is Kind.BUCKET:
+        return bucket.fits(counter, debt=value, hits=wanted)
+    return value + wanted <= counter.amount
+
+
+def outcome(
+    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset()
+) -> Outcome:
+    """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
+    refused = verdict is Verdict.REFUSED
+    return Outcome(
+        verdict=verdict,
+        readings=tuple(
+            read(counter, value, hits=counter.lean if refused else 0, now_us=now_us)
+            for counter, value in zip(demand.counters, values, strict=True)
+        ),
+        over=over,
+    )
+
+
+def seeded(memory: Memory, used: Mapping[str, int]) -> None:
+    """Give quotas that nothing is known of what the ledger says was used; known ones stay."""
+    for name, amount in used.items():
+        memory.levels.setdefault(name, Level(used=amount))
+
+
+def _reservation(memory: Memory, request_id: str, now_us: int) -> Reservation | None:
+    found = memory.reservations.get(request_id)
+    return found if found is not None and now_us < found.ends_us else None
+
+
+def _judge(demand: Demand, values: Sequence[float]) -> Verdict:
+    for verdict in (Verdict.FULL, Verdict.LEAN):
+        if all(
+            counter.effect is not Effect.REFUSE or has_room(counter, value, asked(counter, verdict))
+            for counter, value in zip(demand.counters, values, strict=True)
+        ):
+            return verdict
+    return Verdict.REFUSED

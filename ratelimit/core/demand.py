@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a request asks of each counter: the limits that bind it, turned into names and numbers.
+
+There are two ways to ask. *Full* is what the request can reach at worst; *lean* is what it
+usually reaches. A counter that is settled as a debt (a bucket, a soft budget) is asked for the
+usual in both. A hard quota or budget may not be overshot, so it is asked for the worst, and if
+that does not fit for the usual, with the output capped at exactly what is held: far from the
+limit nobody's answer is cut short, near it nobody is refused who could still be served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Final
+
+from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import LENGTHS_US, Ask, Effect, Limit, OnStoreError, Period, Unit
+from ratelimit.core.usage import Price, Usage, hits
+from ratelimit.core.windows import window
+
+#: Dialects whose answers have no generated tokens.
+_WITHOUT_OUTPUT: Final = ("openai.embeddings", "openai.models")
+_WITHOUT_TOKENS: Final = "openai.models"
+#: What an output cap bounds.
+_OUTPUT_UNITS: Final = (Unit.TOKENS, Unit.OUTPUT_TOKENS, Unit.MONEY)
+
+
+class Kind(Enum):
+    """How a counter remembers."""
+
+    #: A debt that drains evenly (GCRA).
+    BUCKET = "bucket"
+    #: Used and held in a calendar window.
+    QUOTA = "quota"
+    #: Who is under way.
+    LEASES = "leases"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter:
+    """A limit bound to values, with what one request asks of it."""
+
+    name: str
+    limit_id: int
+    kind: Kind
+    unit: Unit
+    period: Period
+    #: The limit, in hits.
+    amount: int
+    #: Most hits at once: a bucket's size; else the amount.
+    burst: int
+    full: int
+    lean: int
+    effect: Effect = Effect.REFUSE
+    on_store_error: OnStoreError = OnStoreError.LOCAL
+    scope: str = "tenant"
+    #: Of a budget: what its hits are worth; None charges nothing.
+    price: Price | None = None
+    #: When the calendar window started and ends, microseconds since 1970; 0 if it has none.
+    starts_us: int = 0
+    ends_us: int = 0
+
+    @property
+    def period_us(self) -> int:
+        """Length of a bucket's period; 0 for what has none."""
+        return LENGTHS_US.get(self.period, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """All that one request asks, to be taken whole or not at all."""
+
+    tenant_id: str
+    request_id: str
+    counters: tuple[Counter, ...]
+    full: Usage
+    lean: Usage
+    #: Output tokens per choice to which the model server must be held, if a hard limit binds; else None.
+    cap_full: int | None = None
+    cap_lean: int | None = None
+    #: Whether there is anything to settle when the exchange ends.
+    settles: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        settles = any(c.unit is not Unit.REQUESTS or c.kind is Kind.QUOTA for c in self.counters)
+        object.__setattr__(self, "settles", settles)
+
+
+def demand(
+    ask: Ask, limits: Iterable[Limit], *, estimates: Estimates, price: Price | None, output_cap: int, now: datetime
+) -> Demand:
+    """
+    Work out what *ask* asks of *limits*, in their order.
+
+    *output_cap* is the operator's cap on one choice's output tokens under a hard limit.
+    """
+    limits = list(limits)
+    prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
+    choices, usual, worst = max(ask.choices, 1), 0, 0
+    if ask.dialect not in _WITHOUT_OUTPUT:
+        usual = estimates.output_tokens(
+            tenant_id=ask.tenant_id, model=ask.model, named_max=ask.output_tokens_max, cap=output_cap
+        )
+        worst = min(ask.output_tokens_max or output_cap, output_cap)
+    lean = Usage(input=prompt, output=usual * choices)
+    full = Usage(input=prompt, output=worst * choices)
+    capped = worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits)
+    return Demand(
+        tenant_id=ask.tenant_id,
+        request_id=ask.request_id,
+        counters=tuple(
+            _counter(limit, full=full, lean=lean, price=price, now=now)
+            for limit in limits
+            if limit.unit in (Unit.REQUESTS, Unit.CONCURRENCY) or ask.dialect != _WITHOUT_TOKENS
+        ),
+        full=full,
+        lean=lean,
+        cap_full=worst if capped else None,
+        cap_lean=usual if capped else None,
+    )
+
+
+def _counter(limit: Limit, *, full: Usage, lean: Usage, price: Price | None, now: datetime) -> Counter:
+    if limit.currency is not None and (price is None or price.currency != limit.currency):
+        # What has no price in the budget's currency cannot be charged to it; the ledger does not either.
+        price = None
+    name, starts_us, ends_us = f"peaje:{{{limit.tenant_id}}}:{limit.limit_id}", 0, 0
+    if limit.unit is Unit.CONCURRENCY:
+        kind = Kind.LEASES
+    elif limit.period in LENGTHS_US:
+        kind = Kind.BUCKET
+    else:
+        kind = Kind.QUOTA
+        current = window(limit.period, now)
+        name = f"{name}:{current.name}"
+        starts_us, ends_us = _microseconds(current.start), _microseconds(current.end)
+    return Counter(
+        name=name, limit_id=limit.limit_id, kind=kind, unit=limit.unit, period=limit.period, amount=limit.amount,
+        burst=limit.amount if limit.burst is None else limit.burst,
+        full=hits(limit.unit, full if _is_hard(limit) else lean, price), lean=hits(limit.unit, lean, price),
+        effect=limit.effect, on_store_error=limit.on_store_error, scope=limit.scope,
+        price=price if limit.unit is Unit.MONEY else None,
+        starts_us=starts_us, ends_us=ends_us,
+    )  # fmt: skip
+
+
+def _is_hard(limit: Limit) -> bool:
+    """A quota or budget that may not be overshot; buckets settle as a debt."""
+    return limit.period not in LENGTHS_US and limit.effect is Effect.REFUSE and limit.unit is not Unit.CONCURRENCY
+
+
+def _microseconds(moment: datetime) -> int:
+    return int(moment.timestamp()) * 1_000_000

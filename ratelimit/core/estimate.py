@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How many tokens a request will use: learned from what has settled, bounded in memory.
+
+Prompts err upwards (an estimate that is too low is an overshoot); outputs of callers who name
+no or a huge maximum are held at what this tenant's requests to this model usually reach.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict, deque
+from typing import Final
+
+#: Bytes of request body per prompt token while nothing is learned, on the low side: English text
+#: has about 4, and the JSON around it counts as bytes as well.
+BYTES_PER_TOKEN_ASSUMED: Final = 2.5
+#: Learned ratios outside this range are noise: no tokenizer makes two tokens of a byte, and a
+#: prompt that is nearly all JSON says nothing about the next.
+BYTES_PER_TOKEN_MIN: Final = 0.5
+BYTES_PER_TOKEN_MAX: Final = 6.0
+#: Output tokens held for one choice of a request that names no maximum, while nothing is learned.
+OUTPUT_TOKENS_ASSUMED: Final = 512
+#: A maximum above this is no statement about the answer: clients send the context's length.
+OUTPUT_TOKENS_BELIEVED_MAX: Final = 4096
+#: The share of a tenant's answers that stay within what is held for them.
+_OUTPUT_QUANTILE: Final = 0.95
+#: Samples per ring: enough for the quantiles above, and an hour of odd traffic is forgotten.
+SAMPLES_MAX: Final = 256
+SAMPLES_MIN: Final = 32
+#: Rings kept; beyond it the one that was longest unused goes. A ring has about 10 KB.
+RINGS_MAX: Final = 2_000
+
+
+class _Ring:
+    """The last samples, and one quantile of them."""
+
+    __slots__ = ("_quantile", "_samples", "value")
+
+    def __init__(self, quantile: float) -> None:
+        self._quantile = quantile
+        self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
+        self.value: float | None = None
+
+    def add(self, sample: float) -> None:
+        self._samples.append(sample)
+        if len(self._samples) >= SAMPLES_MIN:
+            ordered = sorted(self._samples)
+            self.value = ordered[min(int(self._quantile * len(ordered)), len(ordered) - 1)]
+
+
+class Estimates:
+    """What has been learned so far; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._rings: OrderedDict[tuple[str, ...], _Ring] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prompt_tokens(self, *, model: str, prompt_bytes: int) -> int:
+        """
+        Tokens of a prompt of so many bytes of request body, rather too many than too few.
+
+        >>> Estimates().prompt_tokens(model="m", prompt_bytes=101)
+        41
+        """
+        learned = self._value(("ratio", model))
+        ratio = min(max(learned or BYTES_PER_TOKEN_ASSUMED, BYTES_PER_TOKEN_MIN), BYTES_PER_TOKEN_MAX)
+        return math.ceil(prompt_bytes / ratio)
+
+    def output_tokens(self, *, tenant_id: str, model: str, named_max: int, cap: int) -> int:
+        """
+        Tokens to hold for one choice: what the caller named if it is believable, else the usual.
+
+        Never more than *cap* and never more than what was named (0: nothing was named).
+        """
+        most = min(named_max or cap, cap)
+        if 0 < named_max <= OUTPUT_TOKENS_BELIEVED_MAX:
+            return most
+        assumed = OUTPUT_TOKENS_BELIEVED_MAX if named_max else OUTPUT_TOKENS_ASSUMED
+        learned = self._value(("output", tenant_id, model))
+        return min(most, assumed if learned is None else max(1, math.ceil(learned)))
+
+    def learn(
+        self, *, tenant_id: str, model: str, prompt_bytes: int, input_tokens: int, output_tokens: int
+    ) -> None:
+        """Take in one settled exchange; one whose tokens nobody counted teaches nothing."""
+        with self._lock:
+            if prompt_bytes > 0 and input_tokens > 0:
+                # The smallest of the ring: its neighbour may be 1 % away, and every miss is an overshoot.
+                self._ring(("ratio", model), 0.0).add(prompt_bytes / input_tokens)
+            if output_tokens > 0:
+                self._ring(("output", tenant_id, model), _OUTPUT_QUANTILE).add(output_tokens)
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def _value(self, name: tuple[str, ...]) -> float | None:
+        with self._lock:
+            ring = self._rings.get(name)
+            if ring is None:
+                return None
+            self._rings.move_to_end(name)
+            return ring.value
+
+    def _ring(self, name: tuple[str, ...], quantile: float) -> _Ring:
+        ring = self._rings.get(name)
+        if ring is None:
+            ring = self._rings[name] = _Ring(quantile)
+            if len(self._rings) > RINGS_MAX:
+                self._rings.popitem(last=False)
+        self._rings.move_to_end(name)
+        return ring

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Envoy did not settle is settled from the ledger."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from chassis.stores.postgres import read_pool
+from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters.sweep import AGE_MIN, ORPHAN_AGE_MIN, Sweep
+from ratelimit.core.demand import Kind
+from tests.integration.test_ratelimit_stores import demand, seeds
+
+LEASES = "peaje:{sweep}:leases"
+
+
+@pytest.mark.parametrize(
+    ("known_as", "age", "journal_read", "kept"),
+    [
+        ("ended", AGE_MIN + timedelta(seconds=1), True, False),
+        ("ended", timedelta(seconds=1), True, True),
+        ("under way", timedelta(hours=1) - timedelta(seconds=60), True, True),
+        ("nothing", ORPHAN_AGE_MIN - timedelta(seconds=10), True, True),
+        ("nothing", ORPHAN_AGE_MIN + timedelta(seconds=10), True, False),
+        ("nothing", ORPHAN_AGE_MIN + timedelta(seconds=10), False, True),
+    ],
+    ids=["ended", "Envoy's to settle", "a long stream", "not yet read", "never reached an engine", "journal stands still"],
+)
+def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(
+    postgres_url: str, counter_store: str, *, known_as: str, age: timedelta, journal_read: bool, kept: bool
+) -> None:
+    """And not before: what may still be under way keeps its slot and its tokens."""
+    store = connect(counter_store, cluster=False)
+    store.delete(*store.keys("peaje:{sweep}:*") or ["none"])
+    stored = StoredCounters(store)
+    asked = demand("sweep", amount=100, kinds=(Kind.QUOTA, Kind.LEASES))
+    stored.take(asked, seeds(asked))
+    now = datetime.now(UTC) + age
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        moved = now if journal_read else now - age
+        connection.execute("insert into journal_position values ('j', 'f', 1, %s)", (moved,))
+        if known_as == "ended":
+            connection.execute(
+                "insert into usage_event (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, "
+                "status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis, streamed, recorded_at) "
+                "values (%s, 'sweep', 'default', 'k', 'm', 'openai.chat', now(), now(), 200, 'ok', 7, 8, 0, 0, 'reported', "
+                "false, now())",
+                (asked.request_id,),
+            )
+        if known_as == "under way":
+            connection.execute(
+                "insert into open_exchange values (%s, now(), now(), 'j', 'e', '{}')", (asked.request_id,)
+            )
+    pool = read_pool(postgres_url, name="test", connections=1)
+
+    settled = Sweep(stored, pool, lambda: ["sweep"]).run(now)
+
+    pool.close()
+    assert (int(not kept), int(kept)) == (settled, store.zcard(LEASES))
+    used = {"ended": b"15"}.get(known_as, b"0") if not kept else b"0"
+    assert used == store.hget("peaje:{sweep}:quota", "used")

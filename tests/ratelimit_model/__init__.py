@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The limiter as one would explain it on a blackboard, to compare the real ones with. Exact: fractions, no bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from ratelimit.core.decide import LEASE_US
+from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.limits import Effect, Unit
+from ratelimit.core.usage import Report, hits
+
+
+@dataclass
+class Model:
+    """Everything that ever happened; what a counter holds is worked out anew each time."""
+
+    buckets: dict[str, tuple[Fraction, int]] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    held: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    taken: dict[str, list[tuple[Counter, int]]] = field(default_factory=dict)
+    estimates: dict[str, Demand] = field(default_factory=dict)
+
+    def level(self, counter: Counter, now: int) -> Fraction:
+        """Hits in the counter now."""
+        if counter.kind is Kind.BUCKET:
+            debt, at = self.buckets.get(counter.name, (Fraction(0), now))
+            return max(Fraction(0), debt - Fraction(max(0, now - at) * counter.amount, counter.period_us))
+        leases = [hits for hits, ends in self.held.get(counter.name, {}).values() if ends > now]
+        return Fraction(self.used.get(counter.name, 0) + sum(leases))
+
+    def take(self, demand: Demand, now: int) -> str:
+        """FULL, LEAN or REFUSED."""
+        for verdict in ("FULL", "LEAN"):
+            asked = [(c, c.full if verdict == "FULL" else c.lean) for c in demand.counters]
+            fits = {c.name: self.level(c, now) + n <= c.burst for c, n in asked}
+            if all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
+                given = [(c, n) for c, n in asked if fits[c.name] or c.effect is not Effect.SHADOW]
+                for counter, number in given:
+                    if counter.kind is Kind.BUCKET:
+                        self.buckets[counter.name] = (self.level(counter, now) + number, now)
+                    else:
+                        self.held.setdefault(counter.name, {})[demand.request_id] = (number, now + LEASE_US)
+                self.taken[demand.request_id], self.estimates[demand.request_id] = given, demand
+                return verdict
+        return "REFUSED"
+
+    def settle(self, request_id: str, report: Report, now: int) -> None:
+        """Charge what was used, once."""
+        actual = report.usage(self.estimates[request_id].lean) if request_id in self.estimates else None
+        for counter, number in self.taken.pop(request_id, []):
+            assert actual is not None
+            used = hits(counter.unit, actual, counter.price)
+            if counter.kind is not Kind.BUCKET:
+                self.held[counter.name].pop(request_id, None)
+                self.used[counter.name] = self.used.get(counter.name, 0) + used * (counter.kind is Kind.QUOTA)
+            elif counter.unit is not Unit.REQUESTS:
+                self.buckets[counter.name] = (max(Fraction(0), self.level(counter, now) + used - number), now)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random lives of a limiter, for whichever limiters a test puts beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+
+from ratelimit.core.decide import LEASE_US, Outcome
+from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.limits import Effect, Period, Unit
+from ratelimit.core.usage import Price, Report, Usage, hits
+from tests.ratelimit_model import Model
+
+#: 1 March 2030: ahead of any store's own clock, so that nothing it keeps has expired already.
+BEGIN_US = 1_898_553_600_000_000
+_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003)
+
+_TOKEN_UNITS = [Unit.TOKENS, Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.CACHED_TOKENS]
+_EFFECTS = st.sampled_from([Effect.REFUSE, Effect.REFUSE, Effect.REFUSE, Effect.COUNT, Effect.SHADOW])
+_BUCKETS = st.tuples(
+    st.just(Kind.BUCKET), st.sampled_from([Unit.REQUESTS, *_TOKEN_UNITS]),
+    st.sampled_from([Period.SECOND, Period.MINUTE, Period.HOUR, Period.DAY]),
+    st.integers(0, 2000), st.none() | st.integers(0, 3000), _EFFECTS,
+)  # fmt: skip
+_QUOTAS = st.tuples(
+    st.just(Kind.QUOTA), st.sampled_from([Unit.REQUESTS, Unit.MONEY, *_TOKEN_UNITS]), st.just(Period.CALENDAR_MONTH),
+    st.integers(0, 5000), st.none(), _EFFECTS,
+)  # fmt: skip
+_LEASES = st.tuples(
+    st.just(Kind.LEASES), st.just(Unit.CONCURRENCY), st.just(Period.NOW), st.integers(0, 4), st.none(), _EFFECTS
+)
+LIMITS = st.lists(_BUCKETS | _QUOTAS | _LEASES, min_size=1, max_size=5)
+_TOKENS = st.integers(0, 1500)
+
+Take = Callable[[Demand, int], Outcome]
+Settle = Callable[[Demand, Report, int], bool]
+
+
+class Lives(RuleBasedStateMachine):
+    """Subclasses say which limiter is compared; time only moves by rule."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = BEGIN_US
+        self.model = Model()
+        self.number = 0
+        self.open: set[str] = set()
+        self.limits: list[tuple] = []
+        self.tenant = ""
+
+    def take(self, demand: Demand) -> Outcome:
+        """The limiter under test."""
+        raise NotImplementedError
+
+    def settle(self, demand: Demand, report: Report) -> bool:
+        """The limiter under test."""
+        raise NotImplementedError
+
+    def expire(self) -> None:
+        """Do what a limiter's own expiry does, where it does not go by `now`."""
+
+    @precondition(lambda self: not self.limits)
+    @rule(limits=LIMITS)
+    def set_limits(self, limits: list[tuple]) -> None:
+        """Once, before anything else."""
+        self.limits = limits
+
+    @precondition(lambda self: self.limits)
+    @rule(target=requests, prompt=_TOKENS, lean=_TOKENS, more=_TOKENS)
+    def admit(self, prompt: int, lean: int, more: int) -> Demand:
+        """The verdict, the room and what is left are the model's."""
+        self.number += 1
+        demand = self._demand(Usage(input=prompt, output=lean), Usage(input=prompt, output=lean + more))
+
+        outcome = self.take(demand)
+
+        verdict = self.model.take(demand, self.now)
+        assert verdict == outcome.verdict.name
+        for reading in outcome.readings:
+            level = self.model.level(reading.counter, self.now)
+            assert max(0, int(reading.counter.burst - level)) == reading.remaining
+            if verdict == "REFUSED" and reading.wait_us and reading.counter.kind is Kind.BUCKET:
+                assert self._fits_after(reading.counter, reading.wait_us)
+                assert not self._fits_after(reading.counter, reading.wait_us - 2)
+        if verdict != "REFUSED":
+            self.open.add(demand.request_id)
+        return demand
+
+    @precondition(lambda self: self.open)
+    @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), input_=st.none() | _TOKENS)
+    def end(self, demand: Demand, output: int, cached: int, input_: int | None) -> None:
+        """Settled once, however often it is said; what was refused has nothing to settle."""
+        report = Report(input=input_, output=output, cached=cached)
+
+        settled = self.settle(demand, report)
+
+        assert settled == (demand.settles and demand.request_id in self.open)
+        self.open.discard(demand.request_id)
+        self.model.settle(demand.request_id, report, self.now)
+        assert not self.settle(demand, report)
+
+    @rule(us=st.integers(0, 200_000_000))
+    def pass_time(self, us: int) -> None:
+        """Up to some minutes."""
+        self.now += us
+
+    @rule()
+    def pass_a_lease(self) -> None:
+        """Whatever was not settled by now is given back."""
+        self.now += LEASE_US
+        self.expire()
+        self.open.clear()
+        self.model.taken.clear()
+
+    @invariant()
+    def nothing_is_held_by_nobody(self) -> None:
+        """What is held is held by open requests."""
+        for leases in self.model.held.values():
+            assert {name for name, (_, ends) in leases.items() if ends > self.now} <= self.open
+
+    def _fits_after(self, counter: Counter, wait_us: int) -> bool:
+        return self.model.level(counter, self.now + wait_us) + counter.lean <= counter.burst
+
+    def _demand(self, lean: Usage, full: Usage) -> Demand:
+        counters = []
+        for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
+            price = _PRICE if unit is Unit.MONEY else None
+            # Money is in nano-units: a limit of some requests' worth.
+            amount = amount * 1_000_000 if unit is Unit.MONEY else amount
+            counter = Counter(
+                name=f"peaje:{{{self.tenant}}}:{index}", limit_id=index, kind=kind, unit=unit, period=period,
+                amount=amount, burst=amount if burst is None else burst, full=hits(unit, full, price),
+                lean=hits(unit, lean, price), effect=effect, price=price, ends_us=BEGIN_US + 31 * 86_400_000_000,
+            )  # fmt: skip
+            if counter.kind is Kind.BUCKET:
+                counter = dataclasses.replace(counter, full=counter.lean)
+            counters.append(counter)
+        return Demand(
+            tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean
+        )

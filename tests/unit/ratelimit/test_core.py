@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows, estimates, demands and answers: the arithmetic at its edges."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from ratelimit.core import answer, estimate, usage, windows
+from ratelimit.core.demand import Counter, Kind, demand
+from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import Ask, Effect, Limit, LimitTable, Period, Unit
+from ratelimit.core.reading import read
+from ratelimit.core.usage import Price, Usage, cost_nano
+from ratelimit.core.windows import window
+
+ASK = Ask(
+    request_id="r", tenant_id="t", project_id="p", key_id="k", model="m", dialect="openai.chat", prompt_bytes=25,
+    output_tokens_max=10, choices=2,
+)  # fmt: skip
+NOW = datetime(2028, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC)
+USD = Price(currency="USD", input_nano=1_000_000, output_nano=2_000_000, cached_nano=500_000)
+BUCKET = Counter(
+    name="b", limit_id=1, kind=Kind.BUCKET, unit=Unit.REQUESTS, period=Period.MINUTE, amount=60, burst=60, full=1, lean=1
+)
+
+
+@pytest.mark.parametrize("module", [answer, estimate, usage, windows])
+def test_examples_in_the_docs_are_true(module: object) -> None:
+    """They are what a reader tries first."""
+    assert 0 == doctest.testmod(module).failed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("period", "now", "name", "length"),
+    [
+        (Period.CALENDAR_MONTH, NOW, "2028-02", timedelta(days=29)),
+        (Period.CALENDAR_MONTH, NOW + timedelta(microseconds=1), "2028-03", timedelta(days=31)),
+        (Period.CALENDAR_MONTH, datetime(2027, 12, 31, tzinfo=UTC), "2027-12", timedelta(days=31)),
+        (Period.CALENDAR_MONTH, datetime(2100, 2, 1, tzinfo=UTC), "2100-02", timedelta(days=28)),
+        (Period.CALENDAR_DAY, NOW, "2028-02-29", timedelta(days=1)),
+        # The night on which Berlin's clocks go forward: a day has 24 hours all the same, in UTC.
+        (Period.CALENDAR_DAY, datetime(2026, 3, 29, 1, 30, tzinfo=timezone(timedelta(hours=1))), "2026-03-29", timedelta(days=1)),
+        (Period.CALENDAR_DAY, datetime(2026, 3, 29, 0, 30, tzinfo=timezone(timedelta(hours=1))), "2026-03-28", timedelta(days=1)),
+    ],
+)  # fmt: skip
+def test_calendar_windows_are_of_utc(period: Period, now: datetime, name: str, length: timedelta) -> None:
+    """The last microsecond of a month is in it, the next one is not."""
+    found = window(period, now)
+
+    assert (name, length) == (found.name, found.end - found.start)
+    assert found.start <= now < found.end
+
+
+def test_a_limit_binds_what_its_scope_names_and_all_that_match_are_found() -> None:
+    """Any combination of project, key and model; never another tenant's."""
+    scopes = [{}, {"project_id": "p"}, {"key_id": "k", "model": "m"}, {"project_id": "q"}, {"key_id": "k", "model": "n"}]
+    made = [
+        Limit(limit_id=i, tenant_id="t", unit=Unit.REQUESTS, period=Period.MINUTE, amount=1, **scope)
+        for i, scope in enumerate(scopes)
+    ]
+    other = Limit(limit_id=9, tenant_id="u", unit=Unit.REQUESTS, period=Period.MINUTE, amount=1)
+
+    assert [0, 1, 2] == [limit.limit_id for limit in LimitTable([*made, other]).match(ASK)]
+    assert "key and model" == made[2].scope
+
+
+def test_prices_round_up_and_cached_tokens_cost_their_own() -> None:
+    """A budget is never undercharged by a fraction."""
+    assert 1 == cost_nano(dataclasses.replace(USD, input_nano=1), Usage(input=1, output=0))
+    assert 2 + 4 == cost_nano(USD, Usage(input=2, output=2))
+    assert 1 + 1 == cost_nano(USD, Usage(input=3, output=0, cached=2))
+    assert 1 == cost_nano(USD, Usage(input=1, output=0, cached=5))
+    assert 0 == cost_nano(None, Usage(input=9, output=9))
+
+
+def _demand(*limits: Limit, estimates: Estimates | None = None, **ask: object):  # noqa: ANN202
+    return demand(
+        dataclasses.replace(ASK, **ask), limits, estimates=estimates or Estimates(), price=USD, output_cap=5000, now=NOW
+    )
+
+
+def test_only_a_hard_limit_is_asked_for_the_worst_case() -> None:
+    """A bucket and a soft budget are asked for the usual in both ways."""
+    bucket = Limit(limit_id=1, tenant_id="t", unit=Unit.TOKENS, period=Period.MINUTE, amount=10**6)
+    soft = Limit(limit_id=2, tenant_id="t", unit=Unit.MONEY, period=Period.CALENDAR_MONTH, amount=10**9, effect=Effect.COUNT, currency="USD")
+    hard = Limit(limit_id=3, tenant_id="t", unit=Unit.MONEY, period=Period.CALENDAR_MONTH, amount=10**9, currency="USD")
+    euro = Limit(limit_id=4, tenant_id="t", unit=Unit.MONEY, period=Period.CALENDAR_DAY, amount=10**9, currency="EUR")
+
+    asked = _demand(bucket, soft, hard, euro, output_tokens_max=0)
+
+    usual, worst = 10 + 2 * 512, 10 + 2 * 2 * 5000
+    assert [(usual, usual), (usual + 1024, usual + 1024), (worst, usual + 1024), (0, 0)] == [
+        (c.full, c.lean) for c in asked.counters
+    ]
+    assert (5000, 512) == (asked.cap_full, asked.cap_lean)
+    assert (None, None) == (_demand(bucket, soft).cap_full, _demand(bucket, soft).cap_lean)
+
+
+@pytest.mark.parametrize(("named", "held"), [(0, 300), (1, 1), (4096, 4096), (4097, 300), (200_000, 300)])
+def test_a_maximum_that_says_nothing_is_held_at_what_is_usual(named: int, held: int) -> None:
+    """A believable one is held as it was named."""
+    estimates = Estimates()
+    for _ in range(estimate.SAMPLES_MIN):
+        estimates.learn(tenant_id="t", model="m", prompt_bytes=400, input_tokens=100, output_tokens=300)
+
+    assert held == estimates.output_tokens(tenant_id="t", model="m", named_max=named, cap=16_384)
+    # Four bytes a token were learned.
+    assert 25 == estimates.prompt_tokens(model="m", prompt_bytes=100)
+    assert 40 == estimates.prompt_tokens(model="other", prompt_bytes=100)
+
+
+def test_a_million_models_keep_memory_bounded() -> None:
+    """What was longest unused is forgotten."""
+    estimates = Estimates()
+    for number in range(estimate.RINGS_MAX + 500):
+        estimates.learn(tenant_id="t", model=f"m{number}", prompt_bytes=4, input_tokens=1, output_tokens=1)
+
+    assert estimate.RINGS_MAX == len(estimates)
+
+
+@pytest.mark.parametrize(
+    ("wait_us", "seconds"), [(1, 1), (1_000_000, 1), (1_000_001, 2), (59_999_999, 60), (60_000_000, 60)]
+)
+def test_retry_after_is_right_to_the_second(wait_us: int, seconds: int) -> None:
+    """Never early, and never a second late."""
+    level = 60 * 60_000_000 - 60_000_000 + wait_us * 60
+    reading = read(BUCKET, level, hits=1, now_us=0)
+
+    _, headers = answer.refusal([reading])
+
+    assert wait_us == reading.wait_us
+    assert str(seconds) == headers["retry-after"]
+
+
+def test_the_longest_wait_is_told_and_shadow_limits_are_not() -> None:
+    """A caller that waits for the shorter one would be refused again."""
+    month = dataclasses.replace(
+        BUCKET, name="q", kind=Kind.QUOTA, period=Period.CALENDAR_MONTH, amount=100, burst=100, ends_us=3_600_000_000
+    )
+    shadow = dataclasses.replace(BUCKET, name="s", amount=1, burst=1, effect=Effect.SHADOW)
+    readings = [
+        read(BUCKET, 60 * 60_000_000, hits=1, now_us=0), read(month, 100, hits=1, now_us=0), read(shadow, 60_000_000, hits=1, now_us=0)
+    ]  # fmt: skip
+
+    refusal, headers = answer.refusal(readings)
+
+    assert (429, "rate_limit_exceeded", "requests") == (refusal.status, refusal.code, refusal.type)
+    assert "100 requests per UTC month" in refusal.message
+    assert ("3600", "60", "0") == (
+        headers["retry-after"], headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"],
+    )  # fmt: skip
+
+
+def test_money_is_402_and_is_not_asked_for_again_in_a_loop() -> None:
+    """The code that OpenAI's clients know."""
+    prepaid = dataclasses.replace(BUCKET, kind=Kind.QUOTA, unit=Unit.MONEY, period=Period.EVER, amount=5, burst=5)
+
+    refusal, headers = answer.refusal([read(prepaid, 5, hits=1, now_us=0)])
+
+    assert (402, "insufficient_quota") == (refusal.status, refusal.code)
+    assert "false" == headers["x-should-retry"]
+
+
+def test_a_clock_that_went_back_drains_nothing_and_locks_nobody_out() -> None:
+    """After a failover to a slower clock, one burst is the most that anybody waits for."""
+    from ratelimit.core.decide import Memory, Verdict, take  # noqa: PLC0415
+    from ratelimit.core.demand import Demand  # noqa: PLC0415
+
+    memory = Memory()
+    asks = [
+        Demand(tenant_id="t", request_id=str(n), counters=(dataclasses.replace(BUCKET, amount=1, burst=1),),
+               full=Usage(input=0, output=0), lean=Usage(input=0, output=0))
+        for n in range(3)
+    ]  # fmt: skip
+    hour = 3_600_000_000
+
+    verdicts = [
+        take(memory, asks[0], hour).verdict, take(memory, asks[1], 0).verdict, take(memory, asks[2], hour + 60_000_000).verdict
+    ]  # fmt: skip
+
+    assert [Verdict.FULL, Verdict.REFUSED, Verdict.FULL] == verdicts
