@@ -31,7 +31,7 @@ from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chassis.contract import SERVICE_ACCOUNT_AUDIENCE
 from chassis.errors import Invalid, PeajeError
@@ -52,6 +52,7 @@ _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 _Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 _Text = Annotated[str, Field(min_length=1, max_length=2048)]
 _ClaimPath = _Text | Annotated[list[_Text], Field(min_length=1, max_length=8)]
+_Url = Annotated[_Text, AfterValidator(lambda url: _safe_url(url))]  # noqa: PLW0108 - it is defined below
 _Scope = Literal["embeddings", "inference", "models"]
 #: Would make a certificate's callers look like an issuer's.
 _RESERVED: Final = frozenset({"cert"})
@@ -114,7 +115,7 @@ class JwtIssuer(_Issuer):
 
     kind: Literal["jwt"]
     issuer: _Text
-    jwks_url: _Text
+    jwks_url: _Url
     #: Hosts that the key set may come from besides the issuer's own.
     jwks_hosts: list[_Text] = []
     audiences: Annotated[list[_Text], Field(min_length=1, max_length=20)]
@@ -123,7 +124,7 @@ class JwtIssuer(_Issuer):
 
     @model_validator(mode="after")
     def _check_urls(self) -> JwtIssuer:
-        host = _safe_host(self.jwks_url, "jwks_url")
+        host = urlsplit(self.jwks_url).hostname
         if host not in {urlsplit(self.issuer).hostname, *self.jwks_hosts}:
             raise ValueError(f"jwks_url is on {host}; list it in jwks_hosts")
         return self
@@ -150,7 +151,7 @@ class ServiceAccounts(_Entry):
     @model_validator(mode="after")
     def _check(self) -> ServiceAccounts:
         if self.issuer is not None:
-            _safe_host(self.issuer, "issuer")
+            _safe_url(self.issuer)
         return self
 
 
@@ -158,7 +159,7 @@ class IntrospectionIssuer(_Issuer):
     """An issuer of opaque tokens that answers what they are (RFC 7662)."""
 
     kind: Literal["introspection"]
-    url: _Text
+    url: _Url
     client_id: _Text
     #: Relative to the state directory.
     client_secret_file: _Text
@@ -166,11 +167,6 @@ class IntrospectionIssuer(_Issuer):
     token_prefix: Annotated[str, Field(max_length=64)] = ""
     issuer: _Text | None = None
     audiences: list[_Text] | None = None
-
-    @model_validator(mode="after")
-    def _check_url(self) -> IntrospectionIssuer:
-        _safe_host(self.url, "url")
-        return self
 
 
 class CertificateEntry(_Entry):
@@ -304,18 +300,18 @@ def service_accounts_issuer(entry: ServiceAccounts, *, control_url: str) -> JwtI
     )  # fmt: skip
 
 
-def _safe_host(url: str, field: str) -> str:
+def _safe_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         _ = parts.port
     except ValueError as exc:
-        raise ValueError(f"{field} is not a URL") from exc
+        raise ValueError("not a URL") from exc
     if not host or parts.username is not None or parts.fragment:
-        raise ValueError(f"{field} is not a URL with a host and without credentials")
+        raise ValueError("not a URL with a host and without credentials")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
-        raise ValueError(f"{field} must be https, or http on this machine")
-    return host
+        raise ValueError("must be https, or http on this machine")
+    return url
 
 
 def _is_loopback(host: str) -> bool:
