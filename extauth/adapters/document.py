@@ -52,10 +52,33 @@ _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 _Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 _Text = Annotated[str, Field(min_length=1, max_length=2048)]
 _ClaimPath = _Text | Annotated[list[_Text], Field(min_length=1, max_length=8)]
-_Url = Annotated[_Text, AfterValidator(lambda url: _safe_url(url))]  # noqa: PLW0108 - it is defined below
 _Scope = Literal["embeddings", "inference", "models"]
 #: Would make a certificate's callers look like an issuer's.
 _RESERVED: Final = frozenset({"cert"})
+
+
+def _safe_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        _ = parts.port
+    except ValueError as exc:
+        raise ValueError("not a URL") from exc
+    if not host or parts.username is not None or parts.fragment:
+        raise ValueError("not a URL with a host and without credentials")
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
+        raise ValueError("must be https, or http on this machine")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+_Url = Annotated[_Text, AfterValidator(_safe_url)]
 
 
 class _Entry(BaseModel):
@@ -146,13 +169,7 @@ class ServiceAccounts(_Entry):
     kind: Literal["service_accounts"]
     name: _Name
     #: Where the control API is; this machine's own if left out.
-    issuer: _Text | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ServiceAccounts:
-        if self.issuer is not None:
-            _safe_url(self.issuer)
-        return self
+    issuer: _Url | None = None
 
 
 class IntrospectionIssuer(_Issuer):
@@ -298,27 +315,6 @@ def service_accounts_issuer(entry: ServiceAccounts, *, control_url: str) -> JwtI
         jwks_hosts=[], audiences=[SERVICE_ACCOUNT_AUDIENCE], algorithms=["ES256"], type="at+jwt", tenants=[],
         tenant=None, project="default", scopes=None, claims=Claims(tenant="tenant", project="project"),
     )  # fmt: skip
-
-
-def _safe_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        _ = parts.port
-    except ValueError as exc:
-        raise ValueError("not a URL") from exc
-    if not host or parts.username is not None or parts.fragment:
-        raise ValueError("not a URL with a host and without credentials")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
-        raise ValueError("must be https, or http on this machine")
-    return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _path(value: str | list[str] | None) -> tuple[str, ...] | None:
