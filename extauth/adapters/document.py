@@ -31,7 +31,7 @@ from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chassis.contract import SERVICE_ACCOUNT_AUDIENCE
 from chassis.errors import Invalid, PeajeError
@@ -55,6 +55,30 @@ _ClaimPath = _Text | Annotated[list[_Text], Field(min_length=1, max_length=8)]
 _Scope = Literal["embeddings", "inference", "models"]
 #: Would make a certificate's callers look like an issuer's.
 _RESERVED: Final = frozenset({"cert"})
+
+
+def _safe_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        _ = parts.port
+    except ValueError as exc:
+        raise ValueError("not a URL") from exc
+    if not host or parts.username is not None or parts.fragment:
+        raise ValueError("not a URL with a host and without credentials")
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
+        raise ValueError("must be https, or http on this machine")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+_Url = Annotated[_Text, AfterValidator(_safe_url)]
 
 
 class _Entry(BaseModel):
@@ -114,7 +138,7 @@ class JwtIssuer(_Issuer):
 
     kind: Literal["jwt"]
     issuer: _Text
-    jwks_url: _Text
+    jwks_url: _Url
     #: Hosts that the key set may come from besides the issuer's own.
     jwks_hosts: list[_Text] = []
     audiences: Annotated[list[_Text], Field(min_length=1, max_length=20)]
@@ -123,7 +147,7 @@ class JwtIssuer(_Issuer):
 
     @model_validator(mode="after")
     def _check_urls(self) -> JwtIssuer:
-        host = _safe_host(self.jwks_url, "jwks_url")
+        host = urlsplit(self.jwks_url).hostname
         if host not in {urlsplit(self.issuer).hostname, *self.jwks_hosts}:
             raise ValueError(f"jwks_url is on {host}; list it in jwks_hosts")
         return self
@@ -145,20 +169,14 @@ class ServiceAccounts(_Entry):
     kind: Literal["service_accounts"]
     name: _Name
     #: Where the control API is; this machine's own if left out.
-    issuer: _Text | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ServiceAccounts:
-        if self.issuer is not None:
-            _safe_host(self.issuer, "issuer")
-        return self
+    issuer: _Url | None = None
 
 
 class IntrospectionIssuer(_Issuer):
     """An issuer of opaque tokens that answers what they are (RFC 7662)."""
 
     kind: Literal["introspection"]
-    url: _Text
+    url: _Url
     client_id: _Text
     #: Relative to the state directory.
     client_secret_file: _Text
@@ -166,11 +184,6 @@ class IntrospectionIssuer(_Issuer):
     token_prefix: Annotated[str, Field(max_length=64)] = ""
     issuer: _Text | None = None
     audiences: list[_Text] | None = None
-
-    @model_validator(mode="after")
-    def _check_url(self) -> IntrospectionIssuer:
-        _safe_host(self.url, "url")
-        return self
 
 
 class CertificateEntry(_Entry):
@@ -302,27 +315,6 @@ def service_accounts_issuer(entry: ServiceAccounts, *, control_url: str) -> JwtI
         jwks_hosts=[], audiences=[SERVICE_ACCOUNT_AUDIENCE], algorithms=["ES256"], type="at+jwt", tenants=[],
         tenant=None, project="default", scopes=None, claims=Claims(tenant="tenant", project="project"),
     )  # fmt: skip
-
-
-def _safe_host(url: str, field: str) -> str:
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        _ = parts.port
-    except ValueError as exc:
-        raise ValueError(f"{field} is not a URL") from exc
-    if not host or parts.username is not None or parts.fragment:
-        raise ValueError(f"{field} is not a URL with a host and without credentials")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
-        raise ValueError(f"{field} must be https, or http on this machine")
-    return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _path(value: str | list[str] | None) -> tuple[str, ...] | None:

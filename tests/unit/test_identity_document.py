@@ -71,6 +71,7 @@ def test_every_fault_is_told_at_once() -> None:
     """Nobody mends a document one refusal at a time."""
     spoiled = document()
     spoiled["issuers"][0]["algorithms"] = ["HS256"]
+    spoiled["issuers"][0]["jwks_url"] = "http://id.example.com/keys"
     spoiled["issuers"][1]["client_id"] = 7
     spoiled["certificates"][0]["tenant"] = "*"
     spoiled["more"] = 1
@@ -78,7 +79,7 @@ def test_every_fault_is_told_at_once() -> None:
     with pytest.raises(Invalid) as refused:
         parse(spoiled)
 
-    places = ("issuers[0].algorithms[0]", "issuers[1].client_id", "certificates[0].tenant", "more")
+    places = ("issuers[0].algorithms[0]", "issuers[0].jwks_url: must be https", "issuers[1].client_id", "certificates[0].tenant", "more")
     assert [] == [place for place in places if place not in refused.value.message]
 
 
