@@ -1,7 +1,8 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- tap: the last filter before the model server, so it sees only admitted requests. Writes the
 -- journal's start record; what cannot be recorded may not pass. Answers GET /v1/models with what
--- extauth said this caller may use, and asks the engine for usage where a splice can.
+-- extauth said this caller may use, asks the engine for usage where a splice can, and holds it to the
+-- output that ratelimit promised to a hard limit.
 -- On the express lane the gate has done all this and this filter is skipped.
 --
 -- If this script fails, Envoy skips it and counts lua.errors; the row then has no start record of
@@ -26,12 +27,14 @@ function envoy_on_request(handle)
     return
   end
   local id = handle:headers():get('x-request-id')
-  if not record.start(handle, id, identity, request, metadata:get(ADMISSION) or {}) then return end
-  if record.needs_shape(request) then
+  local admission = metadata:get(ADMISSION) or {}
+  if not record.start(handle, id, identity, request, admission) then return end
+  local cap = admission.output_tokens_cap
+  if record.needs_shape(request, cap) then
     -- Read first: taking the body is a yield, after which this wrapper is dead. The gate has read the
     -- body, so this waits for nobody.
     local can_run = handle:metadata():get('running_usage')
     local body = handle:body()
-    record.ask_for_usage(body, body:getBytes(0, body:length()), request.shape, can_run)
+    record.shape(body, body:getBytes(0, body:length()), request, can_run, cap)
   end
 end

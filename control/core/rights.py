@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+from chassis.contract import SCOPES
 from chassis.errors import Invalid
 
 MODELS_MAX: Final = 200
@@ -72,6 +73,9 @@ def scopes(names: Sequence[str] | None) -> list[str] | None:
     for name in names:
         if not _SCOPE.fullmatch(name):
             raise Invalid("A scope has 1 to 64 characters: small letters, digits and . _ : / -")
+    # Words of policies are welcome beside them, but without one of these a key could do nothing at all.
+    if not set(names) & set(SCOPES):
+        raise Invalid("None of these scopes lets anything pass.", mend=f"Give at least one of {', '.join(SCOPES)}.")
     return sorted(set(names))
 
 

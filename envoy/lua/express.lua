@@ -73,7 +73,7 @@ function M.try(handle, facts, credential, request_id, now_ms, body, text)
   if not record.start(handle, request_id, entry, facts, { admitted = true }) then return end
   if record.needs_shape(facts) then
     handle:clearRouteCache()
-    record.ask_for_usage(body, text, facts.shape, handle:metadata():get('running_usage'))
+    record.shape(body, text, facts, handle:metadata():get('running_usage'))
   end
   -- Last: a script that fails before this leaves a request that is asked about as any other.
   metadata:set(REQUEST, 'express', request_id)

@@ -22,15 +22,16 @@ function M.start(handle, request_id, identity, request, admission)
   return false
 end
 
--- Whether the request has to be changed here.
-function M.needs_shape(request)
-  return request.shape == shape.INSERT or request.shape == shape.REPLACE
+-- Whether the request has to be changed here. cap: output tokens promised to a hard limit, or nil.
+function M.needs_shape(request, cap)
+  return cap ~= nil or request.shape == shape.INSERT or request.shape == shape.REPLACE
 end
 
--- Ask for usage in the body; can_run: whether the pool's engine sends running usage.
-function M.ask_for_usage(body, text, how, can_run)
-  local instead = shape.ask_for_usage(text, how, can_run)
-  if instead then body:setBytes(instead) end
+-- Change the body: ask for usage (can_run: whether the pool's engine sends running usage) and hold to the cap.
+function M.shape(body, text, request, can_run, cap)
+  local instead = shape.ask_for_usage(text, request.shape, can_run)
+  local capped = cap and shape.cap_output(instead or text, request.dialect, cap)
+  if capped or instead then body:setBytes(capped or instead) end
 end
 
 return M

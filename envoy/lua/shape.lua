@@ -1,5 +1,6 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Ask the engine for usage in a streamed request that did not.
+-- Ask the engine for usage in a streamed request that did not, and hold it to the output that was
+-- promised to a hard limit.
 --
 -- Does what a splice can do: puts one member in, or replaces one whose whole value is known.
 -- Options that hold more than usage are merged by metering/ (ext_proc), with a JSON parser. Pure.
@@ -49,6 +50,40 @@ function M.ask_for_usage(body, how, can_run)
     return sub(body, 1, span[1] - 1) .. options .. sub(body, span[2] + 1)
   end
   return nil
+end
+
+-- Which member caps the output, per dialect; the first is the one to put in where there is none.
+local CAPS = {
+  ['openai.chat'] = { 'max_tokens', 'max_completion_tokens' },
+  ['openai.completions'] = { 'max_tokens' },
+  ['openai.responses'] = { 'max_output_tokens' },
+  ['anthropic.messages'] = { 'max_tokens' },
+}
+
+-- The body that asks for at most `cap` output tokens a choice. nil: leave it as it is, it asks for no more.
+-- The gate has seen each of these members, if it is there, to be null or a whole number.
+function M.cap_output(body, dialect, cap)
+  local names = CAPS[dialect]
+  local members = names and json.members(body)
+  if not members then return nil end
+  local text, named = body, false
+  -- From the back, so that positions in front stay right.
+  local spans = {}
+  for _, name in ipairs(names) do spans[#spans + 1] = members[name] end
+  table.sort(spans, function(a, b) return a[1] > b[1] end)
+  for _, span in ipairs(spans) do
+    local number = tonumber(sub(body, span[1], span[2]))
+    if number then
+      named = true
+      if number > cap then text = sub(text, 1, span[1] - 1) .. string.format('%d', cap) .. sub(text, span[2] + 1) end
+    end
+  end
+  if named then return text ~= body and text or nil end
+  -- Named as null: replaced, because a second member of the same name would be read by chance.
+  local span = members[names[1]]
+  if span then return sub(body, 1, span[1] - 1) .. string.format('%d', cap) .. sub(body, span[2] + 1) end
+  local brace = find(body, '{', 1, true)
+  return sub(body, 1, brace) .. '"' .. names[1] .. '":' .. string.format('%d', cap) .. ',' .. sub(body, brace + 1)
 end
 
 return M

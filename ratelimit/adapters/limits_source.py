@@ -31,25 +31,22 @@ select limit_id, tenant_id, project_id, key_id, model, unit, period, amount, bur
 from rate_limit
 order by limit_id
 """
-#: The rate card is the ledger's; without it nothing has a price.
-_HAS_PRICES: Final = "select to_regclass('rate_card') is not null"
+#: Those in force now; a price for a later day comes with the next reload after it begins.
 _PRICES: Final = """
-select model, tenant_id, currency, input_nano_per_million, output_nano_per_million,
-       coalesce(cached_nano_per_million, input_nano_per_million)
+select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano
 from rate_card
 where effective @> now()
 """
-#: What one limit's calendar window holds in the ledger. Its hourly sums are written with the rows, and
-#: days and months begin with an hour; money is summed from the rows, which have it.
+#: What one limit's calendar window holds in the ledger: its hourly sums are written with the rows, and
+#: days and months begin with an hour.
 _HOURLY: Final[LiteralString] = "from billing_usage_hourly_v1 where hour >= %(start)s and hour < %(end)s"
-_ROWS: Final[LiteralString] = "from billing_usage_v1 where started_at >= %(start)s and started_at < %(end)s"
-_SUMS: Final[Mapping[Unit, tuple[LiteralString, LiteralString]]] = {
-    Unit.REQUESTS: ("sum(request_count)", _HOURLY),
-    Unit.TOKENS: ("sum(input_tokens + output_tokens)", _HOURLY),
-    Unit.INPUT_TOKENS: ("sum(input_tokens)", _HOURLY),
-    Unit.OUTPUT_TOKENS: ("sum(output_tokens)", _HOURLY),
-    Unit.CACHED_TOKENS: ("sum(cached_tokens)", _HOURLY),
-    Unit.MONEY: ("sum(amount_nano) filter (where currency = %(currency)s)", _ROWS),
+_SUMS: Final[Mapping[Unit, LiteralString]] = {
+    Unit.REQUESTS: "sum(request_count)",
+    Unit.TOKENS: "sum(input_tokens + output_tokens)",
+    Unit.INPUT_TOKENS: "sum(input_tokens)",
+    Unit.OUTPUT_TOKENS: "sum(output_tokens)",
+    Unit.CACHED_TOKENS: "sum(cached_tokens)",
+    Unit.MONEY: "sum(amount_nano) filter (where currency = %(currency)s)",
 }
 _OF_SCOPE: Final[LiteralString] = """
   and tenant = %(tenant)s
@@ -92,8 +89,7 @@ class LimitsSource:
             "tenant": limit.tenant_id, "project": limit.project_id, "key": limit.key_id, "model": limit.model,
             "currency": limit.currency, "start": _moment(counter.starts_us), "end": _moment(counter.ends_us),
         }  # fmt: skip
-        total, place = _SUMS[counter.unit]
-        query: LiteralString = "select coalesce(" + total + ", 0)::bigint " + place + _OF_SCOPE
+        query: LiteralString = "select coalesce(" + _SUMS[counter.unit] + ", 0)::bigint " + _HOURLY + _OF_SCOPE
         [(spent,)] = fetch_all(self._pool, query, parameters)
         return int(spent)
 
@@ -127,12 +123,10 @@ class LimitsSource:
             ) in fetch_all(self._pool, _ALL_LIMITS, ())
         ]  # fmt: skip
         prices: dict[tuple[str, str | None], Price] = {}
-        [(has_prices,)] = fetch_all(self._pool, _HAS_PRICES, ())
-        if has_prices:
-            for model, tenant_id, currency, input_, output, cached in fetch_all(self._pool, _PRICES, ()):
-                prices[model, tenant_id] = Price(
-                    currency=currency, input_nano=input_, output_nano=output, cached_nano=cached
-                )
+        for model, tenant_id, currency, input_, output, cached, minimum in fetch_all(self._pool, _PRICES, ()):
+            prices[model, tenant_id] = Price(
+                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum
+            )
         self._by_id = {limit.limit_id: limit for limit in limits}
         self._prices = prices
         self.current = LimitTable(limits)

@@ -19,6 +19,8 @@ class Price:
     output_nano: int
     #: Of input tokens that the engine had cached.
     cached_nano: int
+    #: The least that a request with any token costs, in nano-units.
+    minimum_nano: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,9 @@ class Report:
 
 def cost_nano(price: Price | None, usage: Usage) -> int:
     """
-    What *usage* costs, rounded up to a whole nano-unit; nothing without a price.
+    What *usage* costs, rounded up to a whole nano-unit; nothing without a price, nothing without a token.
+
+    The ledger rounds half up: a budget may be held to be used by a nano-unit a request more than is billed.
 
     >>> price = Price(currency="USD", input_nano=150_000_000, output_nano=600_000_000, cached_nano=75_000_000)
     >>> cost_nano(price, Usage(input=1000, output=500, cached=200))
@@ -58,7 +62,9 @@ def cost_nano(price: Price | None, usage: Usage) -> int:
     parts = (
         (usage.input - cached) * price.input_nano + cached * price.cached_nano + usage.output * price.output_nano
     )
-    return -(-parts // _MILLION)
+    if not usage.input and not usage.output:
+        return 0
+    return max(price.minimum_nano, -(-parts // _MILLION))
 
 
 def hits(unit: Unit, usage: Usage, price: Price | None) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metering.core.shape import Running, ask_for_usage
-from tests.conformance.road import ask_in_lua, read_request
+from tests.conformance.road import ask_in_lua, module, read_request
 
 DIALECT = "openai.chat"
 BODIES = [
@@ -87,6 +87,36 @@ def effective(document: dict[str, Any]) -> dict[str, Any]:
     """Leave out the options that are off."""
     options = {name: value for name, value in document["stream_options"].items() if value}
     return document | {"stream_options": options}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body", "expected"),
+    [
+        ("openai.chat", {}, {"max_tokens": 50}),
+        ("openai.chat", {"max_tokens": None}, {"max_tokens": 50}),
+        ("openai.chat", {"max_tokens": 51}, {"max_tokens": 50}),
+        ("openai.chat", {"max_tokens": 50}, None),
+        ("openai.chat", {"max_tokens": 1}, None),
+        ("openai.chat", {"max_completion_tokens": 900}, {"max_completion_tokens": 50}),
+        ("openai.chat", {"max_completion_tokens": 900, "max_tokens": 900}, {"max_completion_tokens": 50, "max_tokens": 50}),
+        ("openai.chat", {"max_tokens": None, "max_completion_tokens": 7}, None),
+        ("openai.completions", {"max_tokens": 9_999_999}, {"max_tokens": 50}),
+        ("openai.responses", {}, {"max_output_tokens": 50}),
+        ("openai.responses", {"max_tokens": 900}, {"max_output_tokens": 50, "max_tokens": 900}),
+        ("anthropic.messages", {"max_tokens": 900}, {"max_tokens": 50}),
+        ("openai.embeddings", {}, None),
+    ],
+)
+def test_output_is_held_to_the_cap(dialect: str, body: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    """What is asked for beyond it, or not said, becomes the cap; what is within it is left alone."""
+    document = {"model": "m", "messages": [{"content": '"max_tokens":900'}], **body}
+
+    capped = module("shape")[b"cap_output"](json.dumps(document).encode(), dialect.encode(), 50)
+
+    if expected is None:
+        assert capped is None
+    else:
+        assert {**document, **expected} == unique(capped)
 
 
 def unique(body: bytes | None) -> dict[str, Any]:

@@ -162,14 +162,22 @@ class Installation:
         return pid
 
     def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
-        """Wait until the supervisor has a new, ready process for *part*."""
+        """Wait until the supervisor has a new, ready process for *part*, and Envoy sees it."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for entry in self.status()["parts"]:
-                if entry["name"] == part and entry["pid"] not in (None, old_pid) and entry["state"] == "ready":
+                is_back = entry["name"] == part and entry["pid"] not in (None, old_pid) and entry["state"] == "ready"
+                if is_back and self.is_healthy():
                     return
             time.sleep(0.1)
         raise AssertionError(f"{part} did not come back: {self.status()}")
+
+    def is_healthy(self) -> bool:
+        """Whether Envoy would take requests: it looks at extauth and ratelimit itself, a little after they are ready."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
 
 
 def chat(text: str = "one two three", **fields: Any) -> dict[str, Any]:

@@ -88,29 +88,47 @@ def test_a_concurrency_refusal_says_when_to_ask_again(road: Installation) -> Non
     assert "1 requests at once" in refused.json()["error"]["message"]
 
 
-def test_a_used_up_budget_is_402_in_either_dialect(road: Installation) -> None:
-    """What was spent comes from the ledger; code insufficient_quota; nothing reaches the model server."""
+def test_a_budget_is_spent_to_the_price_and_then_402_in_either_dialect(road: Installation) -> None:
+    """A currency unit a token: what is billed never passes the budget; the refusal never reaches the model server."""
     caller = road.new_tenant("broke")
-    road.sql(
-        "insert into usage_event (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, "
-        "status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis, streamed, currency, "
-        "amount_nano, recorded_at) values (%s, %s, 'default', %s, 'tiny', 'openai.chat', now(), now(), 200, 'ok', "
-        "1, 1, 0, 0, 'reported', false, 'USD', 2000000000, now()) returning request_id",
-        f"spent-{caller.tenant_id}", caller.tenant_id, caller.key_id,
-    )  # fmt: skip
-    answer = road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json={"monthly_budget": "1.50"})
+    price = {"model": "tiny", "input": "0", "output": "1000000", "tenant": caller.tenant_id}
+    road.control("POST", "/v1/prices", json=price).raise_for_status()
+    answer = road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json={"monthly_budget": "20.00"})
     assert answer.status_code == 200, answer.text
     time.sleep(1.0)  # the promise is one second
 
-    openai = road.post(caller, json=chat())
-    anthropic = road.post(caller, "/v1/messages", json=chat())
+    answers = []
+    while not answers or answers[-1].status_code == 200:
+        answers.append(road.post(caller, json=chat(max_tokens=8)))
+        rows = road.rows(caller, sum(answer.status_code == 200 for answer in answers))
+        time.sleep(0.3)  # until Envoy has said what it used
+        assert len(answers) < 20
+    refused = answers[-1]
+    anthropic = road.post(caller, "/v1/messages", json=chat(max_tokens=8))
 
-    assert (402, "insufficient_quota") == (openai.status_code, openai.json()["error"]["code"])
-    assert "false" == openai.headers["x-should-retry"]
-    assert int(openai.headers["retry-after"]) > 0
+    assert [1_000_000_000 * row["output_tokens"] for row in rows] == [row["amount_nano"] for row in rows]
+    assert 12 <= sum(row["output_tokens"] for row in rows) <= 20
+    assert (402, "insufficient_quota") == (refused.status_code, refused.json()["error"]["code"])
+    assert "false" == refused.headers["x-should-retry"]
+    assert int(refused.headers["retry-after"]) > 0
     body = anthropic.json()
     assert (402, "error", "billing_error") == (anthropic.status_code, body["type"], body["error"]["type"])
-    assert openai.headers["x-request-id"] not in road.truth()
+    assert refused.headers["x-request-id"] not in road.truth()
+
+
+def test_a_hard_quota_holds_the_model_server_to_what_is_left(road: Installation) -> None:
+    """The caller names no maximum, or one beyond the quota: the answer ends where the quota does."""
+    caller = limited(road, "capped", monthly_tokens=2_000)
+
+    answers = []
+    while not answers or answers[-1].status_code == 200:
+        answers.append(road.post(caller, json=chat(max_tokens=9_000 if len(answers) % 2 else None)))
+        rows = road.rows(caller, sum(answer.status_code == 200 for answer in answers))
+        time.sleep(0.3)  # until Envoy has said what it used
+        assert len(answers) < 50
+
+    assert 429 == answers[-1].status_code
+    assert 0 < sum(row["input_tokens"] + row["output_tokens"] for row in rows) <= 2_000
 
 
 def test_two_hundred_at_once_with_a_quota_for_one(road: Installation) -> None:
@@ -150,13 +168,16 @@ def test_a_killed_ratelimit_loses_no_limit_and_leaves_nothing_held(road: Install
         password=(road.home / "secrets/valkey-password").read_text().strip(),
     )
 
+    killed: list[int] = []
+
     def send(number: int) -> int:
         if number in (40, 100):
-            road.kill("ratelimit")
+            killed.append(road.kill("ratelimit"))
         return road.post(caller, json=chat(max_tokens=5)).status_code
 
     with ThreadPoolExecutor(16) as pool:
         statuses = Counter(pool.map(send, range(160)))
+    road.wait_restarted("ratelimit", killed[-1])
     rows = road.rows(caller, statuses[200])
 
     assert 0 < statuses[200] <= 60

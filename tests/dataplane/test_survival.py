@@ -104,7 +104,7 @@ def test_envoy_killed_in_mid_stream_leaves_rows_from_the_last_checkpoint(road: I
         headers = {"authorization": f"Bearer {tenant.key}", "x-fake-engine": '{"chunk_ms": 50}'}
         try:
             with httpx.stream(
-                "POST", f"{road.url}/v1/chat/completions", json=chat(stream=True, max_tokens=400), headers=headers
+                "POST", f"{road.url}/v1/chat/completions", json=chat(stream=True, max_tokens=1500), headers=headers
             ) as answer:
                 request_id = answer.headers["x-request-id"]
                 for line in answer.iter_lines():
@@ -113,9 +113,12 @@ def test_envoy_killed_in_mid_stream_leaves_rows_from_the_last_checkpoint(road: I
             pass
 
     clients = [threading.Thread(target=stream, args=(delay,)) for delay in (0.0, 0.0, 0.5, 2.2)]
+    started = time.monotonic()
     for client in clients:
         client.start()
-    time.sleep(2.8)
+    # Not before the last one streams, however busy the machine is.
+    while time.monotonic() < started + 2.8 or (len(seen) < 4 and time.monotonic() < started + 30):
+        time.sleep(0.05)
     old = road.kill("envoy")
     for client in clients:
         client.join()

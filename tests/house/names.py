@@ -25,7 +25,6 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",
     "DIALECT_SCOPES": "extauth's rule; Envoy knows dialects, not what they need",
     "SCOPES": "extauth's rule, as above",
-    "ADM_OUTPUT_CAP": "ratelimit promises it; nothing in envoy/ holds the model server to it yet",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.

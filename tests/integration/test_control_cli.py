@@ -131,12 +131,12 @@ def test_the_life_of_a_key_on_the_command_line(peaje: Peaje) -> None:
     account = peaje.json("service-accounts", "create", "robot", "--tenant", "keys-inc", "--project", "search")
     made = peaje.json(
         "keys", "create", "--tenant", "keys-inc", "--project", "search", "--service-account", account["service_account_id"],
-        "--models", "tiny, x-*", "--denied-models", "x-9*", "--scopes", "chat", "--allowed-cidrs", "192.0.2.0/24",
+        "--models", "tiny, x-*", "--denied-models", "x-9*", "--scopes", "inference", "--allowed-cidrs", "192.0.2.0/24",
         "--expires", "30d", "--environment", "test",
     )  # fmt: skip
 
     assert {"key_id", "key"} <= set(made)
-    assert (["tiny", "x-*"], ["x-9*"], ["chat"], ["192.0.2.0/24"]) == tuple(
+    assert (["tiny", "x-*"], ["x-9*"], ["inference"], ["192.0.2.0/24"]) == tuple(
         made[name] for name in ("models", "denied_models", "scopes", "allowed_cidrs")
     )
     assert "disabled" == peaje.json("keys", "disable", made["key_id"])["state"]
@@ -160,13 +160,13 @@ def test_projects_and_service_accounts_on_the_command_line(peaje: Peaje) -> None
     assert {"a": "b"} == peaje.json("projects", "label", "search", "--tenant", "pro", "--label", "a=b")["labels"]
     assert ["default", "search"] == [it["project_id"] for it in peaje.json("projects", "list", "--tenant", "pro")["projects"]]
     assert "Search" == peaje.json("projects", "show", "search", "--tenant", "pro")["name"]
-    made = peaje.json("service-accounts", "create", "robot", "--tenant", "pro", "--scopes", "chat", "--models", "tiny")
+    made = peaje.json("service-accounts", "create", "robot", "--tenant", "pro", "--scopes", "inference", "--models", "tiny")
     account_id = made["service_account_id"]
     assert "suspended" == peaje.json("service-accounts", "suspend", account_id)["state"]
     assert "active" == peaje.json("service-accounts", "activate", account_id)["state"]
     assert made["client_secret"] != peaje.json("service-accounts", "rotate", account_id)["client_secret"]
     assert account_id == peaje.json("service-accounts", "list", "--tenant", "pro")["service_accounts"][0]["service_account_id"]
-    assert ["chat"] == peaje.json("service-accounts", "show", account_id)["scopes"]
+    assert ["inference"] == peaje.json("service-accounts", "show", account_id)["scopes"]
     assert "suspended" == peaje.json("tenants", "suspend", "pro")["state"]
     assert "active" == peaje.json("tenants", "activate", "pro")["state"]
 

@@ -23,7 +23,7 @@ def test_a_key_keeps_all_that_was_asked_of_it_and_is_shown_once(control: Control
     account = control.made("/v1/tenants/acme/service-accounts", {"name": "robot", "project": tenant.project_id})
     asked = {
         "name": "search", "project": tenant.project_id, "service_account_id": account["service_account_id"],
-        "scopes": ["chat", "embeddings"], "models": ["tiny", "lar*"], "denied_models": ["large"],
+        "scopes": ["embeddings", "inference"], "models": ["tiny", "lar*"], "denied_models": ["large"],
         "allowed_cidrs": ["192.0.2.0/24", "2001:db8::/32", "198.51.100.7"], "environment": "test", "expires": "30d",
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_a_rotated_key_names_its_successor_which_has_the_same_rights_and_limits(
     control.made("/v1/tenants", {"name": "acme"})
     old = control.made(
         "/v1/tenants/acme/keys",
-        {"name": "it", "scopes": ["chat"], "models": ["tiny"], "denied_models": ["lar*"], "allowed_cidrs": ["192.0.2.0/24"]},
+        {"name": "it", "scopes": ["inference"], "models": ["tiny"], "denied_models": ["lar*"], "allowed_cidrs": ["192.0.2.0/24"]},
     )  # fmt: skip
     control.made("/v1/tenants/acme/limits", {"key_id": old["key_id"], "requests_per_minute": 7}, method="PUT")
     control.clock.forward(days=10)

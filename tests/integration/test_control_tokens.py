@@ -67,8 +67,8 @@ def test_the_secret_in_the_form_works_as_in_the_header(control: ControlPlane, ac
 @pytest.mark.parametrize(
     ("allowed", "asked", "granted"),
     [
-        (None, None, None), (None, "chat", "chat"), (["chat", "embed"], None, "chat embed"),
-        (["chat", "embed"], "embed", "embed"), (["chat", "embed"], "embed chat", "chat embed"),
+        (None, None, None), (None, "models", "models"), (["inference", "models"], None, "inference models"),
+        (["inference", "models"], "models", "models"), (["inference", "models"], "models inference", "inference models"),
     ],
 )  # fmt: skip
 def test_scopes_are_what_was_asked_for_within_the_accounts(
@@ -86,9 +86,9 @@ def test_scopes_are_what_was_asked_for_within_the_accounts(
 def test_a_scope_beyond_the_accounts_is_refused(control: ControlPlane) -> None:
     """Not left out in silence: the caller would find out later, elsewhere."""
     control.made("/v1/tenants", {"name": "acme"})
-    account = control.made("/v1/tenants/acme/service-accounts", {"name": "x", "scopes": ["chat"]})
+    account = control.made("/v1/tenants/acme/service-accounts", {"name": "x", "scopes": ["inference"]})
 
-    for scope in ("embed", "chat embed", "chat  chat", " chat", "CHAT"):
+    for scope in ("models", "inference models", "inference  inference", " inference", "INFERENCE"):
         answer = ask(control, account, scope=scope)
         assert (400, "invalid_scope") == (answer.status_code, answer.json()["error"]), scope
 

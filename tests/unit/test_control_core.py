@@ -182,7 +182,7 @@ def test_any_text_is_a_range_or_a_plain_refusal(text: str) -> None:
 def test_bounds_of_lists_are_exact() -> None:
     """At the bound it passes, beyond it does not."""
     assert rights.MODELS_MAX == len(rights.denied_models([f"m{n}*" for n in range(rights.MODELS_MAX)], served=()))
-    assert rights.SCOPES_MAX == len(rights.scopes([f"s{n}" for n in range(rights.SCOPES_MAX)]) or ())
+    assert rights.SCOPES_MAX == len(rights.scopes(["inference", *(f"s{n}" for n in range(1, rights.SCOPES_MAX))]) or ())
     assert rights.CIDRS_MAX == len(rights.allowed_cidrs([f"10.0.0.{n}" for n in range(rights.CIDRS_MAX)]) or ())
     assert rights.LABELS_MAX == len(rights.labels({f"l{n}": "" for n in range(rights.LABELS_MAX)}))
     for function, item, most in (
@@ -191,6 +191,13 @@ def test_bounds_of_lists_are_exact() -> None:
     ):  # fmt: skip
         with pytest.raises(Invalid):
             function([item.format(n) for n in range(most + 1)])
+
+
+def test_scopes_that_let_nothing_pass_are_refused() -> None:
+    """A word of a policy's own is welcome beside one that extauth knows, not instead."""
+    assert ["embeddings", "team:red"] == rights.scopes(["team:red", "embeddings"])
+    with pytest.raises(Invalid, match="lets anything pass"):
+        rights.scopes(["team:red"])
 
 
 # --- The token endpoint ---------------------------------------------------------------------------

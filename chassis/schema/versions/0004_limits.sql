@@ -37,3 +37,7 @@ alter table rate_limit
     add check ((unit = 'money') = (currency is not null)),
     add check (unit <> 'money' or period in ('calendar_day', 'calendar_month', 'ever')),
     add check (burst is null or period in ('second', 'minute', 'hour', 'day'));
+
+-- Budgets are admitted at the prices in force: a new one acts at once.
+create trigger rate_card_changed after insert or update on rate_card
+    for each row execute function notify_change();
