@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad inputs through real Envoy, with everything behind it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from chassis import keys
+from chassis.clock import utc_now
+from chassis.secrets import load_peppers
+from tests.hostile import callers as every
+from tests.hostile.callers import Caller
+from tests.hostile.http import Answer, send_http1, send_http2
+from tests.hostile.rows import Row, load
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation
+
+
+@pytest.fixture(scope="module")
+def callers(road: Installation) -> dict[str, Caller]:
+    """All of them, in the installation's own Postgres."""
+    made, peppers = every.make(), load_peppers(road.home)
+    with road.database() as connection:
+        for caller in made.values():
+            caller.insert(connection, peppers, utc_now())
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_envoy(road: Installation) -> Iterator[None]:
+    """Fail where a row ended the process, also if another took its place at once."""
+    before = road.pid("envoy")
+    yield
+    assert before == road.pid("envoy")
+
+
+@pytest.fixture(scope="module")
+def spellings(road: Installation, callers: dict[str, Caller]) -> dict[str, str]:
+    """What rows write in braces."""
+    peppers = load_peppers(road.home)
+    stored = keys.hash_key(peppers[max(peppers)], callers["good"].key).hex()
+    return every.spellings(callers) | {"stored_hash": stored}
+
+
+def send(road: Installation, row: Row, spellings: dict[str, str]) -> Answer:
+    """As the row says: bytes of HTTP/1.1, or frames of HTTP/2."""
+    if row.h2 is not None:
+        return send_http2(road.port, row.exchange(spellings))
+    return send_http1(road.port, row.request_bytes(spellings))
+
+
+def row_of(road: Installation, answer: Answer, caller: Caller) -> dict[str, Any]:
+    """The billing row of a request that passed; over HTTP/2, whose headers are not read, the caller's latest."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while time.monotonic() < deadline:
+        request_id = answer.headers.get("x-request-id")
+        found = road.sql(
+            "select * from billing_usage_v1 where request_id = coalesce(%s, request_id) and key_id = coalesce(%s, key_id) "
+            "order by started_at desc limit 1",
+            request_id, None if request_id else caller.key_id,
+        )  # fmt: skip
+        if found:
+            return found[0]
+        time.sleep(0.1)
+    pytest.fail("a request that passed has no row")
+
+
+@pytest.mark.parametrize("row", load("envoy"), ids=lambda row: row.id)
+def test_envoy_gives_each_bad_input_what_it_must_get(
+    road: Installation, callers: dict[str, Caller], spellings: dict[str, str], row: Row
+) -> None:
+    """Who is let through is billed as who they are; of the others nothing reaches a model server, and Envoy lives on."""
+    expected = row.expected["envoy"]
+    before = set(road.truth())
+
+    answer = send(road, row, spellings)
+
+    assert answer.status in expected.status, (row.title, answer)
+    assert b"" == answer.more, "two answers to one request"
+    if answer.status == 200:
+        caller = callers[expected.caller or ""]
+        billed = row_of(road, answer, caller)
+        assert (caller.tenant, caller.key_id) == (billed["tenant"], billed["key_id"])
+        # The id is Envoy's, never the one that a caller sent.
+        assert billed["request_id"] not in row.request_bytes(spellings).decode("latin-1")
+    else:
+        assert before == set(road.truth())
+    if expected.code is not None and answer.status != 200:
+        assert expected.code == json.loads(answer.body)["error"]["code"]
+    assert 200 == httpx.get(f"{road.url}/health").status_code
+
+
+def test_no_key_is_in_any_log_or_journal(road: Installation, callers: dict[str, Caller], spellings: dict[str, str]) -> None:
+    """Also not of those who sent theirs where it does not belong."""
+    del callers
+    secret = {name: text for name, text in spellings.items() if text.startswith("peaje_")}
+    files = [path for place in ("log", "journal") for path in (road.home / place).iterdir() if path.is_file()]
+
+    found = [(path.name, name) for path in files for name, text in secret.items() if text.encode("latin-1") in path.read_bytes()]
+
+    assert [] == found
