@@ -70,4 +70,5 @@ def main() -> None:
         {METHOD: (servicer.check, wire.CheckRequest)},
         workers=settings.workers,
     )
+    identities.close()
     writes.stop()

@@ -9,9 +9,11 @@ Without, they are deselected, and the end of the run says so.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.dataplane.installation import Installation, Tenant, running
@@ -21,6 +23,9 @@ ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
 #: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
 _KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+# Events of what runs in this process, also from threads of a test that is over, never mix with what a test reads.
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
 
 # A busy machine is no failure: no example is judged by its time.
 settings.register_profile("peaje", deadline=None)
@@ -69,7 +74,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake") as installation:
         yield installation
-        # After everything that the tests have done to it, the ledger still holds.
+        # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
+        assert [] == installation.leaks()
         verified = installation.cli("ledger", "verify")
         assert verified["ok"], verified
 

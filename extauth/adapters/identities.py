@@ -130,13 +130,13 @@ class Identities:
             log.error("identity_refused", reason=exc.message)
             return
         old, self._built = self._built, new
-        for name, source in old.sources.items():
-            if new.sources.get(name) is not source:
-                source.close()
-        for _, _, introspection in old.introspections:
-            introspection.close()
+        _close(old, keep=new.sources)
         metrics.IDENTITY_RELOADS.labels("taken").inc()
         log.info("identity_reloaded", issuers=len(new.issuers), policies=len(new.policies))
+
+    def close(self) -> None:
+        """Ask issuers nothing any more."""
+        _close(self._built, keep={})
 
     def identify(self, credential: Credential, ask: Ask, *, principal: str = "") -> Identity | Denial:
         """Whose *credential* it is; *principal* is the name in the peer's certificate, if Envoy verified one."""
@@ -303,6 +303,14 @@ def _both(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset
     if one is None or other is None:
         return other if one is None else one
     return one & other
+
+
+def _close(built: _Built, *, keep: Mapping[str, KeySource]) -> None:
+    for name, source in built.sources.items():
+        if keep.get(name) is not source:
+            source.close()
+    for _, _, introspection in built.introspections:
+        introspection.close()
 
 
 def _denied(rule: str, refusal: Refusal) -> Denial:

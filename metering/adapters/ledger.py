@@ -132,11 +132,16 @@ class Ledger:
             url, application_name="collector", connect_timeout=3, options="-c statement_timeout=60000 -c timezone=UTC",
             keepalives_idle=5, keepalives_interval=2, keepalives_count=3,
         )
-        set_json_dumps(orjson.dumps, self._connection)
-        self._connection.execute("set synchronous_commit = on")
-        self._take_journal()
-        self._connection.execute(_PREPARE)
-        self._connection.commit()
+        try:
+            set_json_dumps(orjson.dumps, self._connection)
+            self._connection.execute("set synchronous_commit = on")
+            self._take_journal()
+            self._connection.execute(_PREPARE)
+            self._connection.commit()
+        except BaseException:
+            # Not left to the garbage collector: the journal's lock hangs on the connection.
+            self._connection.close()
+            raise
 
     def _take_journal(self) -> None:
         # Two collectors on one journal would fight over its place. One that has just died may hold it a moment longer.
@@ -144,7 +149,6 @@ class Ledger:
             self._connection.execute("select set_config('lock_timeout', %s, true)", (_TAKEOVER_TIMEOUT,))
             self._connection.execute("select pg_advisory_lock(hashtextextended('peaje-journal:' || %s, 0))", (self._journal,))
         except psycopg.errors.LockNotAvailable as exc:
-            self._connection.close()
             raise psycopg.OperationalError("another collector reads this journal") from exc
 
     @property

@@ -83,6 +83,7 @@ def service(issuer: issuers.Issuer, postgres_url: str, tmp_path: Path) -> Iterat
             world=world, url=postgres_url, check=check, writes=writes, clock=clock, servicer=servicer, home=tmp_path,
             identities=identities,
         )  # fmt: skip
+    identities.close()
     pool.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,6 +46,8 @@ class Installation:
     control_port: int
     admin_port: int
     _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
+    #: Every key that tests were given, to be looked for at the end where it must not be.
+    issued: list[str] = field(default_factory=list, repr=False)
 
     @property
     def url(self) -> str:
@@ -93,6 +96,7 @@ class Installation:
             answer = self.control("POST", "/v1/tenants", json={"name": unique})
         tenant_id = answer.json()["tenant_id"]
         made = self.control("POST", f"/v1/tenants/{tenant_id}/keys", json={"name": "test"}).json()
+        self.issued.append(made["key"])
         if limits:
             self.set_limits(tenant_id, **limits)
         return Tenant(tenant_id=tenant_id, key_id=made["key_id"], key=made["key"])
@@ -115,6 +119,17 @@ class Installation:
         if fault := arguments.pop("fault", None):
             headers["x-fake-engine"] = json.dumps(fault)
         return httpx.post(f"{self.url}{path}", headers=headers, timeout=60, **arguments)
+
+    def leaks(self) -> list[tuple[str, str]]:
+        """Files below log, journal, run and envoy that hold a key that was issued or one of the installation's secrets."""
+        secrets = [*self.issued, *(path.read_text().strip() for path in (self.home / "secrets").iterdir())]
+        wanted = re.compile(b"|".join(re.escape(secret.encode()) for secret in secrets))
+        found = []
+        for directory in ("log", "journal", "run", "envoy"):
+            for path in (self.home / directory).rglob("*"):
+                if path.is_file():
+                    found += [(path.name, match[:16].decode()) for match in set(wanted.findall(path.read_bytes()))]
+        return found
 
     @contextmanager
     def database(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,8 +50,13 @@ def cut_off(url: str) -> None:
 
 def wait_for_rows(url: str, count: int) -> None:
     """Until that many rows are there."""
+    wait_until(lambda: rows(url, "select count(*) from usage_event")[0][0] >= count)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look every 50 ms."""
     deadline = time.monotonic() + _WAIT_SECONDS
-    while rows(url, "select count(*) from usage_event")[0][0] < count:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -70,8 +75,11 @@ def test_killed_and_cut_off_again_and_again_it_writes_each_exchange_once(ledger_
                 cut_off(ledger_url)
             wait_for_rows(ledger_url, chance.randint(1, written))
             process.kill()
+    ready = tmp_path / "run/collector.ready"
+    ready.unlink()
     with running(tmp_path, ledger_url) as process:
-        wait_for_rows(ledger_url, written)
+        # Its handler for the signal is there before it says so.
+        wait_until(ready.exists)
         write(live, exchanges(40, first=written))
         process.send_signal(signal.SIGTERM)
         assert 0 == process.wait(timeout=_WAIT_SECONDS)

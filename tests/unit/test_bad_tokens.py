@@ -28,11 +28,13 @@ def provider() -> Iterator[Provider]:
 
 
 @pytest.fixture(scope="module")
-def identities(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Identities:
+def identities(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Identities]:
     """Trusts the provider for acme."""
     home = tmp_path_factory.mktemp("home")
     write_home(home, document_for(provider))
-    return identities_in(home, FakeDirectory())
+    made = identities_in(home, FakeDirectory())
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
