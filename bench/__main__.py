@@ -142,20 +142,24 @@ def main() -> None:
     options = parser.parse_args()
 
     lines = [
-        "| request | bare Envoy | Envoy | extauth | ratelimit | metering | collector | Valkey | Postgres | all | ratio "
+        "| lane | request | bare Envoy | Envoy | extauth | ratelimit | metering | collector | Valkey | Postgres | all | ratio "
         "| p50 / p99 bare → Peaje, ms | failures |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(prefix="peaje-bench-") as home:
         with running(Path(home) / "state", "--engine", "fake") as road:
-            tenant = road.new_tenant("bench")
+            tenants = {
+                "express": road.new_tenant("bench-express"),
+                "exact": road.new_tenant("bench-exact", rpm=100_000_000, tpm=100_000_000_000),
+            }
             status = {part["name"]: part["pid"] for part in road.status()["parts"]}
             pids = {name: int(status[name]) for name in _COUNTED if status.get(name)}
             with bare_envoy(engine_port(road)) as (bare_pid, bare_port):
-                for shape in shapes(0.1 if options.quick else 1.0):
-                    line = _measured(shape, tenant.key, road, pids, bare_pid, bare_port)
-                    print(line, flush=True)
-                    lines.append(line)
+                for lane, tenant in tenants.items():
+                    for shape in shapes(0.1 if options.quick else 1.0):
+                        line = f"| {lane} {_measured(shape, tenant.key, road, pids, bare_pid, bare_port)}"
+                        print(line, flush=True)
+                        lines.append(line)
     if options.write:
         text = _DOCUMENT.read_text()
         start, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
