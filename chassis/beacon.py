@@ -28,6 +28,7 @@ from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import listen
 from chassis.telemetry.log import configure
+from chassis.watching import file_version
 
 log = structlog.get_logger()
 
@@ -97,7 +98,7 @@ class Beacon:
             who = self._heard.popleft()
             due.append(who)
             self._again.append((now + SAID_AGAIN_AFTER_SECONDS, who))
-        seen = tuple(_identity(document) for document in self.documents)
+        seen = tuple(map(file_version, self.documents))
         if seen != self._seen:
             self._seen = seen
             due.append("")
@@ -143,14 +144,6 @@ def main() -> None:
     log.info("beacon_lit", path=str(path.relative_to(stores.home)))
     while not stop.wait(_TICK_SECONDS):
         beacon.step(time.monotonic())
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The models that are served: one document (`envoy/models.yaml`) that every part r
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import threading
 import time
@@ -20,6 +19,7 @@ import structlog
 import yaml
 
 from chassis.errors import Invalid
+from chassis.watching import file_version
 
 log = structlog.get_logger()
 
@@ -111,7 +111,7 @@ class WatchedCatalogue:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._identity = self._look()
+        self._identity = file_version(self._path)
         self._catalogue = ModelCatalogue.load(path)
         self._looked_at = time.monotonic()
 
@@ -122,7 +122,7 @@ class WatchedCatalogue:
             return self._catalogue
         with self._lock:
             self._looked_at = now
-            identity = self._look()
+            identity = file_version(self._path)
             if identity is not None and identity != self._identity:
                 self._identity = identity
                 try:
@@ -131,13 +131,6 @@ class WatchedCatalogue:
                 except Invalid as exc:
                     log.error("models_refused", reason=exc.message)
         return self._catalogue
-
-    def _look(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino
 
 
 def _model(entry: object, source: str) -> Model:

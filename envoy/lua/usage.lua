@@ -107,7 +107,8 @@ end
 
 -- The usual running frame of an engine: true if it was one, and its new text.
 local function read_running(self, data)
-  local at = plain_usage(data)
+  -- The last member of all: what plain_usage asks for, and that nothing but the last brace follows.
+  local at = find(data, ',"usage":{', 1, true)
   if not at or not find(data, '^%b{}}$', at + 9) then return false end
   local input, output, cached = plain_counts(data, at)
   local counts = self.counts

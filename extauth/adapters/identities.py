@@ -9,7 +9,6 @@ watched: a new one is built whole and swapped in, a faulty one changes nothing.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from chassis.errors import Invalid, PeajeError, Unavailable
 from chassis.refusals import Refusal
 from chassis.secrets import read_secret
 from chassis.telemetry import metrics
+from chassis.watching import file_version
 from extauth.adapters import document as documents
 from extauth.adapters.directory import Directory
 from extauth.adapters.introspection import Introspection, over_http
@@ -98,7 +98,7 @@ class Identities:
         self._home = home
         self._control_url = control_url
         self._path = home / contract.IDENTITY_PATH
-        self._seen = self._look()
+        self._seen = file_version(self._path)
         loaded = documents.load(self._path) if self._seen is not None else documents.KEYS_ONLY
         self._built = self._build(loaded, {})
 
@@ -119,7 +119,7 @@ class Identities:
 
     def reload_if_changed(self) -> None:
         """Build, validate, swap; a faulty or missing document keeps the last good one."""
-        seen = self._look()
+        seen = file_version(self._path)
         if seen == self._seen:
             return
         self._seen = seen
@@ -226,13 +226,6 @@ class Identities:
             scopes=None if entry.scopes is None else frozenset(entry.scopes),
             models=None if entry.models is None else Patterns.of(entry.models),
         )
-
-    def _look(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino
 
     def _build(self, document: documents.IdentityDocument, running: Mapping[str, KeySource]) -> _Built:
         issuers: dict[str, _Issuer] = {}
