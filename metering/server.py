@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from chassis import contract
 from chassis.models import WatchedCatalogue
 from chassis.serving import serve_streams
@@ -12,10 +14,17 @@ from chassis.wire import ext_proc_pb2 as wire
 from metering.servicer import METHOD, Servicer
 
 
+class Settings(BaseSettings):
+    """metering's own settings; the stores' are in `StoreSettings`."""
+
+    model_config = SettingsConfigDict(env_prefix="PEAJE_METERING_", frozen=True)
+
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_METERING]
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     configure("metering")
     servicer = Servicer(WatchedCatalogue(StoreSettings().home / contract.MODELS_PATH).current)
-    serve_streams(
-        contract.SOCKETS[contract.CLUSTER_METERING], METHOD, servicer.process, wire.ProcessingRequest
-    )
+    serve_streams(Settings().socket, METHOD, servicer.process, wire.ProcessingRequest)

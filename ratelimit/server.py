@@ -28,6 +28,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PEAJE_RATELIMIT_", frozen=True)
 
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_RATELIMIT]
     #: Threads: each waits for one round trip to the store.
     workers: int = 4
     #: Postgres connections per process: limits are read whole by one thread, seeds by the others.
@@ -67,7 +69,7 @@ def main() -> None:
         draft_headers=settings.draft_headers,
     )
     serve_unary(
-        contract.SOCKETS[contract.CLUSTER_RATELIMIT],
+        settings.socket,
         {METHOD: (servicer.should_rate_limit, wire.RateLimitRequest)},
         workers=settings.workers,
     )

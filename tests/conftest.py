@@ -81,6 +81,16 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
 
 
 @pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """As `road`, with several processes of each service that decides, and two Envoy workers."""
+    several = {"PEAJE_EXTAUTH_PROCESSES": "2", "PEAJE_RATELIMIT_PROCESSES": "3"}
+    home = tmp_path_factory.mktemp("fleet")
+    with running(home, "--engine", "fake", "--concurrency", "2", environment=several) as installation:
+        yield installation
+        assert [] == installation.leaks()
+
+
+@pytest.fixture(scope="session")
 def dynamo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real: what `./peaje up` starts by itself."""
     with running(tmp_path_factory.mktemp("dynamo")) as installation:
