@@ -16,6 +16,7 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from bench.revocation import SEVERAL
 from tests.dataplane.installation import Installation, Tenant, running
 
 #: Marker and option of the tests that only run when asked for, and what they are.
@@ -83,9 +84,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """As `road`, with several processes of each service that decides, and two Envoy workers."""
-    several = {"PEAJE_EXTAUTH_PROCESSES": "2", "PEAJE_RATELIMIT_PROCESSES": "3"}
     home = tmp_path_factory.mktemp("fleet")
-    with running(home, "--engine", "fake", "--concurrency", "2", environment=several) as installation:
+    with running(home, "--engine", "fake", "--concurrency", "2", environment=SEVERAL) as installation:
         yield installation
         assert [] == installation.leaks()
 

@@ -197,6 +197,13 @@ class Installation:
             time.sleep(0.1)
             answer = self.post(newcomer, json=chat())
 
+    def asked_extauth(self) -> int:
+        """How often Envoy has asked extauth."""
+        answer = httpx.get(
+            f"http://127.0.0.1:{self.admin_port}/stats", params={"filter": "^http.tenants.ext_authz.(ok|denied)$"}
+        )
+        return sum(int(line.rpartition(" ")[2]) for line in answer.text.splitlines())
+
     def is_healthy(self) -> bool:
         """Whether Envoy would take requests: it looks at extauth and ratelimit itself, a little after they are ready."""
         try:

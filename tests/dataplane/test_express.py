@@ -17,12 +17,6 @@ REMEMBERED_SECONDS = 5.0
 BOUND_SECONDS = 1.0
 
 
-def asked(road: Installation) -> int:
-    """How often Envoy has asked extauth."""
-    answer = httpx.get(f"http://127.0.0.1:{road.admin_port}/stats", params={"filter": "^http.tenants.ext_authz.(ok|denied)$"})
-    return sum(int(line.rpartition(" ")[2]) for line in answer.text.splitlines())
-
-
 @pytest.fixture
 def session(tenant: Tenant) -> Iterator[httpx.Client]:
     """One connection, so one of Envoy's workers, that remembers this key."""
@@ -38,9 +32,9 @@ def post(session: httpx.Client, road: Installation, **fields: object) -> httpx.R
 def settle_news(session: httpx.Client, road: Installation) -> int:
     """Post until a request has asked nobody; how often that was."""
     for posted in range(1, 51):
-        before = asked(road)
+        before = road.asked_extauth()
         post(session, road)
-        if asked(road) == before:
+        if road.asked_extauth() == before:
             return posted
         time.sleep(0.1)
     pytest.fail("every request is asked about")
@@ -48,13 +42,13 @@ def settle_news(session: httpx.Client, road: Installation) -> int:
 
 def test_a_caller_without_limits_is_asked_about_once(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
     """Twenty requests of every kind, hardly a question, twenty rows with the engine's own numbers."""
-    before, started = asked(road), time.monotonic()
+    before, started = road.asked_extauth(), time.monotonic()
 
     answers = [post(session, road, stream=number % 2 == 0, max_tokens=3 + number) for number in range(20)]
 
     # Once, and again: when what is remembered is over, when the news of the new key and tenant are
     # said, and when they are said the second time.
-    questions = asked(road) - before
+    questions = road.asked_extauth() - before
     assert 1 <= questions <= 4 + (time.monotonic() - started) // REMEMBERED_SECONDS
     assert {200} == {answer.status_code for answer in answers}
     rows = {row["request_id"]: row for row in road.rows(tenant, 20)}
@@ -89,7 +83,7 @@ def test_a_stream_that_the_caller_cuts_is_billed_to_what_was_delivered(
 def test_another_spelling_of_the_credential_is_asked_about(road: Installation, session: httpx.Client, tenant: Tenant) -> None:
     """What was remembered of one header's exact text says nothing about another's."""
     settle_news(session, road)
-    before = asked(road)
+    before = road.asked_extauth()
 
     wrong = tenant.key[:-1] + ("A" if tenant.key[-1] != "A" else "B")
     answers = [
@@ -102,7 +96,7 @@ def test_another_spelling_of_the_credential_is_asked_about(road: Installation, s
     ]  # fmt: skip
 
     assert [401, 400, 404, 401] == [answer.status_code for answer in answers]
-    assert before + 4 == asked(road)
+    assert before + 4 == road.asked_extauth()
 
 
 @pytest.mark.parametrize("change", ["revoked", "suspended"])
