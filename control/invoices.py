@@ -14,8 +14,10 @@ from chassis.errors import Conflict, Invalid, NotFound
 from control import audit, tenants
 from control.act import Act
 from control.money import decimal_text
-from control.store import Store
+from control.outbox import tell
+from control.store import Connection, Store
 from metering.adapters import periods
+from metering.core import outgoing
 
 #: A month of a large installation is read whole, row by row, when it closes.
 _PERIOD_TIMEOUT = "30min"
@@ -27,6 +29,10 @@ select period, tenant, project, model, kind, request_count, input_tokens, output
        currency, amount_nano, state
 from control_invoice where tenant = %(tenant)s and period = %(period)s
 order by kind desc, project, model, currency nulls last
+"""
+_TOTALS = """
+select tenant, currency, sum(amount_nano)::bigint as amount_nano from control_invoice
+where period = %(period)s and currency is not null group by 1, 2 order by 1, 2
 """
 _CSV_COLUMNS = (
     "period", "tenant", "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens",
@@ -119,6 +125,7 @@ def close(store: Store, act: Act, period: date, *, exception: str | None) -> dic
         )
         shown = _closed(closed)
         audit.append(connection, act, "period.closed", shown["period"], tenant_id=None, after=shown)
+        _tell(connection, act, period, shown)
     return shown
 
 
@@ -131,6 +138,19 @@ def verify(store: Store, act: Act, period: date) -> dict[str, Any]:
             raise NotFound(f"{period:%Y-%m} is not closed.", mend="See `peaje period list`.")
         changed = periods.changes(connection, found)
     return _closed(found) | {"ok": not changed, "changes": changed}
+
+
+def _tell(connection: Connection, act: Act, period: date, closed: dict[str, Any]) -> None:
+    """The month to the platform, and to each tenant that is charged in it what it owes."""
+    told = ("period", "closed_at", "exception", "row_count", "root_hash")
+    tell(connection, act, outgoing.PERIOD_CLOSED, tenant_id=None, data={name: closed[name] for name in told})
+    totals: dict[str, list[dict[str, Any]]] = {}
+    for row in connection.execute(_TOTALS, {"period": period}).fetchall():
+        totals.setdefault(row["tenant"], []).append(
+            {"currency": row["currency"], "amount_nano": row["amount_nano"], "amount": decimal_text(row["amount_nano"])}
+        )
+    for tenant_id, amounts in totals.items():
+        tell(connection, act, outgoing.INVOICE_CLOSED, tenant_id=tenant_id, data={"period": closed["period"], "totals": amounts})
 
 
 def _closed(it: periods.Closed) -> dict[str, Any]:

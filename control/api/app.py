@@ -31,6 +31,7 @@ from control.api import (
     service_accounts,
     signing_keys,
     tenants,
+    webhooks,
 )
 from control.api.access import Unauthenticated, authenticate, check_declared, public, public_paths
 from control.api.errors import add_errors, error, from_error, nobody, request_id
@@ -43,7 +44,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks,
 )
 
 

@@ -27,6 +27,7 @@ from control.cli import (
     service_accounts,
     signing_keys,
     tenants,
+    webhooks,
 )
 from control.cli.options import Json
 from control.laptop import commands as laptop
@@ -46,6 +47,7 @@ app.add_typer(signing_keys.app, name="signing-keys")
 app.add_typer(prices.app, name="prices")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(journal.app, name="journal")
+app.add_typer(webhooks.app, name="webhooks")
 invoices.register(app)
 reports.register(app)
 laptop.register(app)

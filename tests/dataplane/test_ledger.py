@@ -14,16 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from standardwebhooks.webhooks import Webhook
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
+from tests.receivers import receiving
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
-    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
+    settings = {
+        "PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
+        "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
+    }
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for *condition*, as long as a row may take and a restarted process."""
+    deadline = time.monotonic() + 2 * VISIBLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.05)
 
 
 def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
@@ -137,3 +150,33 @@ def _sibling(installation: Installation, database: str) -> str:
     password = (installation.home / "secrets/postgres-password").read_text().strip()
     url = state["postgres_url"]
     return f"{url.rpartition('/')[0].replace('@', f':{password}@', 1)}/{database}"
+
+
+def test_events_reach_a_receiver_through_the_death_of_their_process(small: Installation) -> None:
+    """Each request as a CloudEvent, a key, a budget; killed between two of them, nothing is lost and ids tell repeats."""
+    tenant = small.new_tenant("heard")
+    with receiving() as receiver:
+        asked = ("--tenant", tenant.tenant_id, "--format", "cloudevents", "--events", "usage.recorded,budget.threshold,key.created")
+        webhook = small.cli("webhooks", "add", receiver.url, *asked)
+        small.cli("limits", "set", "--tenant", tenant.tenant_id, "--monthly-tokens", "100000")
+        small.cli("limits", "set", "--tenant", tenant.tenant_id, "--model", "tiny", "--monthly-tokens", "40")
+        sent = [small.post(tenant, json=chat()).headers["x-request-id"]]
+        until(lambda: receiver.got)
+        small.wait_restarted("events", small.kill("events"))
+        sent += [small.post(tenant, json=chat()).headers["x-request-id"] for _ in range(2)]
+        key = small.cli("keys", "create", "--tenant", tenant.tenant_id)
+
+        def heard(kind: str) -> list[dict[str, Any]]:
+            events = [json.loads(it.body) for it in receiver.got]
+            return [it for it in events if it["type"] == f"peaje.{kind}"]
+
+        until(lambda: {it["id"] for it in heard("usage.recorded")} >= set(sent) and heard("key.created") and heard("budget.threshold"))
+        assert key["key_id"] == heard("key.created")[0]["data"]["key_id"]
+        assert 50 == heard("budget.threshold")[0]["data"]["percent"]
+        verified = Webhook(webhook["secret"])
+        for got in receiver.got:
+            verified.verify(got.body, got.headers)
+        shown = small.cli("webhooks", "show", webhook["webhook_id"])
+        assert ("active", 0) == (shown["state"], shown["failure_count"])
+        assert {"delivered"} == {it["outcome"] for it in small.cli("webhooks", "deliveries", webhook["webhook_id"])["deliveries"]}
+        small.cli("webhooks", "remove", webhook["webhook_id"])
