@@ -30,6 +30,9 @@ select period, tenant, project, model, kind, request_count, input_tokens, output
 from control_invoice where tenant = %(tenant)s and period = %(period)s
 order by kind desc, project, model, currency nulls last
 """
+_PRICED_LATER = """
+select coalesce(sum(unpriced_count), 0)::bigint as count from rerating_line where tenant_id = %(tenant)s and of_period = %(period)s
+"""
 _TOTALS = """
 select tenant, currency, sum(amount_nano)::bigint as amount_nano from control_invoice
 where period = %(period)s and currency is not null group by 1, 2 order by 1, 2
@@ -58,6 +61,8 @@ def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]
     with store.snapshot(act.scope) as connection:
         tenant_id = tenants.resolve(connection, tenant)["tenant_id"]
         lines = connection.execute(_LINES, {"tenant": tenant_id, "period": period}).fetchall()
+        priced_later = connection.execute(_PRICED_LATER, {"tenant": tenant_id, "period": period}).fetchone()
+        assert priced_later is not None
         closed = any(it.period >= period for it in periods.closed_periods(connection))
     totals: dict[str, int] = {}
     for line in lines:
@@ -75,7 +80,7 @@ def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]
         "requests_without_price": sum(
             line["request_count"] for line in lines
             if line["currency"] is None and line["input_tokens"] + line["output_tokens"] > 0
-        ),
+        ) - priced_later["count"],
         "lines": [_shown(line) for line in lines],
     }
 

@@ -36,6 +36,7 @@ from chassis.secrets import load_peppers
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
+from metering.adapters.credits import settle_all as settle_credits
 from metering.adapters.notices import ALL_HOURS, RECENT_HOURS, tell_expiring, tell_hours, tell_thresholds
 from metering.adapters.outbox import Outbox, Webhook, trim
 from metering.adapters.sending import Answer, Sender
@@ -57,6 +58,7 @@ _EXPIRING_EVERY: Final = 60.0
 _RECENT_HOURS_EVERY: Final = 60.0
 _ALL_HOURS_EVERY: Final = 6 * 3600.0
 _TRIM_EVERY: Final = 600.0
+_CREDITS_EVERY: Final = 30.0
 
 #: What a database that is away raises, here or in the pool.
 _AWAY = (psycopg.Error, PoolTimeout)
@@ -184,6 +186,7 @@ class Notices(threading.Thread):
             (_RECENT_HOURS_EVERY, lambda connection, now: tell_hours(connection, now, back=RECENT_HOURS)),
             (_ALL_HOURS_EVERY, lambda connection, now: tell_hours(connection, now, back=ALL_HOURS)),
             (_TRIM_EVERY, _trim),
+            (_CREDITS_EVERY, settle_credits),
         ]
 
     def run(self) -> None:

@@ -31,9 +31,13 @@ class Permission(StrEnum):
     PRICES_READ = "prices:read"
     PRICES_WRITE = "prices:write"
     INVOICES_READ = "invoices:read"
+    RERATE = "prices:rerate"
     PERIODS_READ = "periods:read"
     PERIODS_CLOSE = "periods:close"
     LEDGER_VERIFY = "ledger:verify"
+    CREDITS_READ = "credits:read"
+    CREDITS_WRITE = "credits:write"
+    USAGE_WRITE = "usage:write"
     WEBHOOKS_READ = "webhooks:read"
     WEBHOOKS_WRITE = "webhooks:write"
     OPERATORS_READ = "operators:read"
@@ -60,7 +64,7 @@ _P = Permission
 #: Never an operator's of a tenant, whatever its role.
 PLATFORM_ONLY: Final = frozenset({
     _P.TENANTS_WRITE, _P.LIMITS_WRITE, _P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.SIGNING_KEYS_READ, _P.SIGNING_KEYS_WRITE,
-    _P.PRICES_WRITE, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY,
+    _P.PRICES_WRITE, _P.RERATE, _P.CREDITS_WRITE, _P.USAGE_WRITE, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY,
 })
 
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
@@ -72,11 +76,12 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     }),
     Role.BILLING_READER: frozenset({
         _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.PRICES_READ, _P.INVOICES_READ, _P.PERIODS_READ,
-        _P.WEBHOOKS_READ,
+        _P.CREDITS_READ, _P.WEBHOOKS_READ,
     }),
     Role.BILLING_ADMIN: frozenset({
-        _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.REQUESTS_READ, _P.PRICES_READ, _P.PRICES_WRITE,
-        _P.INVOICES_READ, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY, _P.WEBHOOKS_READ, _P.WEBHOOKS_WRITE,
+        _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.REQUESTS_READ, _P.PRICES_READ, _P.PRICES_WRITE, _P.RERATE,
+        _P.INVOICES_READ, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY, _P.CREDITS_READ, _P.CREDITS_WRITE,
+        _P.USAGE_WRITE, _P.WEBHOOKS_READ, _P.WEBHOOKS_WRITE,
     }),
     Role.AUDITOR: frozenset(
         {permission for permission in Permission if permission.endswith(":read")}
