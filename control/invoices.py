@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import re
 from dataclasses import asdict
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
-from chassis.errors import Conflict, Invalid, NotFound
+from chassis.errors import Conflict, Invalid, NotFound, Unavailable
 from control import audit, tenants
 from control.act import Act
 from control.money import decimal_text
@@ -91,6 +93,33 @@ def as_csv(document: dict[str, Any]) -> str:
     writer = csv.DictWriter(out, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _safe(line[name]) for name in _CSV_COLUMNS} for line in document["lines"])
+    return out.getvalue()
+
+
+def as_parquet(document: dict[str, Any]) -> bytes:
+    """
+    The lines of an invoice as a Parquet file: counts as int64, amounts as decimal(38, 9), never a float.
+
+    Raises `Unavailable` where the library for it is not installed.
+    """
+    try:
+        pa = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as exc:
+        raise Unavailable(
+            "Parquet needs the library pyarrow, which is not installed.", mend="Install the extra `parquet`, or use --format csv."
+        ) from exc
+    texts = ("tenant", "project", "model", "kind", "currency", "state")
+    counts = ("request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "amount_nano")
+    kinds = {name: pa.string() for name in texts} | dict.fromkeys(counts, pa.int64())
+    kinds |= {"period": pa.date32(), "amount": pa.decimal128(38, 9)}
+    rows = [
+        {**line, "period": month(line["period"]), "amount": None if line["amount"] is None else Decimal(line["amount"])}
+        for line in document["lines"]
+    ]
+    schema = pa.schema([(name, kinds[name]) for name in (*_CSV_COLUMNS, "amount_nano")])
+    out = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), out)
     return out.getvalue()
 
 

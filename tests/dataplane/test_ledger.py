@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from standardwebhooks.webhooks import Webhook
 
@@ -39,7 +40,7 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
+def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
     """Set by the command line, charged by the collector, read by the billing team."""
     tenant = road.new_tenant("money")
     made = road.cli(
@@ -60,6 +61,13 @@ def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
     [line] = csv.DictReader(io.StringIO(road.run("invoice", "--tenant", tenant.tenant_id, "--month", month, "--csv").stdout))
     assert ("3", "15", "0.00001035") == (line["request_count"], line["output_tokens"], line["amount"])
     assert "total USD 0.00001035" in road.run("invoice", "--tenant", tenant.tenant_id, "--month", month).stdout
+    written = tmp_path / "invoice.parquet"
+    of_month = ("invoice", "--tenant", tenant.tenant_id, "--month", month)
+    assert 0 == road.run(*of_month, "--format", "parquet", "--out", str(written)).returncode
+    assert [10_350] == [it["amount_nano"] for it in pq.read_table(written).to_pylist()]
+    assert [(1, ""), (1, "")] == [
+        (it.returncode, it.stdout) for it in (road.run(*of_month, "--format", "parquet"), road.run(*of_month, "--format", "csv", "--json"))
+    ]
     assert made["rate_card_id"] in [it["rate_card_id"] for it in road.cli("prices", "list", "--in-force")["prices"]]
     refused = road.run("prices", "set", "--model", "tiny", "--input", "1e3", "--output", "1")
     assert (1, 1) == (refused.returncode, len(refused.stderr.splitlines()))
