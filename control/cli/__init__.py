@@ -15,6 +15,7 @@ import typer
 from chassis.errors import PeajeError
 from control.cli import (
     audit,
+    credits,  # noqa: A004 - the noun; nobody uses the interpreter's own
     invoices,
     journal,
     keys,
@@ -24,9 +25,11 @@ from control.cli import (
     prices,
     projects,
     reports,
+    reratings,
     service_accounts,
     signing_keys,
     tenants,
+    webhooks,
 )
 from control.cli.options import Json
 from control.laptop import commands as laptop
@@ -46,7 +49,10 @@ app.add_typer(signing_keys.app, name="signing-keys")
 app.add_typer(prices.app, name="prices")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(journal.app, name="journal")
+app.add_typer(credits.app, name="credits")
+app.add_typer(webhooks.app, name="webhooks")
 invoices.register(app)
+reratings.register(app)
 reports.register(app)
 laptop.register(app)
 

@@ -18,6 +18,8 @@ from control.laptop.scale import SERVICES, Scale, ServiceProcess
 
 #: Written by the collector once it reads the journal, relative to the state directory.
 COLLECTOR_READY = "run/collector.ready"
+#: Written by the delivery process once it looks at the outbox.
+EVENTS_READY = "run/events.ready"
 
 #: What a part inherits from the environment of `up`; all else is left behind.
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -121,6 +123,14 @@ def service_parts(env: Mapping[str, str], ports: Ports, scale: Scale, *, stores:
             before_start=lambda: _remove(COLLECTOR_READY),
             # Reads what Envoy wrote last, into a Postgres that may be busy.
             stop_grace_seconds=20.0,
+        ),
+        Part(
+            name="events",
+            argv=_module("metering.events"),
+            env=env,
+            needs=needs,
+            ready=file_exists(Path(EVENTS_READY)),
+            before_start=lambda: _remove(EVENTS_READY),
         ),
         Part(
             name="beacon",
