@@ -38,15 +38,21 @@ class Watched(StoredCounters):
         return super().settle(tenant_id=tenant_id, request_id=request_id, report=report)
 
 
+class WatchedDesk(Desk):
+    """A desk that knows how often its store was called."""
+
+    watched: Watched
+
+
 @pytest.fixture
-def desk(postgres_url: str) -> Iterator[Desk]:
+def desk(postgres_url: str) -> Iterator[WatchedDesk]:
     """A desk whose store is its own to break, with a model for each mode."""
     with store_server() as url:
-        made = Desk(postgres_url, url)
+        made = WatchedDesk(postgres_url, url)
         for mode, amount in (("local", 4), ("allow", 1), ("deny", 10)):
             made.limit("requests", "day", amount, model=mode, on_store_error=mode)
         made.open()
-        made.servicer._stored = made.watched = Watched(made.store)  # type: ignore[attr-defined]
+        made.servicer._stored = made.watched = Watched(made.store)
         yield made
         made.close()
 
@@ -98,7 +104,7 @@ def ask(desk: Desk, mode: str, times: int) -> list[Any]:
     ids=["killed", "stalled", "OOM", "READONLY"],
 )
 def test_while_the_store_is_away_each_limit_follows_its_mode(
-    desk: Desk, fault: Callable[[Any], Any], comes_back: bool
+    desk: WatchedDesk, fault: Callable[[Any], Any], comes_back: bool
 ) -> None:
     """Local gives out its half, allow all, deny nothing; once it is left alone, no request calls the store."""
     assert [OK] == ask(desk, "local", 1)

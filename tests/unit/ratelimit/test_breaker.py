@@ -83,7 +83,8 @@ def test_it_is_probed_once_a_second_until_a_write_is_taken() -> None:
     """No request waits for that."""
     watch = Watch()
     watch.fail(FAILURES_TO_OPEN)
-    answers, pauses = [False, False, True], []
+    answers = [False, False, True]
+    pauses: list[float] = []
 
     probe_until_back(watch.breaker, lambda: answers.pop(0), sleep=pauses.append)
 
