@@ -27,7 +27,13 @@ local function exact(n) return string.format('%.17g', n) end
 local function debt_of(counter, now)
   local stored = redis.call('HMGET', counter.n, 'debt', 'at')
   if not stored[1] then return 0 end
-  return math.max(0, tonumber(stored[1]) - math.max(0, now - tonumber(stored[2])) * counter.a)
+  local passed = now - tonumber(stored[2])
+  if passed < 0 then
+    -- The clock went back: the debt counts from what it shows now, or nothing would drain until it has caught up.
+    redis.call('HSET', counter.n, 'at', whole(now))
+    passed = 0
+  end
+  return math.max(0, tonumber(stored[1]) - passed * counter.a)
 end
 
 local function put_debt(counter, debt, now)

@@ -48,6 +48,9 @@ class Level:
     def value(self, counter: Counter, now_us: int) -> float:
         """The level as `read` takes it."""
         if counter.kind is Kind.BUCKET:
+            # After a clock went back the debt counts from what it shows now: waiting for it to
+            # catch up would lock everybody out for as long as it jumped.
+            self.at_us = min(self.at_us, now_us)
             return bucket.drained(counter, debt=self.debt, at_us=self.at_us, now_us=now_us)
         for request_id in [name for name, (_, ends) in self.held.items() if ends <= now_us]:
             del self.held[request_id]
