@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import redis
+from redis.exceptions import RedisClusterException
 
 from chassis.errors import Unavailable
 from ratelimit.core.rls.rules import LENGTHS_SECONDS, Unit
@@ -37,7 +38,7 @@ class RuleCounters:
         groups = self._by_slot(counts)
         try:
             answers = [self._script(*_arguments(groups[0]))] if len(groups) == 1 else self._batch(groups)
-        except redis.RedisError as exc:
+        except (redis.RedisError, RedisClusterException) as exc:
             raise Unavailable("The counter store did not answer.") from exc
         readings: dict[int, Reading] = {}
         for group, (_, *numbers) in zip(groups, answers, strict=True):
@@ -54,11 +55,11 @@ class RuleCounters:
         return list(slots.values())
 
     def _batch(self, groups: Sequence[Sequence[tuple[int, Count]]]) -> list[Any]:
-        # By its text: the client keeps scripts' hashes out of a cluster's batches.
+        # By its text and as a plain command: the client keeps scripts out of a cluster's batches otherwise.
         batch = self._store.pipeline(transaction=False)
         for group in groups:
             keys, arguments = _arguments(group)
-            batch.eval(self._text, len(keys), *keys, *arguments)
+            batch.execute_command("EVAL", self._text, len(keys), *keys, *arguments)  # type: ignore[no-untyped-call]
         return batch.execute()
 
 

@@ -125,7 +125,7 @@ def status_of(answer: Ask, made: wire.RateLimitRequest) -> str:
     try:
         return str(wire.RateLimitResponse.Code.Name(answer(made).overall_code))
     except grpc.RpcError as exc:
-        return str(exc.code().name)  # type: ignore[attr-defined]
+        return str(exc.code().name)
 
 
 def test_c06_spoofed_tenants_and_absurd_hits_reach_no_counter_but_their_own(counter_store: str, tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_c09_a_store_in_trouble_costs_counts_or_an_error_never_a_crash(own_store
         admin.config_set("maxmemory", 1)
         assert "UNAVAILABLE" == asked()
         admin.config_set("maxmemory", 0)
-        admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+        admin.execute_command("REPLICAOF", "127.0.0.1", "1")  # type: ignore[no-untyped-call]
         assert "UNAVAILABLE" == asked()
-        admin.execute_command("REPLICAOF", "NO", "ONE")
+        admin.execute_command("REPLICAOF", "NO", "ONE")  # type: ignore[no-untyped-call]
         assert "OVER_LIMIT" == asked()
 
 
@@ -223,7 +223,7 @@ def test_c09_a_stalled_store_is_left_alone_after_three_failures(own_store: str, 
 
     with on_a_socket(servicer, tmp_path) as answer:
         assert "OK" == status_of(answer, request("d", ["a=x"]))
-        admin.execute_command("CLIENT", "PAUSE", "5000", "ALL")
+        admin.execute_command("CLIENT", "PAUSE", "5000", "ALL")  # type: ignore[no-untyped-call]
         assert ["UNAVAILABLE"] * 20 == [status_of(answer, request("d", ["a=x"])) for _ in range(20)]
 
     assert servicer._breaker.is_open
@@ -295,7 +295,7 @@ def _options() -> Any:
     return serving(Rules({}), RuleCounters(redis.Redis()))._options
 
 
-@pytest.mark.parametrize("values", [50_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("values", [20_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
 def test_distinct_values_keep_memory_bounded_and_end_in_the_store(own_store: str, values: int) -> None:
     """With detailed metrics, which would be a name for each; a hundred descriptors a request."""
     store = connect(own_store, cluster=False)
@@ -305,15 +305,15 @@ def test_distinct_values_keep_memory_bounded_and_end_in_the_store(own_store: str
     def send(first: int, last: int) -> None:
         for start in range(first, last, 100):
             made = request(domain, [f"a=user-{number}" for number in range(start, start + 100)])
-            patient(lambda made=made: servicer.should_rate_limit(made, None))  # type: ignore[misc, arg-type]
+            patient(lambda made=made: servicer.should_rate_limit(made, None))  # type: ignore[misc]
 
-    send(0, 20_000)  # everything is loaded, and the metrics have all the names that they may have
+    send(0, 10_000)  # everything is loaded, and the metrics have all the names that they may have
     warm = _resident_bytes()
-    send(20_000, 20_000 + values)
+    send(10_000, 10_000 + values)
     grown = _resident_bytes() - warm
 
-    # A million values kept would be hundreds of MB; what an allocator keeps of garbage is a few.
-    assert grown < 32 << 20, grown
+    # A metric for each of 20,000 values is 60 MB, a million texts kept 100; what an allocator keeps of garbage is a few.
+    assert grown < 16 << 20, grown
     assert len(servicer._metrics._detailed) == DETAILED_MAX
     _until(lambda: store.dbsize() == 0)
 
