@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,15 @@ def test_what_does_nothing_is_told_and_taken(text: str, remarks: list[str]) -> N
     assert [] == faults
     assert len(remarks) == len(found), found
     assert all(expected in line for expected, line in zip(remarks, found, strict=True)), found
+
+
+def test_the_guides_example_is_a_good_file() -> None:
+    """What operators copy first has neither fault nor remark."""
+    guide = (Path(__file__).parents[3] / "docs/ratelimit-rls.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", guide, re.DOTALL | re.MULTILINE)]
+    [example] = [block for block in blocks if "domain: shop\ndescriptors" in block]
+
+    assert ([], []) == told(example)
 
 
 def test_merged_and_repeated_parts_of_a_file_are_read_as_yaml_has_them() -> None:
