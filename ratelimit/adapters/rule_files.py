@@ -77,6 +77,7 @@ class RuleFiles:
         self.current = Rules({})
         #: None: there is no directory, which at first means that nobody wants rules.
         self._seen: Seen | None = None
+        metrics.RULES_CURRENT.set(1)
         self.reload_if_changed()
 
     def watch(self) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import grpc
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
 from prometheus_client import REGISTRY, generate_latest
 
 from chassis.serving import _guarded
 from chassis.wire import ratelimit_pb2 as wire
-from ratelimit.adapters.counters import connect
+from ratelimit.adapters import counters
 from ratelimit.adapters.rule_counters import RuleCounters
 from ratelimit.adapters.rule_files import RuleFiles
 from ratelimit.adapters.rule_metrics import DETAILED_MAX
@@ -28,7 +29,9 @@ from ratelimit.core.rls.rules import Rules, Unit, counter_name
 from ratelimit.generic import GenericServicer
 from ratelimit.servicer import METHOD
 from tests.integration.stores import store_server
-from tests.ratelimit_rules import OK, Ask, ask, differences, examples, request, rules_of, serving
+from tests.ratelimit_rules import OK, Ask, ask, context, differences, examples, request, rules_of, serving
+from tests.ratelimit_rules.model import Model
+from tests.ratelimit_rules.strategies import REQUESTS, as_asked, levels, said
 
 _DOMAINS = (f"real-{number}" for number in itertools.count())
 #: A change acts within a second; a busy machine may take longer to look.
@@ -63,23 +66,19 @@ def on_a_socket(servicer: GenericServicer, directory: Path) -> Iterator[Ask]:
             server.stop(None).wait()
 
 
-def patient(answer: Callable[[], Any]) -> Any:
-    """Ask again while a busy machine keeps the store from answering in time."""
-    deadline = time.monotonic() + _WAIT_SECONDS_MAX
-    while True:
-        try:
-            return answer()
-        except (redis.RedisError, grpc.RpcError):
-            if time.monotonic() > deadline:
-                raise
+def steady(url: str, *, cluster: bool = False) -> redis.Redis:
+    """A client that waits for a busy machine; the service's own gives up after a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counters, "STORE_TIMEOUT_SECONDS", _WAIT_SECONDS_MAX)
+        return counters.connect(url, cluster=cluster)
 
 
 @pytest.fixture(params=["valkey", "cluster"])
 def store(request: pytest.FixtureRequest) -> redis.Redis:
     """One server, and three that share the slots."""
     if request.param == "cluster":
-        return connect(request.getfixturevalue("counter_cluster"), cluster=True)
-    return connect(request.getfixturevalue("counter_store"), cluster=False)
+        return steady(request.getfixturevalue("counter_cluster"), cluster=True)
+    return steady(request.getfixturevalue("counter_store"))
 
 
 def test_every_example_is_answered_as_written(store: redis.Redis) -> None:
@@ -91,6 +90,18 @@ def test_every_example_is_answered_as_written(store: redis.Redis) -> None:
         wrong += differences(example, domain, lambda made, servicer=servicer: ask(servicer, made))  # type: ignore[misc]
 
     assert [] == wrong
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(descriptors=levels(units=("month", "year")), asked=REQUESTS)
+def test_any_rules_answer_any_requests_as_the_model_does(store: redis.Redis, descriptors: list[Any], asked: list[Any]) -> None:
+    """Each example under a domain of its own; what the model keeps in a dictionary the script keeps in the store."""
+    domain, model = next(_DOMAINS), Model(descriptors)
+    servicer = serving(rules_of({"domain": domain, "descriptors": descriptors}), RuleCounters(store))
+
+    for _, asked_descriptors in asked:
+        answer = ask(servicer, as_asked(domain, asked_descriptors))
+        assert model.ask(asked_descriptors, 0) == said(answer)
 
 
 def test_two_hundred_at_once_pass_exactly_the_limit(store: redis.Redis) -> None:
@@ -106,7 +117,7 @@ def test_two_hundred_at_once_pass_exactly_the_limit(store: redis.Redis) -> None:
 
 def test_every_key_ends_with_its_window(counter_store: str) -> None:
     """At most a second after; no value of a caller is in its name or in it."""
-    store = connect(counter_store, cluster=False)
+    store = steady(counter_store)
     domain = next(_DOMAINS)
     servicer = serving(rules_of(limited(domain, 5, "hour")), RuleCounters(store))
 
@@ -130,7 +141,7 @@ def status_of(answer: Ask, made: wire.RateLimitRequest) -> str:
 
 def test_c06_spoofed_tenants_and_absurd_hits_reach_no_counter_but_their_own(counter_store: str, tmp_path: Path) -> None:
     """An addend of 2^63 is refused, 0 takes nothing; what looks like Peaje's own descriptor is a descriptor like any."""
-    store = connect(counter_store, cluster=False)
+    store = steady(counter_store)
     store.set("peaje:{acme}:quota", "of peaje's own")
     domain = next(_DOMAINS)
     made = rules_of({"domain": domain, "descriptors": [
@@ -156,7 +167,7 @@ def test_c06_spoofed_tenants_and_absurd_hits_reach_no_counter_but_their_own(coun
 
 def test_c08_values_that_imitate_keys_lines_and_labels_stay_values(counter_store: str, tmp_path: Path) -> None:
     """Braces, colons, newlines, quotes, a MiB: keys of one length, metrics that parse, no more names than allowed."""
-    store = connect(counter_store, cluster=False)
+    store = steady(counter_store)
     domain = next(_DOMAINS)
     nasty = ["{x}", "a:b", "a\nb", 'a"} 1\n# HELP x', "\x00", "}:held:r", "x" * 2**20, "", "ü" * 1000]
     before = set(store.scan_iter("peaje:rls:*"))
@@ -186,7 +197,7 @@ def own_store() -> Iterator[str]:
 
 def test_c09_a_store_in_trouble_costs_counts_or_an_error_never_a_crash(own_store: str, tmp_path: Path) -> None:
     """Wiped, scripts forgotten, a wrong type: counted anew. Read-only and full: the error that the setting says."""
-    store = connect(own_store, cluster=False)
+    store = steady(own_store)
     admin = redis.Redis.from_url(own_store)
     key = counter_name("d", [("a", "x")], Unit.YEAR)
     servicer = serving(rules_of(limited("d", 2)), RuleCounters(store))
@@ -218,7 +229,7 @@ def test_c09_a_store_in_trouble_costs_counts_or_an_error_never_a_crash(own_store
 
 def test_c09_a_stalled_store_is_left_alone_after_three_failures(own_store: str, tmp_path: Path) -> None:
     """No storm of waiting calls: the breaker that Peaje's own limits use answers for it."""
-    servicer = serving(rules_of(limited("d", 2)), RuleCounters(connect(own_store, cluster=False)))
+    servicer = serving(rules_of(limited("d", 2)), RuleCounters(counters.connect(own_store, cluster=False)))
     admin = redis.Redis.from_url(own_store)
 
     with on_a_socket(servicer, tmp_path) as answer:
@@ -247,7 +258,7 @@ def test_a_reload_under_load_fails_no_call_and_is_seen_by_all(counter_store: str
     write(1_000_000)
     files = RuleFiles(directory)
     files.watch()
-    servicer = GenericServicer(lambda: files.current, RuleCounters(connect(counter_store, cluster=False)), _breaker(), _options())
+    servicer = GenericServicer(lambda: files.current, RuleCounters(steady(counter_store)), _breaker(), _options())
     stop, failed, seen = threading.Event(), [], set()
 
     with on_a_socket(servicer, tmp_path) as answer:
@@ -255,11 +266,11 @@ def test_a_reload_under_load_fails_no_call_and_is_seen_by_all(counter_store: str
         def call() -> None:
             while not stop.is_set():
                 try:
-                    said = patient(lambda: answer(request(domain, ["a=x", "b=x"])))
+                    answered = answer(request(domain, ["a=x", "b=x"]))
                 except grpc.RpcError as exc:
                     failed.append(str(exc))
                     return
-                seen.add(tuple(status.current_limit.requests_per_unit for status in said.statuses))
+                seen.add(tuple(status.current_limit.requests_per_unit for status in answered.statuses))
 
         callers = [threading.Thread(target=call) for _ in range(8)]
         for caller in callers:
@@ -298,14 +309,14 @@ def _options() -> Any:
 @pytest.mark.parametrize("values", [20_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
 def test_distinct_values_keep_memory_bounded_and_end_in_the_store(own_store: str, values: int) -> None:
     """With detailed metrics, which would be a name for each; a hundred descriptors a request."""
-    store = connect(own_store, cluster=False)
+    store = steady(own_store)
     domain = next(_DOMAINS)
     servicer = serving(rules_of(limited(domain, 5, "second", detailed_metric=True)), RuleCounters(store))
 
     def send(first: int, last: int) -> None:
         for start in range(first, last, 100):
             made = request(domain, [f"a=user-{number}" for number in range(start, start + 100)])
-            patient(lambda made=made: servicer.should_rate_limit(made, None))  # type: ignore[misc]
+            servicer.should_rate_limit(made, context())
 
     send(0, 10_000)  # everything is loaded, and the metrics have all the names that they may have
     warm = _resident_bytes()

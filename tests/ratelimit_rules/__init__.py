@@ -83,13 +83,16 @@ def request(domain: str, descriptors: Sequence[str], *, hits: int = 0, own_hits:
 
 def context() -> grpc.ServicerContext:
     """Nobody reads it."""
-    return None  # type: ignore[return-value]
+    return None
 
 
 def ask(servicer: GenericServicer, made: wire.RateLimitRequest) -> wire.RateLimitResponse:
     """Through the wire's own bytes, as Envoy's question and answer are."""
     arrived = wire.RateLimitRequest.FromString(made.SerializeToString())
-    return wire.RateLimitResponse.FromString(servicer.should_rate_limit(arrived, context()).SerializeToString())
+    answer: wire.RateLimitResponse = wire.RateLimitResponse.FromString(
+        servicer.should_rate_limit(arrived, context()).SerializeToString()
+    )
+    return answer
 
 
 def shown(status: wire.RateLimitResponse.DescriptorStatus) -> str:

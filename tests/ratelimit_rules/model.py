@@ -33,7 +33,7 @@ class Model:
         return any(refusals[False]) or (refusals[True] != [] and all(refusals[True])), said
 
     def find(self, entries: list[tuple[str, str]]) -> tuple[dict[str, Any], list[tuple[str, str]]] | None:
-        level, node, counted = self.descriptors, {}, []  # type: ignore[var-annotated]
+        level, node, counted = self.descriptors, {}, []
         for key, value in entries:
             same = [one for one in level if one["key"] == key]
             exact = [one for one in same if one.get("value", "") == value != ""]

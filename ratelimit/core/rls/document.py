@@ -39,7 +39,7 @@ _KNOWN: Final = frozenset({*_ROOT, *_DESCRIPTOR, *_RATE_LIMIT})
 _OF_A_LIMIT: Final = ("shadow_mode", "quota_mode", "detailed_metric", "metadata")
 
 _TAG: Final = "tag:yaml.org,2002:"
-_NULL, _BOOL, _INT, _FLOAT = (f"{_TAG}{name}" for name in ("null", "bool", "int", "float"))
+_NULL, _BOOL, _INT, _FLOAT, _MERGE = (f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "merge"))
 #: libyaml's, with the wheel; elsewhere the slower one reads the same.
 _Loader: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -114,7 +114,7 @@ class _Reader:
         self._remarks: list[Remark] = []
         self._names: set[str] = set()
         self._replaced: list[tuple[str, yaml.Node]] = []
-        self._fields_of: dict[int, dict[str, yaml.Node]] = {}
+        self._fields_of: dict[tuple[int, str], dict[str, yaml.Node]] = {}
         self._count = 0
         self._metadata_count = 0
 
@@ -144,7 +144,7 @@ class _Reader:
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > DEPTH_MAX:
                     self._fail(_line(event), "nested too deep.", f"Keep to {DEPTH_MAX} levels.")
-            # Read by the loader's own methods below: merged mappings, numbers and truth values as YAML 1.1 has them.
+            # Its own methods read numbers and truth values below, as YAML 1.1 has them.
             self._loader = _Loader(text)
             root: yaml.Node | None = self._loader.get_single_node()
         except yaml.YAMLError as exc:
@@ -302,30 +302,41 @@ class _Reader:
 
     def _fields(self, node: yaml.Node, allowed: Sequence[str], what: str) -> dict[str, yaml.Node]:
         """The fields of a mapping, checked once however many aliases lead to it."""
-        if id(node) in self._fields_of:
-            return self._fields_of[id(node)]
+        if (known := self._fields_of.get((id(node), what))) is not None:
+            return known
+        fields = self._fields_of[id(node), what] = {}
         if not isinstance(node, yaml.MappingNode):
             self._fault(node, f"{what} is not a mapping.", f"It has {', '.join(allowed)}.")
-            return {}
-        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in sorted({name for name in own if own.count(name) > 1 and name != "<<"}):
-            self._fault(node, f"{name} is given twice.", "Parsers differ in which one counts: keep one.")
-        try:
-            self._loader.flatten_mapping(node)
-        except yaml.YAMLError as exc:
-            self._fail(_line(node), f"{getattr(exc, 'problem', None) or 'cannot be merged'}.", "Merge mappings only.")
-        fields: dict[str, yaml.Node] = {}
-        for key, value in node.value:
+            return fields
+        for merged in self._merged(node):
+            fields |= self._fields(merged, allowed, what)
+        own: set[str] = set()
+        for key, value in _pairs(node):
             name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in own:
+                self._fault(key, f"{name} is given twice.", "Parsers differ in which one counts: keep one.")
+            own.add(name)
             if name in allowed:
                 fields[name] = value
             elif name in _KNOWN:
                 self._no_effect(key, name, f"{what} has {', '.join(allowed)}")
             else:
                 near = difflib.get_close_matches(name, allowed, n=1)
-                self._fault(key, f"{name or 'a key that is no text'} is not known.", f"Write {near[0]}." if near else f"Here are {', '.join(allowed)}.")
-        self._fields_of[id(node)] = fields
+                mend = f"Write {near[0]}." if near else f"Here are {', '.join(allowed)}."
+                self._fault(key, f"{name or 'a key that is no text'} is not known.", mend)
         return fields
+
+    def _merged(self, node: yaml.MappingNode) -> list[yaml.MappingNode]:
+        """The mappings that `<<` names, the ones that win last."""
+        found: list[yaml.MappingNode] = []
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                continue
+            bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if not all(isinstance(base, yaml.MappingNode) for base in bases):
+                self._fail(_line(key), "<< names something else than mappings.", "Merge mappings only.")
+            found += reversed(bases)
+        return found
 
     def _text(self, node: yaml.Node | None) -> str:
         """A scalar as it is written: `value: 404` is the text 404."""
@@ -359,8 +370,10 @@ class _Reader:
         if self._metadata_count > METADATA_MAX or depth > DEPTH_MAX:
             self._fail(_line(node), "too much metadata.", f"Keep to {METADATA_MAX} values and {DEPTH_MAX} levels.")
         if isinstance(node, yaml.MappingNode):
-            self._loader.flatten_mapping(node)
-            return {self._text(key): self._plain(value, depth + 1) for key, value in node.value}
+            plain: dict[str, Any] = {}
+            for merged in self._merged(node):
+                plain |= self._plain(merged, depth + 1)
+            return plain | {self._text(key): self._plain(value, depth + 1) for key, value in _pairs(node)}
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, depth + 1) for item in node.value]
         return self._value(node) if node.tag in (_NULL, _BOOL, _INT, _FLOAT) else node.value
@@ -368,7 +381,7 @@ class _Reader:
     def _value(self, node: yaml.Node) -> Any:
         try:
             return self._loader.construct_object(node)
-        except (yaml.YAMLError, ValueError, KeyError):
+        except (yaml.YAMLError, ValueError, KeyError, IndexError):
             # Tagged as a number or a truth value by hand, and none.
             return None
 
@@ -388,6 +401,11 @@ class _Reader:
 
 def _line(node: Any) -> int:
     return int(node.start_mark.line) + 1
+
+
+def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+    """What a mapping has by itself, in the order of the file."""
+    return [(key, value) for key, value in node.value if key.tag != _MERGE]
 
 
 def _shown(node: yaml.Node) -> str:

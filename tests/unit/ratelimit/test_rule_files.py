@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+from control.cli import check
 from ratelimit.adapters import rule_files
 from ratelimit.adapters.rule_files import RuleFiles, load
 from ratelimit.core.rls import document
 from ratelimit.core.rls.document import DEPTH_MAX, METADATA_MAX, combine, read
+from ratelimit.generic import Options, WhenUnavailable
+from ratelimit.server import Settings
 
 GOOD = "domain: d\ndescriptors:\n- key: a\n  rate_limit: {unit: day, requests_per_unit: 1}\n"
 LIMIT = "rate_limit: {unit: day, requests_per_unit: 1}"
@@ -51,7 +56,7 @@ def of(*lines: str) -> str:
         (of("- key: a*"), ["3: key 'a*' has a *."]),
         (of("- key: a", "- key: b", "- key: a"), ["5: descriptor 'a' with value '' is there twice."]),
         (of("- {key: a, value: x}", "- {key: a, value: x}"), ["4: descriptor 'a' with value 'x' is there twice."]),
-        (of("- key: a", "  key: b"), ["3: key is given twice."]),
+        (of("- key: a", "  key: b"), ["4: key is given twice."]),
         (of("- key: a", "  ratelimit: {}"), ["4: ratelimit is not known. Write rate_limit."]),
         (of("- key: a", "  7: x"), ["4: 7 is not known. Here are key, value"]),
         (of("- key: a", "  [x]: x"), ["4: a key that is no text is not known."]),
@@ -78,7 +83,7 @@ def of(*lines: str) -> str:
         (of("- &a", "  key: a", "  descriptors: [*a]"), ["5: nested too deep."]),
         ("[" * (DEPTH_MAX + 1), ["1: nested too deep."]),
         ("{a: " * 100_000, ["1: nested too deep."]),
-        (of("- <<: [x]", "  key: a"), ["expected a mapping for merging"]),
+        (of("- <<: [x]", "  key: a"), ["3: << names something else than mappings."]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_line(text: str, faults: list[str]) -> None:
@@ -130,11 +135,11 @@ def test_the_guides_example_is_a_good_file() -> None:
 
 
 def test_merged_and_repeated_parts_of_a_file_are_read_as_yaml_has_them() -> None:
-    """Anchors and `<<`; what is written beside a merge wins."""
+    """Anchors and `<<`; what is written beside a merge wins, of two that are merged the first."""
     made = read(of(
         "- &one", "  key: a", "  rate_limit: &limit {unit: day, requests_per_unit: 3}",
         "- {<<: *one, key: b}",
-        "- {key: c, rate_limit: {<<: *limit, unit: hour}}",
+        "- {key: c, rate_limit: {<<: [{unit: hour}, *limit]}, metadata: {<<: {x: 1, y: 1}, y: 2}}",
     ), file="f")  # fmt: skip
 
     rules, faults = combine([made])
@@ -143,10 +148,12 @@ def test_merged_and_repeated_parts_of_a_file_are_read_as_yaml_has_them() -> None
     assert [("day", 3), ("day", 3), ("hour", 3)] == [
         (one.rule.unit.value, one.rule.requests_per_unit) for one in bound if one and one.rule.unit
     ]
+    assert bound[2] is not None
+    assert {"x": 1, "y": 2} == bound[2].rule.metadata
 
 
 def test_aliases_cannot_make_a_small_file_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten levels of ten, of metadata and of descriptors; both stop at their bound."""
+    """Ten levels of ten, of metadata, of descriptors and of merges: each stops at its bound, or is read once."""
     metadata = ["- key: a", f"  {LIMIT}", "  metadata:", "    x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     metadata += [f"    x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 10)]
     assert any("too much metadata" in line for line in told(of(*metadata))[0])
@@ -158,6 +165,58 @@ def test_aliases_cannot_make_a_small_file_large(monkeypatch: pytest.MonkeyPatch)
         inner = ", ".join(f"{{key: k{n}, descriptors: *l{level - 1}}}" for n in range(10))
         levels += [f"- key: l{level}", f"  descriptors: &l{level} [{inner}]"]
     assert any("more than 1000 descriptors" in line for line in told(of(*levels))[0])
+
+    merges = ["- &m0 {key: m0}", *(f"- &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}], key: m{n}}}" for n in range(1, 40))]
+    assert [] == told(of(*merges))[0]
+
+
+_WORDS = st.sampled_from([
+    "key", "value", "rate_limit", "descriptors", "unit", "requests_per_unit", "unlimited", "name", "replaces", "metadata", "shadow_mode",
+    "share_threshold", "<<", "a", "x*", "day", "!!int ''", "!!bool x", "!!float x", "!!int 0b", "1:60", "-0", "0x", ".nan", "~", "yes",
+    "2026-01-01", "!!binary x", "!x y", "&a b", "*a", "''", "é", "\x07", "=", "\t",
+])  # fmt: skip
+_NODES = st.recursive(
+    _WORDS,
+    lambda inner: st.lists(inner, max_size=4).map(lambda items: f"[{', '.join(items)}]")
+    | st.lists(st.tuples(_WORDS, inner), max_size=5).map(lambda pairs: "{" + ", ".join(f"{key}: {value}" for key, value in pairs) + "}"),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300)
+@given(text=_NODES.map(lambda node: f"domain: d\ndescriptors: {node}") | _NODES | st.text(max_size=60))
+def test_whatever_a_file_holds_it_is_read_or_refused(text: str) -> None:
+    """Nothing ends the thread that watches the files."""
+    made = read(text, file="f")
+
+    combine([made])
+    assert made.domain or made.faults
+
+
+def test_check_tells_faults_and_remarks_of_the_directory_that_ratelimit_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None where nobody has one; a named one must be there."""
+    monkeypatch.setenv("PEAJE_HOME", str(tmp_path))
+    assert [] == check._rules()
+
+    (tmp_path / "ratelimit.d").mkdir()
+    (tmp_path / "ratelimit.d/a.yaml").write_text(of("- key: a"))
+    (tmp_path / "ratelimit.d/b.yaml").write_text("domain: peaje")
+    assert [f"{tmp_path}/ratelimit.d/b.yaml:1:", f"{tmp_path}/ratelimit.d/a.yaml:3:"] == [line.split(" ")[0] for line in check._rules()]
+
+    monkeypatch.setenv("PEAJE_RATELIMIT_CONFIG", str(tmp_path / "nowhere"))
+    assert [f"{tmp_path}/nowhere: No such file or directory. Make the directory, or name another."] == check._rules()
+
+
+def test_settings_say_what_envoyproxys_variables_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own name; nothing is on by itself."""
+    assert (Options(), Path("ratelimit.d")) == (Settings().generic, Settings().config)
+
+    for name, value in (("WHEN_UNAVAILABLE", "deny"), ("SHADOW_MODE", "true"), ("HEADERS", "true"), ("DYNAMIC_METADATA", "true")):
+        monkeypatch.setenv(f"PEAJE_RATELIMIT_RLS_{name}", value)
+    expected = Options(when_unavailable=WhenUnavailable.DENY, shadow_mode=True, headers=True, dynamic_metadata=True)
+    assert expected == Settings().generic
 
 
 def test_bounds_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +269,7 @@ def test_a_change_is_taken_whole_and_a_fault_keeps_the_last_good(tmp_path: Path)
     directory = tmp_path / "ratelimit.d"
     files = RuleFiles(directory)
     assert not files.current.domains
+    assert 1 == current()[2]  # nobody wants rules: nothing to alert on
     directory.mkdir()
     (directory / "a.yaml").write_text(GOOD)
     taken, refused, _ = current()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from chassis import contract
@@ -36,6 +35,7 @@ from tests.ratelimit_rules import (
     shown,
 )
 from tests.ratelimit_rules.model import Model
+from tests.ratelimit_rules.strategies import REQUESTS, as_asked, levels, said
 
 _DOMAINS = (f"unit-{number}" for number in itertools.count())
 
@@ -286,60 +286,15 @@ def test_metrics_have_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch)
     assert before + 1 == hits(rule_metrics.OTHER, rule_metrics.OTHER, "total_hits")
 
 
-# --- Against the model -------------------------------------------------------------------------------------
-
-_VALUES = ("x", "xy", "y", "x*", "*y", "x*y", "*")
-_KEYS = ("a", "b")
-
-
-@st.composite
-def levels(draw: st.DrawFn, depth: int = 0) -> list[dict[str, Any]]:
-    """A list of descriptors in which no key and value is there twice."""
-    pairs = draw(st.lists(st.tuples(st.sampled_from(_KEYS), st.sampled_from(("", *_VALUES))), unique=True, min_size=1, max_size=4))
-    found = []
-    for key, value in pairs:
-        node: dict[str, Any] = {"key": key, "value": value} if value else {"key": key}
-        if "*" in value and draw(st.booleans()):
-            node["share_threshold"] = True
-        if draw(st.integers(0, 3)):
-            limit: dict[str, Any] = {"unit": draw(st.sampled_from(("minute", "day"))), "requests_per_unit": draw(st.integers(0, 5))}
-            if draw(st.integers(0, 7)) == 0:
-                limit = {"unlimited": True}
-            elif draw(st.booleans()):
-                limit["name"] = draw(st.sampled_from(("n1", "n2")))
-            if draw(st.integers(0, 3)) == 0:
-                limit["replaces"] = [{"name": name} for name in ("n1", "n2", "n3") if name != limit.get("name")][:1]
-            node |= {"rate_limit": limit, "shadow_mode": draw(st.integers(0, 4)) == 0, "quota_mode": draw(st.integers(0, 4)) == 0}
-        if depth < 2 and draw(st.booleans()):
-            node["descriptors"] = draw(levels(depth=depth + 1))
-        found.append(node)
-    return found
-
-
-ENTRIES = st.lists(st.tuples(st.sampled_from((*_KEYS, "c")), st.sampled_from(("", "x", "xy", "y", "zy", "x*"))), min_size=1, max_size=3)
-REQUESTS = st.lists(
-    st.tuples(st.integers(0, 40), st.lists(st.tuples(ENTRIES, st.integers(-2, 3)), min_size=1, max_size=3)), min_size=1, max_size=12
-)
-
-
 @settings(max_examples=80)
-@given(descriptors=levels(), asked=REQUESTS)
+@given(descriptors=levels(units=("minute", "day")), asked=REQUESTS)
 def test_any_rules_answer_any_requests_as_the_model_does(descriptors: list[dict[str, Any]], asked: list[Any]) -> None:
     """Random trees, values, hits and times that also go back."""
     counters, model = MemoryCounters(), Model(descriptors)
     servicer = serving(rules_of({"domain": "d", "descriptors": descriptors}), counters)
     start = counters.now
 
-    for later, descriptors_asked in asked:
+    for later, asked_descriptors in asked:
         counters.now = start + later * 7
-        made = wire.RateLimitRequest(domain="d")
-        for entries, count in descriptors_asked:
-            descriptor = made.descriptors.add(is_negative_hits=count < 0)
-            descriptor.hits_addend.value = abs(count)
-            for key, value in entries:
-                descriptor.entries.add(key=key, value=value)
-        answer = ask(servicer, made)
-        said = [
-            (status.code == OVER, status.limit_remaining if status.HasField("current_limit") else None) for status in answer.statuses
-        ]
-        assert model.ask(descriptors_asked, counters.now) == (answer.overall_code == OVER, said)
+        answer = ask(servicer, as_asked("d", asked_descriptors))
+        assert model.ask(asked_descriptors, counters.now) == said(answer)
