@@ -68,10 +68,18 @@ def _bootstrap(port: int, upstream: int) -> dict[str, Any]:
         },
     }  # fmt: skip
     by_path = {"actions": [{"request_headers": {"header_name": ":path", "descriptor_key": "path"}}]}
+    # Where a route has its own hits, Envoy reads its actions from the filter's configuration for it.
+    per_route = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute",
+        "rate_limits": [by_path | {"hits_addend": {"number": 4}}],
+    }
     routes = [
-        {"match": {"prefix": prefix}, "route": {"cluster": "shop", "rate_limits": [by_path | more]}}
-        for prefix, more in (("/imports", {"hits_addend": {"number": 4}}), ("/", {}))
-    ]
+        {
+            "match": {"prefix": "/imports"}, "route": {"cluster": "shop"},
+            "typed_per_filter_config": {"envoy.filters.http.ratelimit": per_route},
+        },
+        {"match": {"prefix": "/"}, "route": {"cluster": "shop", "rate_limits": [by_path]}},
+    ]  # fmt: skip
     http2 = {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
