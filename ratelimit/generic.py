@@ -110,21 +110,25 @@ class GenericServicer:
         return self._answer(request, self._take(request.domain, asked))
 
     def _take(self, domain: str, asked: Sequence[_Asked]) -> list[Verdict]:
-        counted = [(index, one.match, one.match.rule.unit, one.hits) for index, one in enumerate(asked) if one.match]
-        counts = [(index, match, unit, hits) for index, match, unit, hits in counted if unit is not None]
         verdicts = [UNBOUND if one.match is None else unlimited() for one in asked]
-        for _, match, unit, hits in counted:
-            if unit is None and hits > 0:
+        counted: list[tuple[int, Match, Count]] = []
+        for index, (match, hits) in enumerate((one.match, one.hits) for one in asked):
+            if match is None:
+                continue
+            if match.rule.unit is not None:
+                counted.append((index, match, (match.counter, match.rule.unit, hits)))
+            elif hits > 0:
                 self._metrics.add(domain, match, {Stat.TOTAL_HITS: hits, Stat.WITHIN_LIMIT: hits})
-        if not counts:
+        if not counted:
             return verdicts
         try:
-            now, readings = self._stored([(match.counter, unit, hits) for _, match, unit, hits in counts])
+            now, readings = self._stored([count for _, _, count in counted])
         except Unavailable:
-            for index, match, _, _ in counts:
+            metrics.RULE_STORE_ERRORS.labels(self._options.when_unavailable.value).inc()
+            for index, match, _ in counted:
                 verdicts[index] = self._without_store(match.rule)
             return verdicts
-        for (index, match, _, _), reading in zip(counts, readings, strict=True):
+        for (index, match, _), reading in zip(counted, readings, strict=True):
             verdicts[index] = judge(match.rule, reading, now)
             self._metrics.add(domain, match, measure(match.rule, reading))
         return verdicts
@@ -141,7 +145,6 @@ class GenericServicer:
         return taken
 
     def _without_store(self, rule: Rule) -> Verdict:
-        metrics.RULE_STORE_ERRORS.labels(self._options.when_unavailable.value).inc()
         match self._options.when_unavailable:
             case WhenUnavailable.ERROR:
                 raise Unavailable("The counter store did not answer.")
