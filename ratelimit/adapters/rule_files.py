@@ -17,7 +17,8 @@ import structlog
 
 from chassis.telemetry import metrics
 from chassis.watching import file_version
-from ratelimit.core.rls.document import Document, Remark, all_remarks, combine, read
+from ratelimit.core.rls.document import Document, all_remarks, combine, read
+from ratelimit.core.rls.fields import Remark
 from ratelimit.core.rls.rules import Rules
 
 log = structlog.get_logger()

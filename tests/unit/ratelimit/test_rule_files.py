@@ -19,7 +19,8 @@ from control.cli import check
 from ratelimit.adapters import rule_files
 from ratelimit.adapters.rule_files import RuleFiles, load
 from ratelimit.core.rls import document
-from ratelimit.core.rls.document import DEPTH_MAX, METADATA_MAX, combine, read
+from ratelimit.core.rls.document import PATTERNS_MAX, combine, read
+from ratelimit.core.rls.fields import DEPTH_MAX, METADATA_MAX
 from ratelimit.generic import Options, WhenUnavailable
 from ratelimit.server import Settings
 
@@ -76,6 +77,8 @@ def of(*lines: str) -> str:
         (of("- key: a", "  rate_limit: {unlimited: true, unit: day}"), ["4: an unlimited rule has a unit."]),
         (of("- key: a", f"  {LIMIT}", "  shadow_mode: maybe"), ["5: 'maybe' is neither true nor false."]),
         (of("- key: a", f"  {LIMIT}", "  share_threshold: true"), ["5: share_threshold without a pattern."]),
+        (of("- key: a", f"  {LIMIT}", f"  metadata: {{x: 1{'0' * 400}}}"), ["5: '1000000000000000000000000000000000000000' is no number that"]),
+        (of("- key: a", f"  {LIMIT}", "  metadata: {x: [.inf, .nan, 1.5]}"), ["5: '.inf' is no", "5: '.nan' is no"]),
         (of("- key: a", f"  {LIMIT}", "  metadata: x"), ["5: metadata is not a mapping."]),
         (of("- key: a", "  rate_limit: {unit: day, requests_per_unit: 1, replaces: x}"), ["4: replaces is not a list."]),
         (of("- key: a", "  rate_limit: {unit: day, requests_per_unit: 1, replaces: [{}]}"), ["4: replaces has an entry without a name."]),
@@ -83,6 +86,7 @@ def of(*lines: str) -> str:
         (of("- &a", "  key: a", "  descriptors: [*a]"), ["5: nested too deep."]),
         ("[" * (DEPTH_MAX + 1), ["1: nested too deep."]),
         ("{a: " * 100_000, ["1: nested too deep."]),
+        (of(*(f"- {{key: a, value: x{n}*}}" for n in range(PATTERNS_MAX + 1))), [f"{PATTERNS_MAX + 3}: more than {PATTERNS_MAX} patterns"]),
         (of("- <<: [x]", "  key: a"), ["3: << names something else than mappings."]),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from chassis.errors import Invalid, Unavailable
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import rule_metrics
 from ratelimit.adapters.rule_counters import Count
-from ratelimit.core.rls import document, rules, verdict
+from ratelimit.core.rls import document, fields, rules, verdict
 from ratelimit.core.rls.rules import Match, Rule, Unit
 from ratelimit.core.rls.verdict import HITS_MAX, Reading, Stat
 from ratelimit.generic import DESCRIPTORS_MAX, ENTRIES_MAX, Options, WhenUnavailable, by_domain
@@ -62,7 +62,7 @@ class AwayCounters:
         raise Unavailable("away")
 
 
-@pytest.mark.parametrize("module", [rules, verdict, document])
+@pytest.mark.parametrize("module", [rules, verdict, fields])
 def test_examples_in_the_docs_are_true(module: object) -> None:
     """They are what a reader tries first."""
     assert 0 == doctest.testmod(module).failed  # type: ignore[arg-type]
