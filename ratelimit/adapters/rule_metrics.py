@@ -35,7 +35,7 @@ class RuleMetrics:
 
     def _label(self, match: Match) -> str:
         path = match.rule.path
-        if match.metric != path and _has_room(self._detailed, match.metric, DETAILED_MAX):
+        if match.metric != path and len(match.metric) <= NAME_LENGTH_MAX and _has_room(self._detailed, match.metric, DETAILED_MAX):
             return match.metric
         return path if _has_room(self._rules, path, RULES_MAX) else OTHER
 
@@ -43,7 +43,7 @@ class RuleMetrics:
 def _has_room(known: set[str], name: str, most: int) -> bool:
     if name in known:
         return True
-    if len(known) >= most or len(name) > NAME_LENGTH_MAX:
+    if len(known) >= most:
         return False
     known.add(name)
     return True
