@@ -241,7 +241,10 @@ SOCKETS: Final = {
 }
 #: Written by the beacon, read by the gate: who changed since when.
 CHANGES_PATH: Final = "run/changes"
+#: Envoy's own records. It flushes them in slices, so nobody else may write to this file.
 JOURNAL_PATH: Final = "journal/journal.jsonl"
+#: The start records, beside Envoy's: one write(2) each.
+STARTS_PATH: Final = "journal/starts.jsonl"
 #: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
 JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"

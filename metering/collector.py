@@ -13,6 +13,7 @@ import gc
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -33,11 +34,12 @@ from chassis.telemetry.log import configure
 from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
-from metering.adapters.reading import Reader
+from metering.adapters.reading import Reader, Reading
 from metering.adapters.rotation import Rotation
-from metering.adapters.tail import Alarm, Piece, Place, next_piece, torn_tail, vanished
+from metering.adapters.tail import Alarm, Piece, Place, torn_tail, vanished
 from metering.core import lines
 from metering.core.fold import Batch
+from metering.core.lives import Lives
 from metering.core.watermark import Level, WhenFull
 
 log = structlog.get_logger()
@@ -108,8 +110,8 @@ class Collector:
     rotation: Rotation
     disk: Disk
     places: dict[str, Place]
+    lives: Lives
     reader: Reader = field(default_factory=Reader)
-    epoch: str = ""
     #: When open exchanges were last marked: silence counts from there. None: not in this life.
     marked: float | None = None
     missing: frozenset[str] = frozenset()
@@ -119,7 +121,7 @@ class Collector:
 
     def step(self, now: datetime, monotonic: float) -> bool:
         """
-        Commit one batch if there is one; whether there may be more at once.
+        Commit one batch if there is one; whether there is more to be read at once.
 
         *now* dates what is written; what must wait is measured by *monotonic*, in seconds, so that
         a jump of the clock closes nothing too early and nothing too late.
@@ -128,24 +130,27 @@ class Collector:
             self._upkeep(now)
         if self._files_due.now(monotonic):
             self._look_after_files(now, monotonic)
-        piece = next_piece(self.live, self.places)
-        if piece is not None:
-            self._collect(piece, now)
+        # A life that is found to be over only now may have written its last records after we had looked there.
+        ended = self.lives.ended
+        reading = self.reader.next(self.live, self.places)
+        if reading.pieces:
+            self._collect(reading, now)
+        if not reading.is_last:
             return True
         # Only at the end of the journal: before that, silence may just be unread records.
         if self._orphans_due.now(monotonic):
-            self._close_orphans(now, monotonic)
+            self._close_orphans(ended, now, monotonic)
             self.ledger.keep_read_until(now)
         return False
 
-    def _collect(self, piece: Piece, now: datetime) -> None:
-        batch = self.reader.read(piece)
+    def _collect(self, reading: Reading, now: datetime) -> None:
         try:
-            self._write(batch, piece, now)
+            self._write(reading.batch, reading.pieces, now)
         except _POISON as exc:
             # Well-formed for us and refused by Postgres: one record must not hold up the rest.
-            log.error("batch_refused", error=type(exc).__name__, file=piece.place.name, offset=piece.start)
-            self._collect_singly(piece, now)
+            for piece in reading.pieces:
+                log.error("batch_refused", error=type(exc).__name__, file=piece.place.name, offset=piece.start)
+                self._collect_singly(piece, now)
 
     def _collect_singly(self, piece: Piece, now: datetime) -> None:
         offset = piece.start
@@ -153,26 +158,31 @@ class Collector:
             behind = offset + len(line) + 1
             single = Piece(start=offset, data=line, place=Place(piece.place.file_id, piece.place.name, behind))
             try:
-                self._write(self.reader.read(single), single, now)
+                self._write(self.reader.read(single), [single], now)
             except _POISON as exc:
                 reason = f"{type(exc).__name__} from Postgres"
                 found = lines.defect(line, offset=offset, reason=reason)
-                self._write(Batch(defects=[found]), single, now)
+                self._write(Batch(defects={piece.place.file_id: [found]}), [single], now)
             offset = behind
 
-    def _write(self, batch: Batch, piece: Piece, now: datetime) -> None:
-        added = self.ledger.write(batch, piece, now)
-        self.places[piece.place.file_id] = piece.place
-        self.epoch = batch.epoch or self.epoch
-        if piece.alarm is not None:
-            log.error("journal_changed", reason=piece.alarm.reason, file=piece.place.name, offset=piece.alarm.place.offset)
-        for found in batch.defects:
-            log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
-        log.debug("batch", bytes=len(piece.data), added=added, absorbed=len(batch.events) - added, open=len(batch.open))
+    def _write(self, batch: Batch, pieces: Sequence[Piece], now: datetime) -> None:
+        lives = self.lives
+        for stream, epochs in batch.lives.items():
+            lives = lives.after(stream, epochs)
+        added = self.ledger.write(batch, pieces, now, lives=None if lives is self.lives else lives)
+        self.lives = lives
+        for piece in pieces:
+            self.places[piece.place.file_id] = piece.place
+            if piece.alarm is not None:
+                log.error("journal_changed", reason=piece.alarm.reason, file=piece.place.name, offset=piece.alarm.place.offset)
+            for found in batch.defects.get(piece.place.file_id, ()):
+                log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
+        size = sum(len(piece.data) for piece in pieces)
+        log.debug("batch", bytes=size, added=added, absorbed=len(batch.events) - added, open=len(batch.open))
 
-    def _close_orphans(self, now: datetime, monotonic: float) -> None:
+    def _close_orphans(self, ended: Sequence[str], now: datetime, monotonic: float) -> None:
         silent = self.marked is not None and monotonic - self.marked >= self.settings.silent_seconds
-        closed = self.ledger.close_orphans(epoch=self.epoch, silent=silent, now=now)
+        closed = self.ledger.close_orphans(ended=ended, silent=silent, now=now)
         if closed:
             log.warning("orphans_closed", count=closed, silent=silent)
         elif silent or self.marked is None:
@@ -188,7 +198,7 @@ class Collector:
             torn = place and torn_tail(file, place)
             if torn:
                 found = lines.defect(torn.data, offset=torn.start, reason="no line end when its writer left")
-                self._write(Batch(defects=[found]), torn, now)
+                self._write(Batch(defects={file.file_id: [found]}), [torn], now)
         for file in self.rotation.superfluous(done, self.places, kept_files=kept):
             file.path.unlink(missing_ok=True)
             self.ledger.forget_file(self.places.pop(file.file_id), now)
@@ -245,7 +255,7 @@ def main() -> None:
             rotation = Rotation(
                 live=live, bytes_max=settings.rotate_bytes, reopen=lambda: reopen_journal(settings.admin_port)
             )
-            _run(Collector(live, ledger, settings, rotation, disk, ledger.places()), stop)
+            _run(Collector(live, ledger, settings, rotation, disk, ledger.places(), ledger.lives()), stop)
             ledger.close()
             return
         except psycopg.Error as exc:

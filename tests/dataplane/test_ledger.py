@@ -20,8 +20,8 @@ from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
-    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
+    """An installation whose journal is rotated at 10 kB, so that a few requests fill several files."""
+    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
 
@@ -69,8 +69,11 @@ def test_rotation_under_load_loses_no_row_and_the_replay_has_the_same_sums(small
     assert {answer.headers["x-request-id"] for answer in sent} == {row["request_id"] for row in rows}
     old = [path for path in (small.home / "journal").iterdir() if path.name.startswith("journal-")]
     assert len(old) >= 3
+    starts = {path.name for path in (small.home / "journal").iterdir() if path.name.startswith("starts-")}
+    assert starts <= {path.name.replace("journal", "starts") for path in old}
+    assert len(starts) >= 2
     live = (small.home / "journal/journal.jsonl").read_text().splitlines()
-    last = {"Start", "DownstreamEnd"}
+    last = {"DownstreamEnd"}
     small.post(tenant, json=chat())
     small.rows(tenant, len(sent) + 1)
     written = [json.loads(line)["type"] for line in (small.home / "journal/journal.jsonl").read_text().splitlines()[len(live):]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from tests.journals import exchanges, rows, write
+from tests.journals import exchanges, rows, write_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Far above the usual: the machine may be busy.
@@ -69,7 +69,7 @@ def test_killed_and_cut_off_again_and_again_it_writes_each_exchange_once(ledger_
     for _ in range(5):
         with running(tmp_path, ledger_url) as process:
             for _ in range(3):
-                write(live, exchanges(40, first=written))
+                write_apart(live, exchanges(40, first=written))
                 written += 40
                 time.sleep(chance.random() / 2)
                 cut_off(ledger_url)
@@ -80,7 +80,7 @@ def test_killed_and_cut_off_again_and_again_it_writes_each_exchange_once(ledger_
     with running(tmp_path, ledger_url) as process:
         # Its handler for the signal is there before it says so.
         wait_until(ready.exists)
-        write(live, exchanges(40, first=written))
+        write_apart(live, exchanges(40, first=written))
         process.send_signal(signal.SIGTERM)
         assert 0 == process.wait(timeout=_WAIT_SECONDS)
 

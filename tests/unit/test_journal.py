@@ -7,17 +7,20 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metering.adapters.disk import Disk
+from metering.adapters.reading import Reader, Reading
 from metering.adapters.rotation import Rotation
-from metering.adapters.tail import BATCH_BYTES_MAX, Place, list_files, look, next_piece
+from metering.adapters.tail import BATCH_BYTES_MAX, STARTS_BYTES_MAX, Piece, Place, list_files, look, next_piece
 from metering.core import lines
 from metering.core.fold import fold
 from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse
+from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.watermark import Level, WhenFull
-from tests.journals import end, exchanges, periodic, request_id, start, write
+from tests.journals import end, exchanges, periodic, request_id, start, write, write_apart
 
 
 @pytest.fixture
@@ -94,6 +97,98 @@ def test_a_record_that_another_writer_broke_in_two_is_put_together_again() -> No
         after, defects, left = lines.read(second.rstrip(), offset=len(first), torn=torn)
         assert [1, 3, 4, 2, 5] == [int(entry.request_id.replace("-", "")[-4:], 16) for entry in (*before, *after)]
         assert (length, [], b"") == (half.byte_count, defects, left)
+
+
+def read_on(live: Path, places: dict[str, Place], reader: Reader | None = None) -> list[Reading]:
+    """Readings to the journal's end, each committed; by a collector that has just been started unless it is given."""
+    reader, found = reader or Reader(), []
+    while True:
+        found.append(reader.next(live, places))
+        places |= {piece.place.file_id: piece.place for piece in found[-1].pieces}
+        if found[-1].is_last:
+            return found
+
+
+def test_a_collector_killed_between_two_slices_of_envoy_finds_every_record(live: Path) -> None:
+    """Cut after any byte, starts written meanwhile: the next life of the collector needs to remember nothing."""
+    whole = end(2) + end(3)
+    for length in range(len(whole) + 1):
+        for path in live.parent.iterdir():
+            path.unlink()
+        places: dict[str, Place] = {}
+        write_apart(live, [start(1), end(1), start(2), start(3)])
+        write(live, [whole[:length]])
+        read_on(live, places)
+        write_apart(live, [start(4)])
+        [between] = read_on(live, places)
+        write(live, [whole[length:]])
+        [after] = read_on(live, places)
+
+        assert {request_id(4)} == set(between.batch.open)
+        assert {request_id(2), request_id(3)} >= set(after.batch.events)
+        assert ({}, {}) == (between.batch.defects, after.batch.defects)
+        assert sum(path.stat().st_size for path in live.parent.iterdir()) == sum(place.offset for place in places.values())
+
+
+def test_an_end_is_read_with_or_after_its_start(live: Path) -> None:
+    """However far behind the reader is: ends that come in any piece find their starts in it or before it."""
+    exchange_count = 2 * BATCH_BYTES_MAX // len(start(1) + end(1))
+    write_apart(live, exchanges(exchange_count))
+
+    readings = read_on(live, {})
+
+    known: set[str] = set()
+    for reading in readings:
+        ended = set(reading.batch.events)
+        known |= {request_id for piece in reading.pieces for request_id in started_in(piece)}
+        assert ended <= known
+        # And hardly any waits for its end: those under way, and what one small piece was ahead.
+        assert len(reading.batch.open) < exchange_count / 5 + STARTS_BYTES_MAX / len(start(1))
+    assert len(readings) > 1
+    assert exchange_count == len(known) == sum(len(reading.batch.events) for reading in readings)
+
+
+def started_in(piece: Piece) -> set[str]:
+    return {entry.request_id for entry in map(parse, piece.data.split(b"\n")) if entry.type == "Start"}
+
+
+def test_starts_are_looked_for_after_the_ends_were_cut(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange that begins and ends while the reader is between the two files is not torn apart."""
+    write_apart(live, [start(1), end(1)])
+    looks: list[str] = []
+
+    def look_and_write(path: Path, *arguments: Any, **named: Any) -> Piece | None:
+        piece = next_piece(path, *arguments, **named)
+        looks.append(path.name)
+        if looks == [live.name]:
+            write_apart(live, [start(2), end(2)])
+        return piece
+
+    monkeypatch.setattr("metering.adapters.reading.next_piece", look_and_write)
+    reading = Reader().next(live, {})
+
+    assert [live.name, "starts.jsonl"] == looks
+    assert ({request_id(1)}, {request_id(2)}) == (set(reading.batch.events), set(reading.batch.open))
+
+
+def test_lives_end_in_the_order_of_their_records_in_one_stream() -> None:
+    """Another stream that lags behind brings no life back and ends none."""
+    lives = Lives().after("starts", ["a", "b"]).after("journal", ["a"])
+    assert ("a",) == lives.ended
+
+    lives = lives.after("journal", ["b", "c"]).after("starts", ["b"])
+    assert ("a", "b") == lives.ended
+    assert lives is lives.after("starts", ["b"])
+    assert ("a", "b") == lives.after("starts", ["c"]).ended
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_lives_that_are_over_are_remembered_up_to_a_bound(beyond: int) -> None:
+    """The oldest are forgotten first."""
+    count = ENDED_LIVES_MAX + beyond
+    lives = Lives().after("starts", [str(number) for number in range(count + 1)])
+
+    assert tuple(str(number) for number in range(max(0, beyond), count)) == lives.ended
 
 
 def test_a_line_that_opens_a_thousand_braces_is_one_defect() -> None:
@@ -236,6 +331,40 @@ def test_only_read_files_beyond_the_kept_ones_are_superfluous(live: Path) -> Non
     assert [one] == rotation(live).superfluous([one, two, three], places, kept_files=1)
     assert [one, three] == rotation(live).superfluous([one, two, three], places, kept_files=0)
     assert [] == rotation(live).superfluous([one, two, three], places, kept_files=2)
+
+
+def test_the_starts_follow_once_envoy_has_let_go(live: Path) -> None:
+    """Under the same number: then no start of a newer file has its end in an older one."""
+    answers = [False, True]
+    asked = rotation(live, reopen=lambda: answers.pop(0))
+    write_apart(live, [start(1), end(1)])
+    asked.rotate()
+    assert {"journal-000001.jsonl", "starts.jsonl"} == {path.name for path in live.parent.iterdir()}
+
+    asked.rotate()
+    write_apart(live, [start(2)])
+    asked.rotate()
+
+    names = {"journal-000001.jsonl", "starts-000001.jsonl", "starts.jsonl", "journal.jsonl"}
+    assert names == {path.name for path in live.parent.iterdir()}
+
+
+def test_starts_go_with_the_ends_of_their_number(live: Path) -> None:
+    """Not before, or a replay would take what ended for lost; read or not is asked of each."""
+    for number in (1, 2, 3):
+        for stem, line in (("starts", start), ("journal", end)):
+            write(live.with_name(f"{stem}-{number:06d}.jsonl"), [line(number)])
+    done = look(live)
+    places = {file.file_id: Place(file.file_id, file.path.name, file.size) for file in done}
+
+    def gone(kept: int) -> list[str]:
+        return sorted(file.path.name for file in rotation(live).superfluous(done, places, kept_files=kept))
+
+    assert [] == gone(3)
+    assert ["journal-000001.jsonl", "starts-000001.jsonl"] == gone(2)
+    assert 6 == len(gone(0))
+    del places[done[0].file_id]
+    assert ["journal-000001.jsonl"] == gone(2)
 
 
 @pytest.mark.parametrize(("policy", "marked"), [(WhenFull.REFUSE, True), (WhenFull.ALLOW, False)])
