@@ -40,6 +40,11 @@ KEY_WRITES_LOST: Final = Counter(
     "peaje_extauth_key_uses_lost_total", "Uses of keys that were not written down: Postgres was away too long."
 )
 
+SIGHTINGS: Final = Counter("peaje_metering_sightings_total", "Exchanges that the second witness has told of.")
+SIGHTINGS_DROPPED: Final = Counter(
+    "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."
+)
+
 
 @lru_cache(maxsize=512)
 def denial(code: str, phase: str, rule: str) -> tuple[Counter, Counter]:

@@ -26,6 +26,7 @@ from control.api import (
     operators,
     prices,
     projects,
+    reconciliation,
     reports,
     secret_scanning,
     service_accounts,
@@ -43,7 +44,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, reconciliation,
 )
 
 

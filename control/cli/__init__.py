@@ -23,6 +23,7 @@ from control.cli import (
     operators,
     prices,
     projects,
+    reconcile,
     reports,
     service_accounts,
     signing_keys,
@@ -46,6 +47,7 @@ app.add_typer(signing_keys.app, name="signing-keys")
 app.add_typer(prices.app, name="prices")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(journal.app, name="journal")
+app.add_typer(reconcile.app, name="reconcile")
 invoices.register(app)
 reports.register(app)
 laptop.register(app)

@@ -117,6 +117,12 @@ limit %(limit)s
 for update skip locked
 """
 
+#: A contradiction is something to be explained, like what the second witness says.
+_KEEP_EXCEPTION: Final = """
+insert into reconciliation_exception (kind, request_id, started_at, tenant_id, found_at)
+values ('conflict', %s, %s, %s, %s) on conflict do nothing
+"""
+
 _KEEP_PLACE: Final = """
 insert into journal_position (journal, file_id, file_name, byte_offset, updated_at) values (%s, %s, %s, %s, %s)
 on conflict (journal, file_id) do update
@@ -279,6 +285,7 @@ class Ledger:
     def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
         if entries:
             with self._connection.cursor() as cursor:
+                cursor.executemany(_KEEP_EXCEPTION, [(e.request_id, e.started_at, e.tenant_id, now) for e in entries])
                 cursor.executemany(
                     "insert into usage_conflict (request_id, started_at, recorded_at, entry) values (%s, %s, %s, %s) "
                     "on conflict do nothing",

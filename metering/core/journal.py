@@ -122,14 +122,12 @@ def parse(line: bytes) -> Entry:
             if not isinstance(fields.setdefault(nested, {}), dict):
                 raise TypeError(nested)
         # The gate's stamp is in every record; Envoy's own start is not seen by the start record.
-        stamp = fields[c.J_REQUEST].get(c.REQ_STARTED_AT) or fields[c.J_STARTED_AT]
-        seconds, _, micros = stamp.partition(".")
-        started_at = datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
+        started_at = moment(fields[c.J_REQUEST].get(c.REQ_STARTED_AT) or fields[c.J_STARTED_AT])
         # Absent while the exchange has just begun (Envoy omits what it does not know yet).
         duration_ms = fields.get(c.J_DURATION_MS)
         seen_at = started_at + timedelta(milliseconds=duration_ms) if duration_ms else started_at
         kind, request_id = fields[c.J_TYPE], fields[c.J_REQUEST_ID]
-        if kind not in _TYPES or not _REQUEST_ID.fullmatch(request_id):
+        if kind not in _TYPES or not is_request_id(request_id):
             raise ValueError(c.J_TYPE)
         _refuse_odd_values(fields)
         return Entry(
@@ -138,6 +136,17 @@ def parse(line: bytes) -> Entry:
         )
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as exc:
         raise Malformed(f"{type(exc).__name__} in a journal line of {len(line)} bytes") from exc
+
+
+def moment(stamp: str) -> datetime:
+    """Seconds since 1970 with microseconds, as the gate writes them; raises what `datetime` raises for what is none."""
+    seconds, _, micros = stamp.partition(".")
+    return datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
+
+
+def is_request_id(text: str) -> bool:
+    """Whether it looks like an id of Envoy's."""
+    return _REQUEST_ID.fullmatch(text) is not None
 
 
 def _refuse_odd_values(fields: dict[str, Any]) -> None:
@@ -191,7 +200,7 @@ def judge(entry: Entry, outcome: str) -> Usage:
     if seen == "running":
         return _counted(entry, basis="running")
     anomaly = entry.fields[c.J_USAGE].get(c.USE_ANOMALY)
-    frames = _whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
+    frames = whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
     dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
     nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine")
     if nothing or (frames == 0 and outcome != "ok"):
@@ -210,14 +219,14 @@ def _counted(entry: Entry, *, basis: str) -> Usage:
     anomaly = usage.get(c.USE_ANOMALY)
     counts: dict[str, int] = {}
     for name in (c.USE_INPUT, c.USE_OUTPUT, c.USE_CACHED, c.USE_REASONING):
-        count = _whole(usage.get(name, 0))
+        count = whole(usage.get(name, 0))
         if count is None:
             # An impossible count is never billed: what we counted ourselves stands in, flagged.
             anomaly = "impossible_count"
             count = _own_count(entry, name)
         counts[name] = count
     if usage.get(c.USE_SEEN, "none") == "none":
-        counts[c.USE_OUTPUT] = _whole(usage.get(c.USE_FRAMES)) or 0
+        counts[c.USE_OUTPUT] = whole(usage.get(c.USE_FRAMES)) or 0
     return Usage(
         input_tokens=counts[c.USE_INPUT],
         output_tokens=counts[c.USE_OUTPUT],
@@ -232,7 +241,7 @@ def _own_count(entry: Entry, name: str) -> int:
     if name == c.USE_INPUT:
         return _prompt_estimate(entry)
     if name == c.USE_OUTPUT:
-        return _whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
+        return whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
     return 0
 
 
@@ -247,7 +256,8 @@ def _answer_estimate(entry: Entry, dialect: str | None) -> int:
     return math.ceil(int(entry.fields.get(c.J_BYTES_SENT) or 0) / ESTIMATE_BYTES_PER_TOKEN)
 
 
-def _whole(count: object) -> int | None:
+def whole(count: object) -> int | None:
+    """A count of tokens; None for what cannot be one."""
     if isinstance(count, float) and count.is_integer():
         count = int(count)
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= TOKENS_MAX:

@@ -39,6 +39,8 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/signing-keys/rotate"): {},
     ("POST", "/v1/prices"): {"model": "tiny", "input": "0.15", "output": "0.60"},
     ("POST", "/v1/periods/{month}/close"): {},
+    ("POST", "/v1/reconciliation/{exception_id}/explain"): {"note": "why"},
+    ("POST", "/v1/reconciliation/{exception_id}/sign"): {"note": "why"},
 }
 
 
@@ -57,8 +59,8 @@ class Operation:
 
     @property
     def objects(self) -> list[str]:
-        """Parameters of the path that name something of a tenant; a month is everybody's."""
-        return [name for name in self.names if name != "month"]
+        """Parameters of the path that name something of a tenant; months and exceptions are the platform's."""
+        return [name for name in self.names if name not in ("month", "exception_id")]
 
     def at(self, values: dict[str, str]) -> str:
         """The path with *values* in it; an unknown parameter is a hole in the matrix, and fails."""
@@ -84,13 +86,13 @@ def values_of(tenant: Tenant) -> dict[str, str]:
     return {
         "tenant": tenant.tenant_id, "project": tenant.project_id, "key_id": tenant.key["key_id"],
         "service_account_id": tenant.account["service_account_id"], "operator_id": tenant.operator["operator_id"],
-        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01",
+        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01", "exception_id": "987654321",
     }  # fmt: skip
 
 
 NOBODYS = {
     "tenant": "nobody", "project": "nothing", "key_id": "000000000000", "service_account_id": "sa_000000000000",
-    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01",
+    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01", "exception_id": "987654321",
 }  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
 
 def test_query_parameters_that_name_objects_are_known(control: ControlPlane) -> None:
     """A new parameter must be added here, and to the test above if it can name an object."""
-    known = {"after", "limit", "since", "by", "anchor", "tenant", "project_id", "key_id", "model", "in_force"}
+    known = {"after", "limit", "since", "by", "anchor", "tenant", "project_id", "key_id", "model", "in_force", "state"}
 
     found = {
         parameter["name"]
