@@ -115,7 +115,7 @@ def collecting(url: str, live: Path, *, journal: str = "local", reopened: bool =
     rotation = Rotation(live=live, bytes_max=chosen.rotate_bytes, reopen=lambda: reopened)
     disk = Disk(directory=live.parent, closed_mark=live.parent / "closed", when_full=WhenFull.REFUSE)
     try:
-        yield Collector(live, ledger, chosen, rotation, disk, ledger.places(), ledger.lives())
+        yield Collector(journal, live, ledger, chosen, rotation, disk, ledger.places(), ledger.lives())
     finally:
         ledger.close()
 

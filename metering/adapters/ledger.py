@@ -180,10 +180,10 @@ class Ledger:
             ).fetchall()
         return Lives(last=dict(last), ended=tuple(epoch for (epoch,) in reversed(ended)))
 
-    def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> int:
+    def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
         """
-        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns how many
-        rows were new.
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
+        rows that were new.
         """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
@@ -204,7 +204,7 @@ class Ledger:
                 self._keep_place(piece.place, now)
             if lives is not None:
                 self._keep_lives(lives, now)
-        return len(added)
+        return added
 
     def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
         """
@@ -249,6 +249,14 @@ class Ledger:
         """Drop refusals older than *before*."""
         with self._connection.transaction():
             self._connection.execute("delete from refusal where started_at < %s", (before,))
+
+    def exceptions_open(self) -> int:
+        """How many disagreements nobody has explained or signed for."""
+        with self._connection.transaction():
+            [(count,)] = self._connection.execute(
+                "select count(*) from reconciliation_exception where state = 'open'"
+            ).fetchall()
+        return int(count)
 
     def close(self) -> None:
         """Close the connection; the lock goes with it."""

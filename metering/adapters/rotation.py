@@ -42,13 +42,16 @@ class Rotation:
 
     live: Path
     bytes_max: int
-    reopen: Callable[[], bool]
+    #: None: Envoy cannot be asked from here, so whoever can rotates, and removes what is old.
+    reopen: Callable[[], bool] | None
     #: Envoy has confirmed since the last rename. At the start that is not known.
     released: bool = False
     _quiet: dict[str, Quiet] = field(default_factory=dict)
 
     def rotate(self) -> None:
         """Rename the live file if it has grown to its bound; have Envoy let go of renamed ones."""
+        if self.reopen is None:
+            return
         size = self.live.stat().st_size if self.live.exists() else 0
         if size >= self.bytes_max:
             target = self._next_name()
