@@ -79,8 +79,9 @@ def serve_unary(
 
 def serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
     """
-    Serve streaming *methods* ("/package.Service/Method" → handler and request class) on asyncio until
-    SIGTERM: a thread per stream would not scale.
+    Serve streaming *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
+
+    On asyncio: a thread per stream would not scale.
     """
     asyncio.run(_serve_streams(socket, methods))
 

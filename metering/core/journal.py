@@ -23,6 +23,10 @@ TOKENS_MAX = 100_000_000
 #: Bytes per token where neither the engine nor the chunks told: the usual figure for English text.
 ESTIMATE_BYTES_PER_TOKEN = 4
 
+#: Engine kinds that send one token in each frame with content: a conformance suite holds their recorded
+#: shapes to it, and Dynamo itself. Others may put several into one, or none.
+TOKEN_A_FRAME = frozenset({"vllm", "dynamo"})
+
 _TYPES = frozenset({c.JOURNAL_START, c.JOURNAL_PERIODIC, c.JOURNAL_END})
 #: Envoy mints the id; anything else in its place is damage.
 _REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -155,7 +159,7 @@ def _refuse_odd_values(fields: dict[str, Any]) -> None:
             raise ValueError(name)
     if fields.get(c.J_STATUS, 0) > _STATUS_MAX:
         raise ValueError(c.J_STATUS)
-    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM):
+    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE):
         if type(fields.get(name, "")) is not str:
             raise ValueError(name)
     if int(fields[c.J_REQUEST].get(c.REQ_PROMPT_BYTES) or 0) < 0:
@@ -190,9 +194,10 @@ def refused(entry: Entry) -> Refused:
 
 def judge(entry: Entry, outcome: str) -> Usage:
     """
-    Tokens and basis of an exchange that ended: reported > running > estimated > none.
+    Tokens and basis of an exchange that ended: reported > running > counted > estimated > none.
 
-    Zero stays zero when the engine said zero. An exchange that failed before a token has none.
+    Counted are frames that carried content, of engines that send one token in each: the content is kept
+    nowhere, so no tokenizer can read it afterwards. The prompt is an estimate even then. Zero stays zero when the engine said zero. An exchange that failed before a token has none.
     """
     seen = entry.fields[c.J_USAGE].get(c.USE_SEEN, "none")
     if seen == "final":
@@ -210,7 +215,9 @@ def judge(entry: Entry, outcome: str) -> Usage:
     return Usage(
         input_tokens=_prompt_estimate(entry),
         output_tokens=frames or _answer_estimate(entry, dialect),
-        cached_tokens=0, reasoning_tokens=0, basis="estimated", anomaly=anomaly,
+        cached_tokens=0, reasoning_tokens=0,
+        basis="counted" if frames and entry.fields.get(c.J_ENGINE) in TOKEN_A_FRAME else "estimated",
+        anomaly=anomaly,
     )
 
 

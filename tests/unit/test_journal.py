@@ -17,7 +17,7 @@ from metering.adapters.rotation import Rotation
 from metering.adapters.tail import BATCH_BYTES_MAX, STARTS_BYTES_MAX, Piece, Place, list_files, look, next_piece
 from metering.core import lines
 from metering.core.fold import fold
-from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse
+from metering.core.journal import TEXT_LENGTH_MAX, Malformed, lost_event, parse, usage_event
 from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.watermark import Level, WhenFull
 from tests.journals import end, exchanges, periodic, request_id, start, write, write_apart
@@ -44,6 +44,7 @@ ODD: dict[str, bytes] = {
     "status that is true": end(1, status=True),
     "bytes that are a text": end(1, bytes_sent="many"),
     "details that are an object": end(1, details={}),
+    "an engine that is a list": end(1, engine=["vllm"]),
     "no moment": end(1, request={}, started_at=None),
     "a moment that is none": end(1, request={"started_at": "soon.0"}),
     "a moment beyond the calendar": end(1, request={"started_at": "99999999999999.0"}),
@@ -208,6 +209,42 @@ def test_the_last_word_of_each_exchange_is_kept_and_the_first_end_stands() -> No
     assert {request_id(2): "DownstreamPeriodic"} == {name: entry.type for name, entry in batch.open.items()}
     assert [9] == [entry.fields["usage"]["output"] for entry in batch.contradicting]
     assert [(request_id(3), 429)] == [(refused.request_id, refused.status) for refused in batch.refusals]
+
+
+FINAL = {"seen": "final", "input": 3, "output": 5}
+RUNNING = {"seen": "running", "input": 3, "output": 4}
+FRAMES = {"seen": "none", "frames": 4}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"usage": FINAL | {"frames": 9}}, ("reported", 3, 5)),
+        ({"usage": RUNNING | {"frames": 9}}, ("running", 3, 4)),
+        ({"usage": FRAMES, "engine": "vllm"}, ("counted", 20, 4)),
+        ({"usage": FRAMES, "engine": "dynamo", "flags": "DC"}, ("counted", 20, 4)),
+        # Nothing to count: bytes are all there is.
+        ({"usage": {"seen": "none"}, "engine": "vllm"}, ("estimated", 20, 90)),
+        ({"usage": FRAMES, "engine": "trtllm"}, ("estimated", 20, 4)),
+        ({"usage": FRAMES, "engine": "openai"}, ("estimated", 20, 4)),
+        # Records from before the engine was in them.
+        ({"usage": FRAMES}, ("estimated", 20, 4)),
+        ({"usage": {"seen": "none"}, "flags": "UF", "status": 503, "engine": "vllm"}, ("none", 0, 0)),
+    ],
+)
+def test_each_basis_goes_before_the_next(facts: dict[str, Any], expected: tuple[str, int, int]) -> None:
+    """reported > running > counted > estimated > none."""
+    event = usage_event(parse(end(1, **facts).rstrip()))
+
+    assert expected == (event.basis, event.input_tokens, event.output_tokens)
+
+
+@pytest.mark.parametrize("usage", [RUNNING, FRAMES])
+def test_what_was_heard_of_a_lost_exchange_is_a_checkpoint(usage: dict[str, Any]) -> None:
+    """Even if it was counted or running: the engine may have said more that nobody heard."""
+    event = lost_event(parse(end(1, type="DownstreamPeriodic", usage=usage, engine="vllm").rstrip()))
+
+    assert ("lost", "checkpoint", 4) == (event.outcome, event.basis, event.output_tokens)
 
 
 def test_files_are_read_oldest_first_and_the_live_one_last(live: Path) -> None:
