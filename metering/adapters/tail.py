@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,9 +187,9 @@ def _identified(path: Path) -> JournalFile | None:
 
 
 def _open(path: Path) -> BinaryIO | None:
-    """A file that may be renamed or removed at this very moment; None if it just was."""
+    """A file that may be renamed or removed at this very moment; None if it just was, or is no regular file."""
     try:
-        return path.open("rb")
+        return path.open("rb") if stat.S_ISREG(path.stat().st_mode) else None
     except FileNotFoundError:
         return None
 

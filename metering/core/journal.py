@@ -205,9 +205,12 @@ def judge(entry: Entry, outcome: str) -> Usage:
     if seen == "running":
         return _counted(entry, basis="running")
     anomaly = entry.fields[c.J_USAGE].get(c.USE_ANOMALY)
-    frames = whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
+    counted = whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES))
+    frames, sends_tokens = counted or 0, entry.fields.get(c.J_ENGINE) in TOKEN_A_FRAME
     dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
-    nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine")
+    # Read to its end, a stream without any text is one that failed within: an error as its only event.
+    streamed_nothing = counted == 0 and anomaly is None and sends_tokens and bool(entry.fields[c.J_REQUEST].get(c.REQ_STREAM))
+    nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine") or streamed_nothing
     if nothing or (frames == 0 and outcome != "ok"):
         return Usage(
             input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, basis="none", anomaly=anomaly
@@ -216,7 +219,7 @@ def judge(entry: Entry, outcome: str) -> Usage:
         input_tokens=_prompt_estimate(entry),
         output_tokens=frames or _answer_estimate(entry, dialect),
         cached_tokens=0, reasoning_tokens=0,
-        basis="counted" if frames and entry.fields.get(c.J_ENGINE) in TOKEN_A_FRAME else "estimated",
+        basis="counted" if frames and sends_tokens else "estimated",
         anomaly=anomaly,
     )
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
 
 import pytest
 
-from tests.dataplane.installation import Installation
+from tests.chaos.storm import INEXACT_SHARE_MAX, Storm, judge
+from tests.dataplane.installation import Installation, running
+from tests.dataplane.test_storm import outage
 from tests.dataplane.test_survival import hammer, settled_rows
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -17,6 +20,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 _STORM_SECONDS = 45.0
 #: Longer than a part takes to be back, so that most deaths meet a part that works.
 _BETWEEN_DEATHS_SECONDS = 4.0
+#: Two cores that share everything do about this many while parts die.
+_STORM_REQUESTS_PER_SECOND = 150
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,31 @@ def test_a_storm_of_deaths_loses_no_row_and_doubles_none(road: Installation, par
         if row["basis"] == "reported":
             engine = truth[row["request_id"]]
             assert (engine["prompt_tokens"], engine["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
+
+
+def test_postgres_away_for_five_minutes_under_load_loses_no_row(road: Installation) -> None:
+    """What the short form does in seconds."""
+    outage(road, seconds=300.0, requests=300 * _STORM_REQUESTS_PER_SECOND)
+
+
+@pytest.mark.timeout(0)
+def test_a_million_requests_through_a_thousand_deaths(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> None:
+    """Every part, Envoy too; hours. `--storm-requests` makes it shorter, `--storm-seed` the same again."""
+    requests, seed = pytestconfig.getoption("storm_requests"), pytestconfig.getoption("storm_seed")
+    home = tmp_path_factory.mktemp("million")
+    with running(home, "--engine", "fake", "--restarts", "1000000") as road:
+        storm = Storm(road=road, requests=requests, seed=seed, between=requests / 1000 / _STORM_REQUESTS_PER_SECOND)
+        storm.rage()
+        report = judge(storm, storm.settled())
+        report["ledger"] = road.cli("ledger", "verify")
+        report["exceptions"] = road.cli("reconcile", "list")["counts"]
+        path = home.parent / f"kill-storm-{seed}.json"
+        path.write_text(json.dumps(report, indent=1))
+        print(f"\nkill storm: report in {path}\n{json.dumps(report, indent=1)}")
+
+        assert {} == report["wrong"]
+        assert report["ledger"]["ok"]
+        assert report["inexact_otherwise_share"] <= INEXACT_SHARE_MAX
+        assert report["rows"] > requests / 2

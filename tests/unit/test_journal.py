@@ -214,6 +214,8 @@ def test_the_last_word_of_each_exchange_is_kept_and_the_first_end_stands() -> No
 FINAL = {"seen": "final", "input": 3, "output": 5}
 RUNNING = {"seen": "running", "input": 3, "output": 4}
 FRAMES = {"seen": "none", "frames": 4}
+NOTHING = {"seen": "none", "frames": 0}
+STREAM = {"dialect": "openai.chat", "model": "tiny", "prompt_bytes": "77", "started_at": "1.0", "stream": True}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,11 @@ FRAMES = {"seen": "none", "frames": 4}
         ({"usage": {"seen": "none"}, "engine": "vllm"}, ("estimated", 20, 90)),
         ({"usage": FRAMES, "engine": "trtllm"}, ("estimated", 20, 4)),
         ({"usage": FRAMES, "engine": "openai"}, ("estimated", 20, 4)),
+        # A stream that held an error and nothing else; of an engine whose text may look otherwise, or unread, bytes count.
+        ({"usage": NOTHING, "request": STREAM, "engine": "dynamo"}, ("none", 0, 0)),
+        ({"usage": NOTHING, "request": STREAM, "engine": "openai"}, ("estimated", 20, 90)),
+        ({"usage": NOTHING | {"anomaly": "encoded"}, "request": STREAM, "engine": "dynamo"}, ("estimated", 20, 90)),
+        ({"usage": NOTHING, "engine": "dynamo"}, ("estimated", 20, 90)),
         # Records from before the engine was in them.
         ({"usage": FRAMES}, ("estimated", 20, 4)),
         ({"usage": {"seen": "none"}, "flags": "UF", "status": 503, "engine": "vllm"}, ("none", 0, 0)),
@@ -262,6 +269,16 @@ def test_a_rotation_by_somebody_else_is_followed(live: Path) -> None:
     write(live, [end(2)])
 
     assert ["journal.jsonl.1", "journal.jsonl"] == [path.name for path in list_files(live)]
+
+
+def test_what_is_no_regular_file_is_left_alone(live: Path) -> None:
+    """A device has no end, and reading a pipe waits for its writer."""
+    write(live.with_name("journal-000001.jsonl"), [end(1)])
+    live.symlink_to("/dev/zero")
+    live.with_name("starts.jsonl").mkdir()
+
+    assert ["journal-000001.jsonl"] == [file.path.name for file in look(live)]
+    assert [{request_id(1)}] == [set(reading.batch.events) for reading in read_on(live, {}) if reading.pieces]
 
 
 def read_all(live: Path, places: dict[str, Place]) -> bytes:

@@ -106,7 +106,7 @@ async def _messages(*messages: wire.StreamAccessLogsMessage) -> AsyncIterator[wi
 
 async def _hear(*messages: wire.StreamAccessLogsMessage) -> list[Sighting]:
     heard = Heard()
-    async for _ in Witness(heard, lambda: NOON).hear(_messages(*messages), None):  # type: ignore[arg-type]
+    async for _ in Witness(heard, lambda: NOON).hear(_messages(*messages), None):
         pass
     return heard.before(NOON + timedelta(seconds=1))
 
