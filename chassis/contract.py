@@ -74,6 +74,10 @@ REQUEST_KEYS: Final = (
 ROUTE_NAMESPACES: Final = ("gate", "tap")
 ROUTE_RUNNING_USAGE: Final = "running_usage"
 
+#: Written on each cluster of model servers, under this namespace: the engine's kind.
+POOL_NAMESPACE: Final = "peaje.pool"
+POOL_ENGINE: Final = "engine"
+
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 
 ID_TENANT: Final = "tenant"
@@ -203,6 +207,8 @@ J_REQUEST: Final = "request"
 J_USAGE: Final = "usage"
 J_ADMISSION: Final = "admission"
 #: Names one life of one Envoy process; set by whoever starts Envoy.
+#: The kind of the engine behind the model, from its cluster's metadata: a row must not change when models.yaml does.
+J_ENGINE: Final = "engine"
 J_EPOCH: Final = "epoch"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
 #: "off" in Envoy's environment: the gate asks for every request.
@@ -223,6 +229,7 @@ JOURNAL_KEYS: Final = (
     J_REQUEST,
     J_USAGE,
     J_ADMISSION,
+    J_ENGINE,
     J_EPOCH,
 )
 
@@ -241,7 +248,10 @@ SOCKETS: Final = {
 }
 #: Written by the beacon, read by the gate: who changed since when.
 CHANGES_PATH: Final = "run/changes"
+#: Envoy's own records. It flushes them in slices, so nobody else may write to this file.
 JOURNAL_PATH: Final = "journal/journal.jsonl"
+#: The start records, beside Envoy's: one write(2) each.
+STARTS_PATH: Final = "journal/starts.jsonl"
 #: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
 JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"

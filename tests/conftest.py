@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peaje")
     for name, what in ON_REQUEST.items():
         group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
+    group.addoption("--storm-requests", type=int, default=1_000_000, help="requests of the longest kill storm")
+    group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -60,6 +60,35 @@ RULE_STORE_ERRORS: Final = Counter(
     "peaje_ratelimit_rule_store_errors_total", "Requests that were answered without the counter store.", ["answer"]
 )
 
+SIGHTINGS: Final = Counter("peaje_metering_sightings_total", "Exchanges that the second witness has told of.")
+SIGHTINGS_DROPPED: Final = Counter(
+    "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."
+)
+
+#: Journals have operators' own names, of which a collector has a bounded number.
+LAG_BYTES: Final = Gauge("peaje_collector_lag_bytes", "Bytes of a journal that are not read yet.", ["journal"])
+LAG_SECONDS: Final = Gauge(
+    "peaje_collector_lag_seconds", "Since a journal was last read to its end; under a second if all is well.", ["journal"]
+)
+DISK_USED_PERCENT: Final = Gauge("peaje_collector_disk_used_percent", "Of the disk that holds a journal.", ["journal"])
+ROAD_CLOSED: Final = Gauge("peaje_collector_road_closed", "1 while new requests are refused because the disk is full.", ["journal"])
+ROWS: Final = Counter("peaje_collector_rows_total", "New rows of the ledger.", ["basis", "outcome"])
+DUPLICATES_ABSORBED: Final = Counter("peaje_collector_duplicates_absorbed_total", "Records of exchanges that had their row.")
+DEFECTS: Final = Counter("peaje_collector_defects_total", "Runs of bytes in a journal that are no record.", ["journal"])
+ORPHANS_CLOSED: Final = Counter(
+    "peaje_collector_orphans_closed_total", "Exchanges that were closed without an end record.", ["journal"]
+)
+#: Buckets around the promise of five seconds.
+ROW_DELAY_SECONDS: Final = Histogram(
+    "peaje_collector_row_delay_seconds", "From the end of an exchange to its row; closed orphans left out.",
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600, 3600),
+)
+EXCEPTIONS_OPEN: Final = Gauge("peaje_reconciliation_exceptions_open", "Disagreements that nobody has explained or signed for.")
+#: Models are the operator's own names.
+DRIFT_TOKENS: Final = Gauge(
+    "peaje_conservation_drift_tokens", "Ledger less engine, in the newest interval that could be compared.", ["model", "kind"]
+)
+
 
 @lru_cache(maxsize=512)
 def denial(code: str, phase: str, rule: str) -> tuple[Counter, Counter]:

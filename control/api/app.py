@@ -27,6 +27,7 @@ from control.api import (
     operators,
     prices,
     projects,
+    reconciliation,
     reports,
     reratings,
     secret_scanning,
@@ -46,7 +47,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings, reconciliation,
 )
 
 

@@ -24,6 +24,7 @@ from control.cli import (
     operators,
     prices,
     projects,
+    reconcile,
     reports,
     reratings,
     service_accounts,
@@ -51,6 +52,7 @@ app.add_typer(ledger.app, name="ledger")
 app.add_typer(journal.app, name="journal")
 app.add_typer(credits.app, name="credits")
 app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(reconcile.app, name="reconcile")
 invoices.register(app)
 reratings.register(app)
 reports.register(app)

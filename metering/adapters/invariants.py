@@ -81,6 +81,25 @@ _INVARIANTS: Final = (
         """,
     ),
     (
+        "what the second witness saw is in the ledger with its tenant and tokens, or is an exception",
+        """
+        with excepted as (
+            select date_trunc('hour', started_at, 'UTC') as hour, count(*) as n from reconciliation_exception
+            where kind <> 'conflict' group by 1
+        )
+        select to_char(coalesce(w.hour, e.hour) at time zone 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC'
+        from witness_hour w full join excepted e using (hour)
+        where coalesce(w.disagreed_count, 0) <> coalesce(e.n, 0)
+        """,
+    ),
+    (
+        "a record that contradicts a row is an exception",
+        """
+        select c.request_id from usage_conflict c
+        where not exists (select from reconciliation_exception e where e.request_id = c.request_id and e.kind = 'conflict')
+        """,
+    ),
+    (
         "cached tokens are part of the input, reasoning tokens of the output, and none means none",
         """
         select request_id from usage_event
@@ -154,6 +173,12 @@ _INVARIANTS: Final = (
 _NOTES: Final = {
     "journal_defects": "select count(*) from journal_defect",
     "usage_conflicts": "select count(*) from usage_conflict",
+    "exceptions_open": "select count(*) from reconciliation_exception where state = 'open'",
+    # The witness may miss any number; all of them, hour after hour, is a witness that is not there.
+    "requests_not_witnessed": (
+        "select coalesce(sum(greatest(h.requests - coalesce(w.agreed_count + w.disagreed_count, 0), 0)), 0)::bigint "
+        "from (select hour, sum(request_count) as requests from usage_hour group by 1) h left join witness_hour w using (hour)"
+    ),
     "open_exchanges": "select count(*) from open_exchange",
     "engine_drifts": (
         "select count(*) from conservation_check where state = 'compared' "

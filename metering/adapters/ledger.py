@@ -8,7 +8,7 @@ A crash at any moment repeats the batch, and the repeat changes nothing: rows co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, fields
 from datetime import datetime
 from operator import attrgetter
@@ -22,6 +22,7 @@ from metering.adapters.tail import Alarm, Piece, Place
 from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
 from metering.core.lines import Defect
+from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.rating import RateCard, RateCards, amount_nano
 
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
@@ -125,10 +126,16 @@ where excluded.seen_at >= open_exchange.seen_at
 
 _ORPHANS: Final = """
 select entry from open_exchange
-where journal = %(journal)s and ((%(epoch)s <> '' and epoch <> %(epoch)s) or (%(silent)s and marked_at is not null))
+where journal = %(journal)s and (epoch = any(%(ended)s) or (%(silent)s and marked_at is not null))
 order by started_at
 limit %(limit)s
 for update skip locked
+"""
+
+#: A contradiction is something to be explained, like what the second witness says.
+_KEEP_EXCEPTION: Final = """
+insert into reconciliation_exception (kind, request_id, started_at, tenant_id, found_at)
+values ('conflict', %s, %s, %s, %s) on conflict do nothing
 """
 
 _KEEP_PLACE: Final = """
@@ -179,8 +186,20 @@ class Ledger:
             ).fetchall()
         return {row[0]: Place(*row) for row in rows}
 
-    def write(self, batch: Batch, piece: Piece, now: datetime) -> int:
-        """Commit *batch* and the place behind *piece* together; returns how many rows were new."""
+    def lives(self) -> Lives:
+        """What is known of the lives of Envoy that write the journal."""
+        with self._connection.transaction():
+            last = self._connection.execute("select stream, epoch from journal_life where journal = %s", (self._journal,)).fetchall()
+            ended = self._connection.execute(
+                "select epoch from ended_life where journal = %s order by ended_at desc limit %s", (self._journal, ENDED_LIVES_MAX)
+            ).fetchall()
+        return Lives(last=dict(last), ended=tuple(epoch for (epoch,) in reversed(ended)))
+
+    def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
+        """
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
+        rows that were new.
+        """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
             absorbed = [request_id for request_id in batch.events if request_id not in added]
@@ -193,21 +212,24 @@ class Ledger:
             if batch.events:
                 self._forget_open(list(batch.events))
             self._keep_refusals(batch)
-            self._keep_defects(batch.defects, piece.place, now)
-            if piece.alarm is not None:
-                self._keep_alarm(piece.alarm, now)
-            self._keep_place(piece.place, now)
-        return len(added)
+            for piece in pieces:
+                self._keep_defects(batch.defects.get(piece.place.file_id, ()), piece.place, now)
+                if piece.alarm is not None:
+                    self._keep_alarm(piece.alarm, now)
+                self._keep_place(piece.place, now)
+            if lives is not None:
+                self._keep_lives(lives, now)
+        return added
 
-    def close_orphans(self, *, epoch: str, silent: bool, now: datetime) -> int:
+    def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
         """
-        Give a row to each open exchange whose Envoy is gone: of another life than *epoch* (if that is
-        known), or, if *silent*, not heard of since `mark_open` although a live stream reports each second.
+        Give a row to each open exchange whose Envoy is gone: of one of the *ended* lives or, if *silent*,
+        not heard of since `mark_open` although a live stream reports each second.
         """
         with self._connection.transaction():
             rows = self._connection.execute(
                 _ORPHANS,
-                {"journal": self._journal, "epoch": epoch, "silent": silent, "limit": _ORPHANS_PER_STEP_MAX},
+                {"journal": self._journal, "ended": list(ended), "silent": silent, "limit": _ORPHANS_PER_STEP_MAX},
             ).fetchall()
             entries = [parse(orjson.dumps(row[0])) for row in rows]
             if entries:
@@ -242,6 +264,14 @@ class Ledger:
         """Drop refusals older than *before*."""
         with self._connection.transaction():
             self._connection.execute("delete from refusal where started_at < %s", (before,))
+
+    def exceptions_open(self) -> int:
+        """How many disagreements nobody has explained or signed for."""
+        with self._connection.transaction():
+            [(count,)] = self._connection.execute(
+                "select count(*) from reconciliation_exception where state = 'open'"
+            ).fetchall()
+        return int(count)
 
     def close(self) -> None:
         """Close the connection; the lock goes with it."""
@@ -286,6 +316,7 @@ class Ledger:
     def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
         if entries:
             with self._connection.cursor() as cursor:
+                cursor.executemany(_KEEP_EXCEPTION, [(e.request_id, e.started_at, e.tenant_id, now) for e in entries])
                 cursor.executemany(
                     "insert into usage_conflict (request_id, started_at, recorded_at, entry) values (%s, %s, %s, %s) "
                     "on conflict do nothing",
@@ -326,6 +357,18 @@ class Ledger:
                         for d in defects
                     ],
                 )
+
+    def _keep_lives(self, lives: Lives, now: datetime) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "insert into journal_life (journal, stream, epoch) values (%s, %s, %s) "
+                "on conflict (journal, stream) do update set epoch = excluded.epoch",
+                [(self._journal, stream, epoch) for stream, epoch in lives.last.items()],
+            )
+            cursor.executemany(
+                "insert into ended_life (journal, epoch, ended_at) values (%s, %s, %s) on conflict do nothing",
+                [(self._journal, epoch, now) for epoch in lives.ended],
+            )
 
     def _keep_place(self, place: Place, now: datetime) -> None:
         self._connection.execute(_KEEP_PLACE, (self._journal, place.file_id, place.name, place.offset, now))

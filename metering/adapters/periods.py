@@ -83,8 +83,9 @@ _OBSTACLES: Final = (
         " where started_at < %(end)s having count(*) > 0"
     ),
     (
-        "select count(*) || ' conflicts of its exchanges are in usage_conflict' from usage_conflict"
-        " where started_at >= %(start)s and started_at < %(end)s having count(*) > 0"
+        "select count(*) || ' of its exchanges are told differently by two sources (see peaje reconcile list)'"
+        " from reconciliation_exception where state = 'open' and started_at >= %(start)s and started_at < %(end)s"
+        " having count(*) > 0"
     ),
     (
         "select count(*) || ' of its exchanges used tokens and have no price' from usage_event u"

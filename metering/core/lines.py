@@ -44,8 +44,8 @@ def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], l
 
     A writer that died within a record leaves a piece without a line end, and the next writer's record
     follows in the same line: the piece is a defect, the record counts. Envoy writes its buffer in
-    slices, so a start record of the tap may also stand within one of its records, whose other half
-    then is a line of its own: the halves are put together again.
+    slices; in a journal of one file, from before the starts had their own, a start record may also
+    stand within one of Envoy's, whose other half then is a line of its own: the halves are put together.
 
     >>> entries, [found], _ = read(b'{"type":"Sta\\n\\n', offset=100)
     >>> entries, found.offset, found.byte_count

@@ -9,10 +9,12 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from standardwebhooks.webhooks import Webhook
@@ -23,9 +25,10 @@ from tests.receivers import receiving
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
+    """An installation whose journal is rotated at 10 kB, so that a few requests fill several files."""
     settings = {
-        "PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
+        "PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
+        "PEAJE_COLLECTOR_SILENT_SECONDS": "5", "PEAJE_METERING_RECONCILE_SECONDS": "1",
         "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
     }
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
@@ -90,8 +93,11 @@ def test_rotation_under_load_loses_no_row_and_the_replay_has_the_same_sums(small
     assert {answer.headers["x-request-id"] for answer in sent} == {row["request_id"] for row in rows}
     old = [path for path in (small.home / "journal").iterdir() if path.name.startswith("journal-")]
     assert len(old) >= 3
+    starts = {path.name for path in (small.home / "journal").iterdir() if path.name.startswith("starts-")}
+    assert starts <= {path.name.replace("journal", "starts") for path in old}
+    assert len(starts) >= 2
     live = (small.home / "journal/journal.jsonl").read_text().splitlines()
-    last = {"Start", "DownstreamEnd"}
+    last = {"DownstreamEnd"}
     small.post(tenant, json=chat())
     small.rows(tenant, len(sent) + 1)
     written = [json.loads(line)["type"] for line in (small.home / "journal/journal.jsonl").read_text().splitlines()[len(live):]]
@@ -133,6 +139,73 @@ def test_the_ledger_has_what_the_engine_counted(small: Installation) -> None:
         assert (row["engine_input_tokens"], row["engine_output_tokens"]) == (
             row["ledger_input_tokens"], row["ledger_output_tokens"]
         ), row
+
+
+def test_a_start_that_cannot_be_written_refuses_the_request(small: Installation) -> None:
+    """The disk is full: 503 in the caller's dialect, the engine is not asked, and all is well once there is room."""
+    tenant = small.new_tenant("full")
+    before = small.post(tenant, json=chat())
+
+    with _full(small.home / "journal/starts.jsonl"):
+        assert 503 == _last_status(small, tenant, 503)
+        refused = [small.post(tenant, json=chat()) for _ in range(3)]
+        streamed = small.post(tenant, json=chat(stream=True))
+    assert 200 == _last_status(small, tenant, 200)
+
+    assert {(503, "service_unavailable")} == {(it.status_code, it.json()["error"]["code"]) for it in (*refused, streamed)}
+    rows = {row["request_id"]: row for row in small.rows(tenant, 2)}
+    assert before.headers["x-request-id"] in rows
+    ids = {it.headers["x-request-id"] for it in (*refused, streamed)}
+    assert set() == ids & small.truth().keys()
+    assert {(0, 0, "none")} >= {(rows[i]["input_tokens"], rows[i]["output_tokens"], rows[i]["basis"]) for i in ids & rows.keys()}
+
+
+def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_tells(small: Installation) -> None:
+    """Envoy drops what it cannot write without a word: the starts keep the row, the second witness knows its tokens."""
+    tenant = small.new_tenant("endless")
+    whole = small.post(tenant, json=chat(max_tokens=3)).headers["x-request-id"]
+    small.rows(tenant, 1)
+
+    with _full(small.home / "journal/journal.jsonl"):
+        _reopen(small)
+        # Its log is opened anew with the next record.
+        small.post(tenant, json=chat())
+        time.sleep(0.3)
+        cut = {small.post(tenant, json=chat(max_tokens=7)).headers["x-request-id"] for _ in range(3)}
+    _reopen(small)
+    assert 200 == small.post(tenant, json=chat()).status_code
+
+    deadline = time.monotonic() + 60
+    told: dict[str, dict[str, Any]] = {}
+    while time.monotonic() < deadline and not cut <= told.keys():
+        time.sleep(0.5)
+        told = {row["request_id"]: row for row in small.sql("select * from billing_reconciliation_v1 where tenant = %s", tenant.tenant_id)}
+    rows = {row["request_id"]: row for row in small.rows(tenant, 6)}
+    assert cut <= told.keys()
+    assert {("usage_differs", "open", 7)} == {(told[i]["kind"], told[i]["state"], told[i]["output_tokens"]) for i in cut}
+    assert {("lost", "checkpoint", 0)} == {(rows[i]["outcome"], rows[i]["basis"], rows[i]["output_tokens"]) for i in cut}
+    assert "reported" == rows[whole]["basis"]
+    assert whole not in told
+    listed = small.cli("reconcile", "list", "--state", "open")
+    for row in listed["exceptions"]:
+        assert "signed" == small.cli("reconcile", "sign", str(row["exception_id"]), "--note", "the disk was full")["state"]
+    assert 0 == small.cli("reconcile", "list")["counts"]["open"]
+    assert small.cli("ledger", "verify")["ok"]
+
+
+@contextmanager
+def _full(path: Path) -> Iterator[None]:
+    """Have every write to *path* fail as on a full disk; what is there already stays to be read."""
+    path.rename(path.with_name(f"{path.name}.{time.time_ns()}"))
+    path.symlink_to("/dev/full")
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _reopen(small: Installation) -> None:
+    httpx.post(f"http://127.0.0.1:{small.admin_port}/reopen_logs", timeout=10).raise_for_status()
 
 
 def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:

@@ -46,6 +46,8 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/reratings"): {"model": "tiny", "month": "2026-01", "input": "1", "output": "2", "reason": "wrong"},
     ("POST", "/v1/tenants/{tenant}/credits"): {"amount": "10", "reason": "paid"},
     ("POST", "/v1/tenants/{tenant}/credits/{grant_id}/expire"): {"reason": "refunded"},
+    ("POST", "/v1/reconciliation/{exception_id}/explain"): {"note": "why"},
+    ("POST", "/v1/reconciliation/{exception_id}/sign"): {"note": "why"},
 }
 
 
@@ -64,8 +66,8 @@ class Operation:
 
     @property
     def objects(self) -> list[str]:
-        """Parameters of the path that name something of a tenant; a month is everybody's."""
-        return [name for name in self.names if name != "month"]
+        """Parameters of the path that name something of a tenant; months and exceptions are the platform's."""
+        return [name for name in self.names if name not in ("month", "exception_id")]
 
     def at(self, values: dict[str, str]) -> str:
         """The path with *values* in it; an unknown parameter is a hole in the matrix, and fails."""
@@ -91,7 +93,7 @@ def values_of(tenant: Tenant) -> dict[str, str]:
     return {
         "tenant": tenant.tenant_id, "project": tenant.project_id, "key_id": tenant.key["key_id"],
         "service_account_id": tenant.account["service_account_id"], "operator_id": tenant.operator["operator_id"],
-        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01",
+        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01", "exception_id": "987654321",
         "grant_id": "cg_000000000000",
         "webhook_id": (tenant.webhook or {"webhook_id": "wh_000000000000"})["webhook_id"],
     }  # fmt: skip
@@ -99,7 +101,7 @@ def values_of(tenant: Tenant) -> dict[str, str]:
 
 NOBODYS = {
     "tenant": "nobody", "project": "nothing", "key_id": "000000000000", "service_account_id": "sa_000000000000",
-    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01",
+    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01", "exception_id": "987654321",
     "webhook_id": "wh_000000000000", "grant_id": "cg_000000000000",
 }  # fmt: skip
 
@@ -216,7 +218,7 @@ def test_parameters_of_a_query_and_fields_of_a_body_cannot_name_another_tenants_
 
 def test_query_parameters_that_name_objects_are_known(control: ControlPlane) -> None:
     """A new parameter must be added here, and to the test above if it can name an object."""
-    known = {"after", "limit", "since", "by", "anchor", "tenant", "project_id", "key_id", "model", "in_force"}
+    known = {"after", "limit", "since", "by", "anchor", "tenant", "project_id", "key_id", "model", "in_force", "state"}
 
     found = {
         parameter["name"]
