@@ -86,6 +86,8 @@ class Outcome:
     readings: tuple[Reading, ...]
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
+    #: Whether the lease that was asked for was taken as well.
+    leased: bool = False
 
     @property
     def admitted(self) -> bool:
@@ -165,7 +167,7 @@ def has_room(counter: Counter, value: float, wanted: int) -> bool:
 
 
 def outcome(
-    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset()
+    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset(), leased: bool = False
 ) -> Outcome:
     """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
     refused = verdict is Verdict.REFUSED
@@ -176,6 +178,7 @@ def outcome(
             for counter, value in zip(demand.counters, values, strict=True)
         ),
         over=over,
+        leased=leased,
     )
 
 

@@ -171,10 +171,17 @@ class Installation:
         return next(int(entry["pid"]) for entry in self.status()["parts"] if entry["name"] == part)
 
     def kill(self, part: str) -> int:
-        """End a part without warning (SIGKILL); returns the pid that was."""
-        pid = self.pid(part)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        """End a part without warning (SIGKILL), one that was just killed when it is back; returns the pid that was."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            pid = self.pid(part)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                assert time.monotonic() < deadline, f"{part} did not come back"
+                time.sleep(0.1)
+            else:
+                return pid
 
     def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
         """Wait until the supervisor has a new, ready process for *part*, and Envoy sees it."""
