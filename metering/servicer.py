@@ -108,13 +108,17 @@ def _sighting(entry: entry_wire.HTTPAccessLogEntry, now: datetime) -> Sighting:
     common = entry.common_properties
     spaces = common.metadata.filter_metadata
     return sighting(
-        common.stream_id, identity=_values(spaces.get(contract.NS_IDENTITY)),
-        request=_values(spaces.get(contract.NS_REQUEST)), usage=_values(spaces.get(contract.NS_USAGE)), heard_at=now,
+        common.stream_id,
+        identity=_values(spaces.get(contract.NS_IDENTITY), contract.ID_TENANT),
+        request=_values(spaces.get(contract.NS_REQUEST), contract.REQ_STARTED_AT),
+        usage=_values(spaces.get(contract.NS_USAGE), contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT),
+        heard_at=now,
     )
 
 
-def _values(namespace: Struct | None) -> dict[str, Any]:
-    """Its plain values; whatever is nested is none that we read."""
+def _values(namespace: Struct | None, *names: str) -> dict[str, Any]:
+    """Those of *names* that it has; there are many more, and this is done for every request."""
     if namespace is None:
         return {}
-    return {name: getattr(value, kind) for name, value in namespace.fields.items() if (kind := value.WhichOneof("kind"))}
+    fields = namespace.fields
+    return {name: getattr(fields[name], fields[name].WhichOneof("kind") or "null_value") for name in names if name in fields}
