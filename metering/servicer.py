@@ -11,7 +11,7 @@ then reads what the engine sends unasked, and `basis` says so.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -108,17 +108,25 @@ def _sighting(entry: entry_wire.HTTPAccessLogEntry, now: datetime) -> Sighting:
     common = entry.common_properties
     spaces = common.metadata.filter_metadata
     return sighting(
-        common.stream_id,
-        identity=_values(spaces.get(contract.NS_IDENTITY), contract.ID_TENANT),
-        request=_values(spaces.get(contract.NS_REQUEST), contract.REQ_STARTED_AT),
-        usage=_values(spaces.get(contract.NS_USAGE), contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT),
+        common.stream_id, identity=_values(spaces[contract.NS_IDENTITY], _OF_IDENTITY),
+        request=_values(spaces[contract.NS_REQUEST], _OF_REQUEST), usage=_values(spaces[contract.NS_USAGE], _OF_USAGE),
         heard_at=now,
     )
 
 
-def _values(namespace: Struct | None, *names: str) -> dict[str, Any]:
-    """Those of *names* that it has; there are many more, and this is done for every request."""
-    if namespace is None:
-        return {}
+#: What a sighting needs of the twenty values that an entry has: reading all of them costs twice as much.
+_OF_IDENTITY = (contract.ID_TENANT,)
+_OF_REQUEST = (contract.REQ_STARTED_AT,)
+_OF_USAGE = (contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT)
+
+
+def _values(namespace: Struct, names: Sequence[str]) -> dict[str, Any]:
+    """Those of its plain values that have one of *names*."""
     fields = namespace.fields
-    return {name: getattr(fields[name], fields[name].WhichOneof("kind") or "null_value") for name in names if name in fields}
+    found = {}
+    for name in names:
+        if name in fields:
+            value = fields[name]
+            kind = value.WhichOneof("kind")
+            found[name] = getattr(value, kind) if kind else None
+    return found
