@@ -210,11 +210,9 @@ def counter_name(domain: str, entries: Sequence[Entry], unit: Unit | None) -> st
 
 
 def replaced(found: Sequence[Match | None]) -> list[Match | None]:
-    """Without the rules of a request that another of its rules replaces; an unlimited one is never replaced."""
+    """Without the rules of a request that another of its rules replaces; an unlimited one has no name to be replaced by."""
     names = frozenset[str]().union(*(one.rule.replaces for one in found if one is not None))
-    return [
-        None if one is not None and one.rule.unit is not None and one.rule.name in names else one for one in found
-    ]
+    return [None if one is not None and one.rule.name in names else one for one in found]
 
 
 def _measured(node: Node, value: str) -> str:

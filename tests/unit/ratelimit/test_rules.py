@@ -193,15 +193,15 @@ def test_dynamic_metadata_holds_what_was_asked_and_what_passed() -> None:
     )  # fmt: skip
     servicer = serving(made, MemoryCounters(), Options(dynamic_metadata=True))
 
-    for _ in range(2):  # merged anew each time
-        answer = ask(servicer, request("d", ["a=x", "b=y, z=1", "b=y", "c=z"], hits=2))
-        told = wire_dict(answer)
+    told = wire_dict(ask(servicer, request("d", ["a=x", "b=y, z=1", "b=y", "c=z"], hits=2)))
 
     assert {
         "domain": "d", "hitsAddend": 2.0,
         "descriptors": [{"entries": ["a=x"]}, {"entries": ["b=y", "z=1"]}, {"entries": ["b=y"]}, {"entries": ["c=z"]}],
         "metadata": {"n": 1.0, "pool": {"name": "one", "size": [1.0, "x"]}},
     } == told  # fmt: skip
+    # What was merged is not the rule's own.
+    assert {"n": 1.0, "pool": {"name": "one"}} == wire_dict(ask(servicer, request("d", ["a=x"])))["metadata"]
 
 
 def wire_dict(answer: wire.RateLimitResponse) -> Any:
