@@ -17,7 +17,7 @@ import structlog
 from hypothesis import settings
 
 from bench.revocation import SEVERAL
-from tests.dataplane.installation import Installation, Tenant, running
+from tests.dataplane.installation import Installation, Tenant, free_ports, running
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
@@ -77,7 +77,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1"}
+    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR"), free_ports(4), strict=True))
+    settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
+        installation.metrics_ports = tuple(ports.values())
         yield installation
         # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
         assert [] == installation.leaks()

@@ -18,8 +18,6 @@ from control.laptop.errors import Trouble
 SERVICES: Final = (CLUSTER_EXTAUTH, CLUSTER_RATELIMIT, CLUSTER_METERING)
 #: Processes of one service. Each is a Python process with connections of its own; more is for more machines.
 PROCESSES_MAX: Final = 16
-#: Services that show metrics, each process on a loopback port of its own.
-_WITH_METRICS: Final = (CLUSTER_EXTAUTH,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +42,7 @@ class ServiceProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """Processes per service, and the first port of those that show metrics."""
+    """Processes per service, and the first loopback port of their metrics: each process has its own."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     metrics_ports: Mapping[str, int] = field(default_factory=dict)
@@ -72,7 +70,7 @@ def read_scale(environ: Mapping[str, str]) -> Scale:
     """Read PEAJE_EXTAUTH_PROCESSES and its like; raises `Trouble` for what is no number of processes or ports."""
     counts = {service: _read_count(environ, _setting(service, "PROCESSES")) for service in SERVICES}
     ports = {
-        service: _read_first_port(environ, _setting(service, "METRICS_PORT"), counts[service]) for service in _WITH_METRICS
+        service: _read_first_port(environ, _setting(service, "METRICS_PORT"), counts[service]) for service in SERVICES
     }
     return Scale(counts=counts, metrics_ports=ports)
 
