@@ -178,11 +178,11 @@ def test_who_is_near_a_limit_is_recognised_and_decided_exactly(road: Installatio
     """Extauth is asked about once, ratelimit each time, and the limit holds to the request."""
     road.set_limits(tenant.tenant_id, rpm=10)
     answers = [post(session, road)]
-    before = asked(road)
+    before = road.asked_extauth()
 
     answers += [post(session, road) for _ in range(11)]
 
-    assert asked(road) - before <= 3
+    assert road.asked_extauth() - before <= 3
     assert [200] * 10 + [429] * 2 == [answer.status_code for answer in answers]
 
 
