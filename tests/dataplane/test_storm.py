@@ -45,7 +45,7 @@ def outage(road: Installation, *, seconds: float, requests: int) -> None:
     load = threading.Thread(target=storm.rage)
     load.start()
     # Until every tenant is known to extauth.
-    while len(set(storm.heard.tenants.values())) < TENANTS:
+    while load.is_alive() and len(set(storm.heard.tenants.values())) < TENANTS:
         time.sleep(0.05)
 
     with down(road, "postgres"):
