@@ -36,7 +36,7 @@ def test_a_kill_storm_loses_no_row_doubles_none_and_charges_nobody_else(road: In
 
 def test_postgres_away_under_load_loses_no_row(road: Installation) -> None:
     """Known callers pass all the while; the journal is the buffer, and the rows come when Postgres does."""
-    outage(road, seconds=8.0, requests=1500)
+    outage(road, seconds=5.0, requests=1200)
 
 
 def outage(road: Installation, *, seconds: float, requests: int) -> None:
