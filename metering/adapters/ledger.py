@@ -182,8 +182,9 @@ class Ledger:
 
     def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
         """
-        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
-        rows that were new.
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together.
+
+        Returns the ids of rows that were new.
         """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
