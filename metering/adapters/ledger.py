@@ -189,7 +189,7 @@ class Ledger:
     def lives(self) -> Lives:
         """What is known of the lives of Envoy that write the journal."""
         with self._connection.transaction():
-            last = self._connection.execute("select stream, epoch from journal_life where journal = %s", (self._journal,)).fetchall()
+            last = self._connection.execute("select stream, epoch from journal_stream where journal = %s", (self._journal,)).fetchall()
             ended = self._connection.execute(
                 "select epoch from ended_life where journal = %s order by ended_at desc limit %s", (self._journal, ENDED_LIVES_MAX)
             ).fetchall()
@@ -197,8 +197,9 @@ class Ledger:
 
     def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
         """
-        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
-        rows that were new.
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together.
+
+        Returns the ids of rows that were new.
         """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
@@ -218,7 +219,7 @@ class Ledger:
                     self._keep_alarm(piece.alarm, now)
                 self._keep_place(piece.place, now)
             if lives is not None:
-                self._keep_lives(lives, now)
+                self._keep_streams(lives, now)
         return added
 
     def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
@@ -358,10 +359,10 @@ class Ledger:
                     ],
                 )
 
-    def _keep_lives(self, lives: Lives, now: datetime) -> None:
+    def _keep_streams(self, lives: Lives, now: datetime) -> None:
         with self._connection.cursor() as cursor:
             cursor.executemany(
-                "insert into journal_life (journal, stream, epoch) values (%s, %s, %s) "
+                "insert into journal_stream (journal, stream, epoch) values (%s, %s, %s) "
                 "on conflict (journal, stream) do update set epoch = excluded.epoch",
                 [(self._journal, stream, epoch) for stream, epoch in lives.last.items()],
             )
