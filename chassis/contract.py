@@ -54,6 +54,9 @@ REQ_ASKED: Final = "asked"
 REQ_LEASE_REQUESTS: Final = "lease_requests"
 REQ_LEASE_TOKENS: Final = "lease_tokens"
 
+#: Every URI and DNS name of the client certificate that Envoy has verified; absent without one.
+REQ_CERTIFICATE_NAMES: Final = "certificate_names"
+
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
     REQ_DIALECT,
@@ -68,6 +71,7 @@ REQUEST_KEYS: Final = (
     REQ_ASKED,
     REQ_LEASE_REQUESTS,
     REQ_LEASE_TOKENS,
+    REQ_CERTIFICATE_NAMES,
 )
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.

@@ -125,7 +125,7 @@ def test_a_change_reaches_a_key_in_use_by_the_push_alone(
     service.identities._directory.watch(service.url)
     listening = (
         "select count(*) from pg_stat_activity where datname = current_database() "
-        "and application_name = 'extauth-listen' and query ilike '%%service_account%%'"
+        "and application_name = 'extauth-listen' and query ilike '%%pg_notify%%'"
     )
     deadline = time.monotonic() + WAIT_SECONDS_MAX
     while service.sql(listening) != [(1,)] and time.monotonic() < deadline:

@@ -138,6 +138,11 @@ def test_a_known_certificate_is_an_identity_and_its_use_is_billed(door: Door) ->
     assert [{"tenant": "acme", "project": "default", "key_id": "cert:batch"}] == found
 
 
+def test_a_certificate_is_known_by_any_of_its_names(door: Door) -> None:
+    """Envoy itself tells of the first one only."""
+    assert 200 == door.tls(certificate="several").status_code
+
+
 @pytest.mark.parametrize(("certificate", "status", "code"), [("stranger", 401, "unknown_certificate"), (None, 401, "missing_credential")])
 def test_other_certificates_and_none_are_no_identity(door: Door, certificate: str | None, status: int, code: str) -> None:
     """Verified but not known, or not shown."""
@@ -240,6 +245,7 @@ def make_certificates(directory: Path) -> None:
     for name, issuer, names in (
         ("server", authority, [dns("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
         ("batch", authority, [uri(SPIFFE)]),
+        ("several", authority, [uri("spiffe://acme.example/first"), uri(SPIFFE), dns("batch.example")]),
         ("stranger", authority, [dns("stranger.example")]),
         ("forged", stranger, [uri(SPIFFE)]),
     ):
