@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from chassis.models import ModelCatalogue
 from control.minting import Mint
 from control.oauth import Issuer
+from control.sign_ins import SignIns
 from control.store import Store
 
 
@@ -29,3 +30,4 @@ class Services:
     scanning_keys_path: Path | None
     #: The identity document, whose policies explanations ask; None: there is none.
     identity_path: Path | None = None
+    sign_ins: SignIns = field(default_factory=SignIns)
