@@ -34,7 +34,7 @@ SEVERAL: Final = {"PEAJE_EXTAUTH_PROCESSES": "2", "PEAJE_RATELIMIT_PROCESSES": "
 _KEYS: Final = 150
 #: Uses of a key before its holder is shut out, so that every worker remembers it.
 _WARM_USES: Final = 4 * CONNECTIONS
-#: Refusals in a row after which the next one's turn has come; every connection has had one.
+#: Refusals in a row after which it is out; every connection has had one.
 _REFUSED_USES: Final = 2 * CONNECTIONS
 #: However long it takes: what is then still wrong is for the reader of the figures to see.
 _WAIT_SECONDS_MAX: Final = 40.0
@@ -74,10 +74,13 @@ class Caller:
         """How long after the change the last request began that passed; at most 0 if none did."""
         return max((began for began, passed in self.uses if passed), default=0.0) - self.changed_at
 
-    @property
-    def refused_in_a_row(self) -> int:
-        """How many of the newest uses did not pass."""
-        return next((count for count, (_, passed) in enumerate(reversed(self.uses)) if passed), len(self.uses))
+    def is_warm(self) -> bool:
+        """Whether every worker has had it often enough to remember it."""
+        return len(self.uses) >= _WARM_USES
+
+    def is_out(self) -> bool:
+        """Whether it has been refused often enough, by every worker, for the next one's turn to have come."""
+        return not any(passed for _, passed in self.uses[-_REFUSED_USES:])
 
     @property
     def shut_out_after_seconds(self) -> float:
@@ -103,10 +106,10 @@ async def shut_out(
     try:
         for number, caller in enumerate(load.callers):
             load.focus = caller
-            await _until(lambda: len(caller.uses) >= _WARM_USES, clients)
+            await _until(caller.is_warm, clients)
             await asyncio.to_thread(changes[number % len(changes)], road, caller.tenant)
             caller.changed_at = time.monotonic()
-            await _until(lambda: caller.refused_in_a_row >= _REFUSED_USES, clients)
+            await _until(caller.is_out, clients)
         await asyncio.sleep(looked_on)
     finally:
         load.is_over = True
