@@ -171,7 +171,7 @@ def _refused(refusal: Refusal, *, dialect: str, request_id: str) -> wire.CheckRe
     response = wire.CheckResponse()
     response.status.code = _PERMISSION_DENIED
     denied = response.denied_response
-    denied.status.code = refusal.status  # type: ignore[assignment] - the enum's numbers are the HTTP codes
+    denied.status.code = refusal.status  # type: ignore[assignment]  # the enum's numbers are the HTTP codes
     denied.body = render(refusal, dialect=dialect, request_id=request_id)
     headers = {"content-type": "application/json"}
     if refusal.status == 401:
