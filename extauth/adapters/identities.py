@@ -99,10 +99,10 @@ class Identities:
         self._control_url = control_url
         self._path = home / contract.IDENTITY_PATH
         self._seen = file_version(self._path)
-        self._read = self._digest()
+        self._digests = self._digest()
         loaded = documents.load(self._path) if self._seen is not None else documents.KEYS_ONLY
         self._built = self._build(loaded, {})
-        self._read += self._digest_secrets(loaded)
+        self._digests += self._digest_secrets(loaded)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -117,20 +117,20 @@ class Identities:
             looks = 0
             while not pause.wait(LOOK_EVERY_SECONDS):
                 looks += 1
-                self.reload_if_changed(looks_changed=looks % round(READ_EVERY_SECONDS / LOOK_EVERY_SECONDS) == 0)
+                self.reload_if_changed(anyway=looks % round(READ_EVERY_SECONDS / LOOK_EVERY_SECONDS) == 0)
 
         threading.Thread(target=run, name="identity", daemon=True).start()
 
-    def reload_if_changed(self, *, looks_changed: bool = False) -> None:
+    def reload_if_changed(self, *, anyway: bool = False) -> None:
         """
         Build, validate, swap; a faulty or missing document keeps the last good one.
 
-        With *looks_changed* it is read whatever its file looks like.
+        With *anyway* it is read whatever its file looks like.
         """
         seen = file_version(self._path)
         is_same = seen == self._seen
         # Where there never was one, there is nothing to read.
-        if is_same and not (looks_changed and seen is not None):
+        if is_same and not (anyway and seen is not None):
             return
         self._seen = seen
         try:
@@ -138,14 +138,14 @@ class Identities:
             read = self._digest()
             loaded = documents.load(self._path)
             read += self._digest_secrets(loaded)
-            if is_same and read == self._read:
+            if is_same and read == self._digests:
                 return
             new = self._build(loaded, self._built.sources)
         except PeajeError as exc:
             metrics.IDENTITY_RELOADS.labels("refused").inc()
             log.error("identity_refused", reason=exc.message)
             return
-        self._read = read
+        self._digests = read
         old, self._built = self._built, new
         _close(old, keep=new.sources)
         metrics.IDENTITY_RELOADS.labels("taken").inc()

@@ -245,14 +245,14 @@ def test_a_document_that_does_not_look_changed_is_read_from_time_to_time(tmp_pat
     identities = identities_in(tmp_path, FakeDirectory())
     path = tmp_path / "identity.yaml"
     before, built = path.stat(), identities._built
-    identities.reload_if_changed(looks_changed=True)
+    identities.reload_if_changed(anyway=True)
     assert built is identities._built
 
     path.write_text(yaml.safe_dump({"certificates": [{"name": "new", "san": SPIFFE_ID, "tenant": "acme"}]}))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     identities.reload_if_changed()
     assert built is identities._built
-    identities.reload_if_changed(looks_changed=True)
+    identities.reload_if_changed(anyway=True)
 
     assert ["new"] == [entry.name for entry in identities._built.certificates.values()]
 
@@ -264,11 +264,11 @@ def test_a_new_client_secret_is_taken_over_though_the_document_is_the_same(tmp_p
     built = identities._built
 
     (tmp_path / SECRET_FILE).unlink()
-    identities.reload_if_changed(looks_changed=True)
+    identities.reload_if_changed(anyway=True)
     assert built is identities._built
     (tmp_path / SECRET_FILE).write_text("another-secret-of-the-length-that-one-needs")
     (tmp_path / SECRET_FILE).chmod(0o600)
-    identities.reload_if_changed(looks_changed=True)
+    identities.reload_if_changed(anyway=True)
 
     assert built is not identities._built
 
