@@ -93,7 +93,11 @@ class Deliveries:
 
     async def step(self) -> None:
         """Begin with every webhook that waits and is not under way; waits for none of them."""
-        self._under_way = {name: task for name, task in self._under_way.items() if not task.done()}
+        for name, task in list(self._under_way.items()):
+            if task.done():
+                del self._under_way[name]
+                if not task.cancelled() and (defect := task.exception()) is not None:
+                    log.error("delivery_broke", webhook=name, error=type(defect).__name__)
         end, waiting = await self.outbox.waiting(self.clock())
         for webhook in waiting:
             if webhook.webhook_id not in self._under_way:
@@ -201,8 +205,9 @@ class Notices(threading.Thread):
                     while not self._stop_event.wait(min(due) - time.monotonic()):
                         index = due.index(min(due))
                         every, look = self._looks[index]
-                        look(connection, utc_now())
+                        # Before the look: one that fails must not be the next one for ever.
                         due[index] = time.monotonic() + every
+                        look(connection, utc_now())
             except psycopg.Error as exc:
                 log.warning("notices_unavailable", error=type(exc).__name__)
                 self._stop_event.wait(1.0)

@@ -81,14 +81,14 @@ def empty_database(postgres_server: str) -> Callable[[], str]:
     """Give a function that makes an empty database and returns its URL."""
 
     def make() -> str:
-        return _create_database(postgres_server, template="template1")
+        return create_database(postgres_server, template="template1")
 
     return make
 
 
 @pytest.fixture(scope="session")
 def _migrated_template(postgres_server: str) -> str:
-    url = _create_database(postgres_server, template="template1")
+    url = create_database(postgres_server, template="template1")
     migrate(url, utc_now().date())
     return url.rpartition("/")[2]
 
@@ -96,7 +96,7 @@ def _migrated_template(postgres_server: str) -> str:
 @pytest.fixture
 def postgres_url(postgres_server: str, _migrated_template: str) -> str:
     """Give the URL of a fresh database with the newest schema."""
-    return _create_database(postgres_server, template=_migrated_template)
+    return create_database(postgres_server, template=_migrated_template)
 
 
 @pytest.fixture
@@ -122,7 +122,8 @@ def counter_cluster() -> Iterator[str]:
         yield url
 
 
-def _create_database(server_url: str, *, template: str) -> str:
+def create_database(server_url: str, *, template: str) -> str:
+    """A database like *template* on the server of *server_url*; its URL."""
     name = f"t{secrets.token_hex(6)}"
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(f"create database {name} template {template}")
@@ -176,7 +177,7 @@ def idle_control(
 
     It has the tenants acme and rival with one of everything, and nobody moves its clock.
     """
-    plane = start(_create_database(postgres_server, template=_migrated_template), tmp_path_factory.mktemp("idle"))
+    plane = start(create_database(postgres_server, template=_migrated_template), tmp_path_factory.mktemp("idle"))
     sign_in_first(plane)
     plane.acme, plane.rival = plane.tenant("acme"), plane.tenant("rival")
     yield plane

@@ -27,7 +27,8 @@ from metering.adapters.outbox import Outbox
 from metering.adapters.sending import Sender
 from metering.core.outgoing import BATCH_MAX
 from metering.events import Deliveries
-from tests.integration.control_plane import ControlPlane
+from tests.integration.conftest import create_database
+from tests.integration.control_plane import Clock, ControlPlane, sign_in_first, start
 from tests.journals import NOON, collect, end, exchanges, request_id, rows, write
 from tests.receivers import Got, Receiver, Reply, receiving
 
@@ -95,13 +96,44 @@ class Desk:
             return look(connection, now, **words)
 
 
+#: What a test leaves behind, children first.
+_CLEANED = (
+    "webhook", "outbox", "event_told", "usage_hour_told", "rate_limit", "api_key", "usage_event", "usage_hour", "open_exchange",
+    "journal_position", "journal_state",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def _plane(postgres_server: str, _migrated_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """One installation for all tests of this file: a database each would be most of their time."""
+    url = create_database(postgres_server, template=_migrated_template)
+    plane = start(url, tmp_path_factory.mktemp("events"))
+    sign_in_first(plane)
+    yield prepared(Desk(control=plane, url=url))
+    plane.services.store.close()
+
+
 @pytest.fixture
-def desk(control: ControlPlane, postgres_url: str) -> Desk:
-    """A desk with the tenants acme and rival; loopback is allowed."""
-    object.__setattr__(control.services, "loopback_allowed", True)
-    control.tenant("acme")
-    control.tenant("rival")
-    return Desk(control=control, url=postgres_url)
+def desk(_plane: Desk) -> Iterator[Desk]:
+    """A desk with the tenants acme and rival and nothing else; loopback is allowed."""
+    _plane.control.clock.now, _plane.later = Clock().now, timedelta(0)
+    yield _plane
+    with psycopg.connect(_plane.url, autocommit=True) as connection:
+        for table in _CLEANED:
+            connection.execute(f"delete from {table}")  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def fresh_desk(control: ControlPlane, postgres_url: str) -> Desk:
+    """One with a database of its own: prices and closed months stay for ever."""
+    return prepared(Desk(control=control, url=postgres_url))
+
+
+def prepared(desk: Desk) -> Desk:
+    object.__setattr__(desk.control.services, "loopback_allowed", True)
+    for name in ("acme", "rival"):
+        desk.control.tenant(name)
+    return desk
 
 
 @pytest.fixture
@@ -548,8 +580,11 @@ def test_a_key_that_is_about_to_expire_is_told_once(desk: Desk, receiver: Receiv
     assert ([1, 0], [soon["key_id"]]) == (counts, [it["data"]["key_id"] for it in told(receiver)])
 
 
-def test_a_closed_month_is_told_to_the_platform_and_each_tenants_invoice_to_it(desk: Desk, receiver: Receiver, tmp_path: Path) -> None:
+def test_a_closed_month_is_told_to_the_platform_and_each_tenants_invoice_to_it(
+    fresh_desk: Desk, receiver: Receiver, tmp_path: Path
+) -> None:
     """With the root hash, and with the totals."""
+    desk = fresh_desk
     desk.control.clock.now = datetime(2026, 10, 1, tzinfo=UTC)
     desk.control.made("/v1/prices", {"model": "tiny", "input": "1", "output": "2"})
     collect(desk.url, write(tmp_path / "journal/journal.jsonl", [end(1), end(2, tenant="rival")]), now=datetime(2026, 12, 2, tzinfo=UTC))
