@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import random
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -120,7 +122,7 @@ def desk(_plane: Desk) -> Iterator[Desk]:
     yield _plane
     with psycopg.connect(_plane.url, autocommit=True) as connection:
         for table in _CLEANED:
-            connection.execute(f"delete from {table}")  # type: ignore[call-overload]
+            connection.execute(f"delete from {table}")
 
 
 @pytest.fixture
@@ -696,4 +698,36 @@ def test_removed_webhooks_are_sent_nothing_more(desk: Desk, receiver: Receiver) 
     assert (200, []) == (answer.status_code, receiver.got)
     assert [(0, 0)] == rows(desk.url, "select (select count(*) from webhook), (select count(*) from webhook_attempt)")
 
+
+def test_whatever_fails_each_receiver_gets_every_event_in_order(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random refusals, and lives that end between a delivery and its being written down: repeats, no gap, no swap."""
+    chance = random.Random(20261125)
+    real = Outbox.succeeded
+
+    async def forgetful(self: Outbox, *arguments: Any, **words: Any) -> None:
+        if chance.random() < 0.2:
+            raise psycopg.OperationalError("the connection is gone")
+        await real(self, *arguments, **words)
+
+    monkeypatch.setattr(Outbox, "succeeded", forgetful)
+    names = [str(number) for number in range(12)]
+    with receiving(lambda _: Reply(status=chance.choice([200, 200, 429, 503]))) as one, receiving() as two:
+        failing = desk.add(one, tenant="acme", events=["key.created"])
+        desk.add(two, tenant="acme", events=["key.created"])
+        for name in names:
+            new_key(desk, name=name)
+        for _ in range(400):
+            desk.deliver()
+            desk.later += timedelta(minutes=16)
+            if desk.show(failing)["behind_count"] == 0:
+                break
+        desk.deliver(steps=20)
+
+        for receiver in (one, two):
+            heard = [it["data"]["name"] for it in told(receiver)]
+            assert names == list(dict.fromkeys(heard))
+            # What is heard again is what was heard last.
+            assert all(int(after) <= int(before) + 1 for before, after in itertools.pairwise(heard))
+            assert all(int(after) >= int(before) for before, after in itertools.pairwise(heard))
+            assert len(set(receiver.ids)) == len(names)
 

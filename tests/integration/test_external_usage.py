@@ -49,6 +49,8 @@ def test_posted_usage_is_charged_summed_and_billed_as_any_other(plane: ControlPl
             "values ('offline', 'USD', 1000000000, 2000000000, 500000000, 2000000000, '[2026-01-01,)', now())"
         )
 
+    plane.made("/v1/webhooks", {"url": "https://example.com/", "events": ["usage.recorded"]})
+
     done = post(plane, item("a"), item("b", cached_tokens=400, tenant="rival"))
 
     assert (201, {"added": 2, "known": 0}) == done
@@ -56,6 +58,7 @@ def test_posted_usage_is_charged_summed_and_billed_as_any_other(plane: ControlPl
         postgres_url, "select tenant, model, dialect, basis, amount_nano from billing_usage_v1 order by 1"
     )
     assert ["a", "b"] == [it[0] for it in rows(postgres_url, "select external_id from billing_external_usage_v1 order by 1")]
+    assert [("acme",), ("rival",)] == rows(postgres_url, "select tenant_id from outbox where kind = 'usage.recorded' order by 1")
     march = plane.ask("GET", "/v1/tenants/acme/invoices/2026-03").json()
     assert ["0.00102"] == [it["amount"] for it in march["totals"]]
     with psycopg.connect(postgres_url) as connection:
