@@ -46,7 +46,9 @@ from metering.core.retry import Outcome, after_failure
 log = structlog.get_logger()
 
 READY_MARK: Final = Path("run/events.ready")
-#: Batches of one webhook before its secrets, its state and the outbox's end are looked at again.
+#: Seconds and batches of one webhook before its secrets and the outbox's end are looked at again: a slow receiver
+#: must not be sent signatures of a secret that has been rotated out for hours.
+TURN_SECONDS: Final = 30.0
 _BATCHES_PER_TURN: Final = 20
 #: Connections that all webhooks share; they are held for a statement, never for a receiver.
 _CONNECTIONS_MAX: Final = 4
@@ -127,7 +129,7 @@ class Deliveries:
             log.error("webhook_secret_unreadable", webhook=webhook.webhook_id, reason=exc.message)
             await self._failed(webhook, None, Answer(outcome=Outcome.SECRET_UNREADABLE), 0)
             return
-        position = webhook.position
+        position, began = webhook.position, time.monotonic()
         for _ in range(_BATCHES_PER_TURN):
             events = await self.outbox.next_events(webhook, after=position, end=end)
             if not events:
@@ -138,7 +140,7 @@ class Deliveries:
                 await self.outbox.passed(webhook.webhook_id, group[-1].position, missed=len(group))
             else:
                 for bundle in bundles(group, recipe.format):
-                    if not await self._send(webhook, recipe, bundle):
+                    if not await self._send(webhook, recipe, bundle) or time.monotonic() - began > TURN_SECONDS:
                         return
                     # From here on it has not failed: the next failure is a first one.
                     webhook = replace(webhook, failing_since=None, failure_count=0)

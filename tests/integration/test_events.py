@@ -195,6 +195,24 @@ def test_during_a_rotation_both_secrets_verify_and_afterwards_only_the_new_one(d
     assert 2 == len(during.headers["webhook-signature"].split()) and 1 == len(after.headers["webhook-signature"].split())
 
 
+def test_a_slow_receivers_turn_ends_so_that_a_rotation_is_heard_of(
+    desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two events of one webhook its secrets are read again."""
+    monkeypatch.setattr("metering.events.TURN_SECONDS", 0.0)
+    old = desk.add(receiver, tenant="acme", events=["key.created"])
+    for _ in range(2):
+        new_key(desk)
+    desk.deliver()
+    new = desk.ask(old, "rotate-secret", overlap="0s")
+    assert 1 == len(receiver.got)
+    desk.deliver()
+
+    Verifier(new["secret"]).verify(receiver.got[1].body, receiver.got[1].headers)
+    with pytest.raises(WebhookVerificationError):
+        Verifier(old["secret"]).verify(receiver.got[1].body, receiver.got[1].headers)
+
+
 def test_a_repeated_event_has_the_id_it_had(desk: Desk, receiver: Receiver) -> None:
     """At least once: the process dies after the receiver has it and before that is written down."""
     webhook = desk.add(receiver, tenant="acme")
