@@ -37,7 +37,14 @@ from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
 from metering.adapters.credits import settle_all as settle_credits
-from metering.adapters.notices import ALL_HOURS, RECENT_HOURS, tell_expiring, tell_hours, tell_thresholds
+from metering.adapters.notices import (
+    ALL_HOURS,
+    HOURS_PER_LOOK,
+    RECENT_HOURS,
+    tell_expiring,
+    tell_hours,
+    tell_thresholds,
+)
 from metering.adapters.outbox import Outbox, Webhook, trim
 from metering.adapters.sending import Answer, Sender
 from metering.core.outgoing import Event, Outgoing, Recipe, bundles, is_sendable, requests
@@ -61,6 +68,8 @@ _RECENT_HOURS_EVERY: Final = 60.0
 _ALL_HOURS_EVERY: Final = 6 * 3600.0
 _TRIM_EVERY: Final = 600.0
 _CREDITS_EVERY: Final = 30.0
+#: Times its own length that a look rests.
+_REST: Final = 20
 
 #: What a database that is away raises, here or in the pool.
 _AWAY = (psycopg.Error, PoolTimeout)
@@ -208,8 +217,13 @@ class Notices(threading.Thread):
                         index = due.index(min(due))
                         every, look = self._looks[index]
                         # Before the look: one that fails must not be the next one for ever.
-                        due[index] = time.monotonic() + every
-                        look(connection, utc_now())
+                        began = time.monotonic()
+                        due[index] = began + every
+                        found = look(connection, utc_now())
+                        # A sum over many hours takes its time, and no more than a twentieth of all.
+                        due[index] = max(due[index], began + _REST * (time.monotonic() - began))
+                        if found == HOURS_PER_LOOK:
+                            due[index] = time.monotonic()
             except psycopg.Error as exc:
                 log.warning("notices_unavailable", error=type(exc).__name__)
                 self._stop_event.wait(1.0)

@@ -504,6 +504,20 @@ def test_hourly_sums_are_told_once_and_late_rows_as_the_difference(desk: Desk, r
     assert 2 == len({json.loads(it.body)["id"] for it in receiver.got})
 
 
+def test_many_hours_are_told_some_at_a_time_and_each_once(desk: Desk, receiver: Receiver, tmp_path: Path) -> None:
+    """The outbox's lock is held for as many as a look may tell."""
+    desk.add(receiver, format="cloudevents-batch", events=["usage.hour"])
+    lines = [end(n, model=f"m{n}") for n in range(5)]
+    collect(desk.url, write(tmp_path / "journal/journal.jsonl", lines))
+    hour_ready(desk)
+
+    counts = [desk.notice(notices.tell_hours, NOON + timedelta(hours=3), back=notices.RECENT_HOURS, most=2) for _ in range(4)]
+    desk.deliver()
+
+    assert [2, 2, 1, 0] == counts
+    assert {f"m{n}" for n in range(5)} == {it["data"]["model"] for got in receiver.got for it in json.loads(got.body)}
+
+
 def test_an_hour_whose_journal_is_behind_waits(desk: Desk, receiver: Receiver, tmp_path: Path) -> None:
     """More may come."""
     desk.add(receiver, format="cloudevents", events=["usage.hour"])
