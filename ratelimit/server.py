@@ -21,6 +21,7 @@ from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.outside import Outside, look_for_ever
 from ratelimit.adapters.rule_counters import RuleCounters
 from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
@@ -87,6 +88,8 @@ def main() -> None:
     breaker = Breaker(clock=time.monotonic, opened=probe)
     sweep = Sweep(stored, pool, lambda: limits.current.tenants)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
+    outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
+    threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,

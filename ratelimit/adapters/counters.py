@@ -68,6 +68,7 @@ class StoredCounters:
     def __init__(self, store: redis.Redis) -> None:
         self._store = store
         shared = (_SCRIPTS / "counters.lua").read_text()
+        self._raise = _script((_SCRIPTS / "raise.lua").read_text())
         self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
 
     def take(
@@ -91,6 +92,10 @@ class StoredCounters:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(tenant_id, request_id), open_key(tenant_id)]
         return int(self._call(self._settle, keys, [*numbers, request_id])) > 0
+
+    def raise_used(self, name: str, spent: int) -> bool:
+        """Let a quota that the store knows have at least *spent* used; whether it had less."""
+        return int(self._call(self._raise, [name], [spent])) > 0
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""

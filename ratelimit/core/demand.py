@@ -124,6 +124,12 @@ def demand(
     )
 
 
+def counter(limit: Limit, *, now: datetime) -> Counter:
+    """The counter of *limit* at *now*, of which nothing is asked."""
+    nothing = Usage(input=0, output=0)
+    return _counter(limit, full=nothing, lean=nothing, price=None, now=now)
+
+
 def _counter(limit: Limit, *, full: Usage, lean: Usage, price: Price | None, now: datetime) -> Counter:
     if limit.currency is not None and (price is None or price.currency != limit.currency):
         # What has no price in the budget's currency cannot be charged to it; the ledger does not either.
