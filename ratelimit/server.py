@@ -47,7 +47,7 @@ def main() -> None:
     configure("ratelimit")
     stores, settings = StoreSettings(), Settings()
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
-    limits = LimitsSource(pool)
+    limits = LimitsSource(pool, is_cluster=settings.cluster)
     limits.watch(stores.require_postgres())
     stored = StoredCounters(connect(stores.require_redis(), cluster=settings.cluster))
 
@@ -55,7 +55,12 @@ def main() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
-    sweep = Sweep(stored, pool, lambda: limits.current.tenants)
+
+    def swept() -> list[str]:
+        sharing = (tenant for model in limits.models_with_slots for tenant in stored.under_way(model))
+        return sorted({*limits.current.tenants, *sharing})
+
+    sweep = Sweep(stored, pool, swept)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     servicer = Servicer(
         limits,

@@ -92,6 +92,7 @@ class Servicer:
             price=self._limits.price(model=ask.model, tenant_id=ask.tenant_id),
             output_cap=self._output_cap,
             now=self._clock(),
+            share=self._limits.share(model=ask.model, tenant_id=ask.tenant_id),
         )
         if not asked.counters:
             response = _admitted({}, asked, Verdict.FULL)
@@ -105,7 +106,9 @@ class Servicer:
         if outcome.admitted:
             return _admitted(answer.headers(outcome.readings) | headers, asked, outcome.verdict)
         refusal, told = answer.refusal(outcome.readings)
-        log.info("limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, unit=refusal.type)
+        log.info(
+            "limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, code=refusal.code, unit=refusal.type
+        )
         body = render(refusal, dialect=ask.dialect, request_id=ask.request_id)
         return _refused(refusal.status, told | headers, body)
 

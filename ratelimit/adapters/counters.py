@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
-from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.demand import Counter, Demand, Kind, slots_key
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
 
@@ -33,6 +33,8 @@ _QUOTA_KEPT_MS: Final = 2 * LEASE_US // 1000
 
 _SCRIPTS = Path(__file__).parent
 _UNSEEDED: Final = -1
+#: Counters that have a second key beside the one that they are named by.
+_BESIDE: Final = {Kind.QUOTA: "held", Kind.SLOTS: "by", Kind.BACKLOG: "ends"}
 
 
 class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and asks again
@@ -66,7 +68,7 @@ class StoredCounters:
 
     def __init__(self, store: redis.Redis) -> None:
         self._store = store
-        shared = (_SCRIPTS / "counters.lua").read_text()
+        shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
         self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
 
     def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
@@ -78,9 +80,9 @@ class StoredCounters:
         answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, rooms = [float(level) for level in answer[2::2]], answer[3::2]
+        values, rooms, waits = [float(level) for level in answer[2::3]], answer[3::3], [float(wait) for wait in answer[4::3]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
-        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over)
+        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits)
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
         """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
@@ -95,6 +97,14 @@ class StoredCounters:
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
+
+    def under_way(self, model: str) -> list[str]:
+        """Tenants that have a slot of *model*'s pool."""
+        try:
+            found: Any = self._store.hkeys(f"{slots_key(model)}:by")
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return [name.decode().removeprefix("n:") for name in found if name.startswith(b"n:")]
 
     def probe(self) -> bool:
         """Whether the store takes a write: one that only answers is of no use."""
@@ -134,15 +144,15 @@ def _keys(demand: Demand) -> list[str]:
     keys = [reservation_key(demand.tenant_id, demand.request_id), open_key(demand.tenant_id)]
     for counter in demand.counters:
         keys.append(counter.name)
-        if counter.kind is Kind.QUOTA:
-            keys.append(f"{counter.name}:held")
+        if counter.kind in _BESIDE:
+            keys.append(f"{counter.name}:{_BESIDE[counter.kind]}")
     return keys
 
 
 def _document(demand: Demand) -> bytes:
     return orjson.dumps(
         {
-            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+            "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip
     )
@@ -153,7 +163,7 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
     return {
         "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
-        "x": _forgotten_ms(counter),
+        "x": _forgotten_ms(counter), "w": counter.weight,
         "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano],
     }  # fmt: skip
 

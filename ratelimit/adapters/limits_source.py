@@ -21,7 +21,7 @@ from psycopg_pool import ConnectionPool
 from chassis.errors import Unavailable
 from chassis.stores.postgres import fetch_all, listen
 from ratelimit.core.demand import Counter
-from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Unit
+from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit
 from ratelimit.core.usage import Price
 
 log = structlog.get_logger()
@@ -37,6 +37,10 @@ select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum
 from rate_card
 where effective @> now()
 """
+_POOLS: Final = "select model, slots, tokens_per_second from pool_capacity"
+_WEIGHTS: Final = "select tenant_id, weight from tenant_weight"
+#: Of a tenant that was given none.
+WEIGHT_DEFAULT: Final = 1
 #: What one limit's calendar window holds in the ledger: its hourly sums are written with the rows, and
 #: days and months begin with an hour.
 _HOURLY: Final[LiteralString] = "from billing_usage_hourly_v1 where hour >= %(start)s and hour < %(end)s"
@@ -61,13 +65,21 @@ PriceList = Mapping[tuple[str, str | None], Price]
 
 
 class LimitsSource:
-    """Holds the current tables; reading them never blocks."""
+    """
+    Holds the current tables; reading them never blocks.
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    In a cluster (*is_cluster*) capacities are not enforced: a pool's counters and a tenant's are on different nodes,
+    and what is decided in two scripts is not decided at once.
+    """
+
+    def __init__(self, pool: ConnectionPool, *, is_cluster: bool = False) -> None:
         self._pool = pool
+        self._is_cluster = is_cluster
         self._changed = threading.Event()
         self._prices: PriceList = {}
         self._by_id: Mapping[int, Limit] = {}
+        self._pools: Mapping[str, Pool] = {}
+        self._weights: Mapping[str, int] = {}
         self.current = LimitTable(())
         self._load_first()
 
@@ -79,6 +91,16 @@ class LimitsSource:
     def price(self, *, model: str, tenant_id: str) -> Price | None:
         """The price in force: the tenant's own, else everybody's; None if there is none."""
         return self._prices.get((model, tenant_id)) or self._prices.get((model, None))
+
+    def share(self, *, model: str, tenant_id: str) -> Share | None:
+        """A tenant's share of the pool behind *model*; None where the pool has no capacity set."""
+        pool = self._pools.get(model)
+        return None if pool is None else Share(pool=pool, weight=self._weights.get(tenant_id, WEIGHT_DEFAULT))
+
+    @property
+    def models_with_slots(self) -> list[str]:
+        """Models whose requests under way are counted for all tenants together."""
+        return [model for model, pool in self._pools.items() if pool.slots is not None]
 
     def spent(self, counter: Counter) -> int:
         """What the ledger has for *counter*'s window; raises `Unavailable`."""
@@ -127,6 +149,14 @@ class LimitsSource:
             prices[model, tenant_id] = Price(
                 currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum
             )
+        self._pools = {
+            model: Pool(model=model, slots=slots, tokens_per_second=tokens_per_second)
+            for model, slots, tokens_per_second in fetch_all(self._pool, _POOLS, ())
+        }
+        if self._pools and self._is_cluster:
+            log.error("capacity_not_enforced", models=sorted(self._pools), reason="the counter store is a cluster")
+            self._pools = {}
+        self._weights = dict(fetch_all(self._pool, _WEIGHTS, ()))
         self._by_id = {limit.limit_id: limit for limit in limits}
         self._prices = prices
         self.current = LimitTable(limits)

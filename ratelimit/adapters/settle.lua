@@ -44,6 +44,10 @@ for i, counter in ipairs(demand.c) do
     -- A shadow limit without room: nothing was taken.
   elseif counter.k == 'leases' then
     redis.call('ZREM', counter.n, demand.r)
+  elseif counter.k == 'slots' then
+    leave_slot(counter, demand.t .. '/' .. demand.r)
+  elseif counter.k == 'backlog' then
+    add_backlog(counter, demand.t, USED[counter.u](counter) - hits, now)
   elseif counter.k == 'bucket' then
     if counter.u ~= 'requests' then
       put_debt(counter, debt_of(counter, now) + (USED[counter.u](counter) - hits) * counter.p, now)

@@ -51,7 +51,7 @@ class Counters(Protocol):
 
 
 class Sweep:
-    """One pass over the open reservations of all tenants with limits."""
+    """One pass over the open reservations of all tenants with limits, or with a slot of a shared pool."""
 
     def __init__(self, counters: Counters, pool: ConnectionPool, tenants: Callable[[], Sequence[str]]) -> None:
         self._counters = counters

@@ -56,14 +56,14 @@ def test_two_migrations_at_once_leave_one_schema(empty_database: Callable[[], st
     lines = sorted(process.communicate(timeout=60)[0] for process in both)
 
     assert [0, 0] == [process.returncode for process in both]
-    assert ["schema 0004 already, 0 partitions made\n", "schema nothing -> 0004, 17 partitions made\n"] == lines
+    assert ["schema 0007 already, 0 partitions made\n", "schema nothing -> 0007, 17 partitions made\n"] == lines
 
 
 def test_migrating_again_changes_nothing(postgres_url: str) -> None:
     """A restart runs the migration each time."""
     again = migrate(postgres_url, utc_now().date())
 
-    assert ("0004", "0004", 0) == (again.before, again.after, again.partition_count)
+    assert ("0007", "0007", 0) == (again.before, again.after, again.partition_count)
 
 
 @pytest.mark.parametrize(
