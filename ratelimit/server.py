@@ -16,6 +16,7 @@ from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
+from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
@@ -40,6 +41,8 @@ class Settings(BaseSettings):
     output_tokens_cap: int = Field(default=16_384, ge=1)
     #: Also answer with RateLimit and RateLimit-Policy (draft 10, not a standard yet).
     draft_headers: bool = False
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = 0
 
 
 def main() -> None:
@@ -55,6 +58,9 @@ def main() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
+    metrics.STORE_AWAY.set_function(lambda: breaker.is_open)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
 
     def swept() -> list[str]:
         sharing = (tenant for model in limits.models_with_slots for tenant in stored.under_way(model))

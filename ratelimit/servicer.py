@@ -21,6 +21,7 @@ from chassis import contract
 from chassis.errors import Invalid, Unavailable
 from chassis.refusals import render
 from chassis.wire import ratelimit_pb2 as wire
+from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters
@@ -78,7 +79,8 @@ class Servicer:
                 if ask is None:
                     log.error("descriptor_refused", keys=sorted(entries))
                     raise Invalid("incomplete descriptor")
-                return self._admit(ask)
+                with metrics.DECISION_SECONDS.time():
+                    return self._admit(ask)
             case contract.PHASE_SETTLE:
                 self._settle(entries)
                 return wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
@@ -97,14 +99,21 @@ class Servicer:
         if not asked.counters:
             response = _admitted({}, asked, Verdict.FULL)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
+            metrics.UNLIMITED.inc()
             return response
-        outcome = self._take(asked)
+        try:
+            outcome = self._take(asked)
+        except Unavailable:
+            metrics.UNAVAILABLE.inc()
+            raise
+        metrics.decided(asked, outcome)
         if outcome.over:
             over = sorted({c.limit_id for c in asked.counters if c.name in outcome.over})
             log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
         headers = answer.draft_headers(outcome.readings) if self._draft_headers else {}
         if outcome.admitted:
             return _admitted(answer.headers(outcome.readings) | headers, asked, outcome.verdict)
+        metrics.refused(answer.longest_wait(outcome.readings))
         refusal, told = answer.refusal(outcome.readings)
         log.info(
             "limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, code=refusal.code, unit=refusal.type
@@ -115,15 +124,19 @@ class Servicer:
     def _take(self, asked: Demand) -> Outcome:
         if not self._breaker.is_open:
             try:
-                outcome = self._take_stored(asked)
+                with metrics.STORE_TAKE.time():
+                    outcome = self._take_stored(asked)
             except StoreRefused as exc:
+                metrics.STORE_REFUSED.inc()
                 log.error("store_refused", tenant=asked.tenant_id, reason=exc.message)
             except Unavailable:
+                metrics.STORE_FAILED.inc()
                 self._breaker.failed()
             else:
                 self._breaker.succeeded()
                 self._local.note(outcome)
                 return outcome
+        metrics.without_store(asked.counters)
         return self._local.take(asked, now_us=_now_us(), away_seconds=self._breaker.away_seconds)
 
     def _take_stored(self, asked: Demand) -> Outcome:
@@ -157,13 +170,20 @@ class Servicer:
         if self._local.settle(request_id, report, _now_us()) or self._breaker.is_open:
             return
         try:
-            self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+            with metrics.STORE_SETTLE.time():
+                settled = self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
         except StoreRefused as exc:
+            metrics.STORE_REFUSED.inc()
             log.error("store_refused", tenant=tenant_id, reason=exc.message)
         except Unavailable:
             # What was reserved stays charged until its lease ends: never a lost count.
+            metrics.STORE_FAILED.inc()
+            metrics.SETTLES_LOST.inc()
             self._breaker.failed()
             log.warning("settle_lost", request_id=request_id)
+        else:
+            if settled is not None:
+                metrics.settled(settled.excess_tokens)
 
 
 def _ask(entries: Mapping[str, str]) -> Ask | None:

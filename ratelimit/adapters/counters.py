@@ -45,17 +45,25 @@ class StoreRefused(Unavailable):
     """The store is well, and this one decision cannot be made with it. No reason to leave it alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What came of a settle."""
+
+    #: Tokens used beyond what was held for them; less than 0: held and not used.
+    excess_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Script:
     text: str
     sha: str
 
 
-def connect(url: str, *, cluster: bool) -> redis.Redis:
+def connect(url: str, *, cluster: bool, timeout_seconds: float = STORE_TIMEOUT_SECONDS) -> redis.Redis:
     """A client for one server, or for a Redis Cluster of which *url* names a node; connects when first used."""
     options: dict[str, Any] = {
-        "socket_timeout": STORE_TIMEOUT_SECONDS,
-        "socket_connect_timeout": STORE_TIMEOUT_SECONDS,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
         "client_name": "peaje-ratelimit",
     }
     if cluster:
@@ -84,11 +92,12 @@ class StoredCounters:
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits)
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
-        """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
+    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> Settled | None:
+        """Charge what *report* says in place of what was reserved; None if there is nothing (any more) to settle."""
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(tenant_id, request_id), open_key(tenant_id)]
-        return int(self._call(self._settle, keys, [*numbers, request_id])) > 0
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id])
+        return Settled(excess_tokens=int(excess)) if settled else None
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
@@ -153,6 +162,7 @@ def _document(demand: Demand) -> bytes:
     return orjson.dumps(
         {
             "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+            "ft": demand.full.input + demand.full.output, "lt": demand.lean.input + demand.lean.output,
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip
     )

@@ -81,11 +81,16 @@ def draft_headers(readings: Sequence[Reading]) -> dict[str, str]:
     return {"ratelimit-policy": ", ".join(quotas), "ratelimit": ", ".join(states)}
 
 
-def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
-    """The refusal by the limit with the longest wait, and the headers that go with it."""
+def longest_wait(readings: Sequence[Reading]) -> Reading:
+    """Of those that refuse the one whose wait is the longest: a caller that waits for another is refused again."""
     refusing = [reading for reading in readings if reading.refuses]
     never = [reading for reading in refusing if reading.wait_us is None]
-    worst = never[0] if never else max(refusing, key=lambda reading: reading.wait_us or 0)
+    return never[0] if never else max(refusing, key=lambda reading: reading.wait_us or 0)
+
+
+def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
+    """The refusal by the limit with the longest wait, and the headers that go with it."""
+    worst = longest_wait(readings)
     found = headers(readings)
     if worst.wait_us is None:
         # Known to OpenAI's client libraries: they would otherwise retry in vain.

@@ -12,12 +12,15 @@ from random import Random
 import orjson
 import pytest
 
+from chassis.stores.postgres import read_pool
 from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.core.decide import LEASE_US, Memory, settle, take
 from ratelimit.core.demand import Demand, demand
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Ask, Pool, Share
 from ratelimit.core.usage import Report
+from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_counters import set_clock, with_clock
 from tests.integration.test_ratelimit_stores import NOW, OK, OVER, Desk, header, own_store
 from tests.ratelimit_model.machine import BEGIN_US
@@ -42,7 +45,7 @@ def asked(model: str, tenant: str, *, weight: int = 1, tokens: int = 10, **capac
 @pytest.mark.parametrize("seed", range(6))
 def test_the_scripts_decide_as_the_core_does(counter_store: str, seed: int) -> None:
     """Admissions, refusals, waits, settles, ends of leases, changed weights and clocks that go back, in any order."""
-    store, order = connect(counter_store, cluster=False), Random(seed)
+    store, order = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS), Random(seed)
     stored, memory, model = with_clock(store), Memory(), f"agree-{seed}"
     now = BEGIN_US
     under_way: list[tuple[Demand, int]] = []
@@ -56,19 +59,18 @@ def test_the_scripts_decide_as_the_core_does(counter_store: str, seed: int) -> N
         if order.random() < 0.4 and under_way:
             one, _ = under_way.pop(order.randrange(len(under_way)))
             report = Report(input=0, output=order.randrange(600))
-            assert settle(memory, one.request_id, report, now) == stored.settle(
-                tenant_id=one.tenant_id, request_id=one.request_id, report=report
-            )
+            there = stored.settle(tenant_id=one.tenant_id, request_id=one.request_id, report=report)
+            assert settle(memory, one.request_id, report, now) == (there is not None)
             continue
         one = asked(
             model, f"t{order.randrange(6)}", weight=order.choice([1, 1, 2, 5]), tokens=order.randrange(1, 400),
             slots=7, tokens_per_second=200,
         )  # fmt: skip
-        here, there = take(memory, one, now), stored.take(one, {})
+        here, stored_ = take(memory, one, now), stored.take(one, {})
 
         verdicts[here.verdict.name] += 1
-        assert here.verdict == there.verdict
-        for ours, theirs in zip(here.readings, there.readings, strict=True):
+        assert here.verdict == stored_.verdict
+        for ours, theirs in zip(here.readings, stored_.readings, strict=True):
             assert pytest.approx(ours.wait_us, abs=2) == theirs.wait_us
         if here.admitted:
             under_way.append((one, now + LEASE_US))
@@ -78,7 +80,7 @@ def test_the_scripts_decide_as_the_core_does(counter_store: str, seed: int) -> N
 
 def test_nothing_is_left_of_a_pool_in_which_nobody_is(counter_store: str) -> None:
     """Neither slots nor weights."""
-    store = connect(counter_store, cluster=False)
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
     stored = StoredCounters(store)
     requests = [asked("empties", f"t{number % 3}", weight=1 + number % 4, slots=20) for number in range(15)]
     for one in requests:
@@ -96,7 +98,7 @@ def test_nothing_is_left_of_a_pool_in_which_nobody_is(counter_store: str) -> Non
 
 def test_many_at_once_get_exactly_the_slots(counter_store: str) -> None:
     """One script: no two of them see the same last slot; and a tenant that comes after has its half."""
-    stored = StoredCounters(connect(counter_store, cluster=False))
+    stored = StoredCounters(connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS))
 
     with ThreadPoolExecutor(16) as pool:
         batch = list(pool.map(lambda _: stored.take(asked("rush", "batch", slots=10), {}).admitted, range(100)))
@@ -145,6 +147,17 @@ def test_a_tenant_without_limits_has_its_share_too(desk: Desk) -> None:
     # Whoever shares a pool asks each time: no worker may remember that nothing applies.
     assert "unlimited" not in first.dynamic_metadata.fields
     assert elsewhere.dynamic_metadata.fields["unlimited"].bool_value
+
+
+def test_in_a_cluster_a_capacity_is_not_enforced(desk: Desk) -> None:
+    """A pool and a tenant live on different nodes there; nobody is answered with an error for that."""
+    pool = read_pool(desk.postgres_url, name="test", connections=1)
+    source = LimitsSource(pool, is_cluster=True)
+
+    assert source.share(model="m", tenant_id=desk.tenant) is None
+    assert [] == source.models_with_slots
+    pool.close()
+    desk.open()
 
 
 def test_a_weight_acts_on_the_next_request(desk: Desk) -> None:
