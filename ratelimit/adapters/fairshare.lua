@@ -17,9 +17,10 @@ end
 
 local function leave_slot(counter, member)
   if redis.call('ZREM', counter.n, member) == 0 then return end
-  local by, tenant = counter.n .. ':by', string.match(member, '^[^/]*')
+  -- Up to the last slash: a request's id, which Envoy mints, has none.
+  local by, tenant = counter.n .. ':by', string.match(member, '^(.*)/')
   if redis.call('HINCRBY', by, 'n:' .. tenant, -1) > 0 then return end
-  local weight = redis.call('HGET', by, 'w:' .. tenant)
+  local weight = redis.call('HGET', by, 'w:' .. tenant) or '0'
   redis.call('HINCRBY', by, 'W', '-' .. weight)
   redis.call('HDEL', by, 'n:' .. tenant, 'w:' .. tenant)
 end

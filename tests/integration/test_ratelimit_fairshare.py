@@ -96,6 +96,23 @@ def test_nothing_is_left_of_a_pool_in_which_nobody_is(counter_store: str) -> Non
     assert 0 == store.zcard("peaje:{pool:empties}:slots")
 
 
+@pytest.mark.parametrize("name", ["a/b", "{x}", "a:b", "line\nbreak", "n:W", "é" * 300])
+def test_a_name_of_any_shape_is_only_a_name(counter_store: str, name: str) -> None:
+    """Of a tenant or a model: it is counted as itself, and what it holds it gives back."""
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
+    stored = StoredCounters(store)
+    one, other = (asked(name, tenant, slots=1, tokens_per_second=10**6) for tenant in (name, "plain"))
+
+    admitted = [stored.take(request, {}).admitted for request in (one, asked(name, name, slots=1), other)]
+    under_way = stored.under_way(name)
+    for request in (one, other):
+        assert stored.settle(tenant_id=request.tenant_id, request_id=request.request_id, report=Report(input=0, output=10))
+
+    assert [True, False, True] == admitted
+    assert sorted([name, "plain"]) == sorted(under_way)
+    assert [] == stored.under_way(name)
+
+
 def test_many_at_once_get_exactly_the_slots(counter_store: str) -> None:
     """One script: no two of them see the same last slot; and a tenant that comes after has its half."""
     stored = StoredCounters(connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS))
