@@ -17,10 +17,11 @@ from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics
-from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
+from ratelimit.core.demand import pool_place
 from ratelimit.servicer import METHOD, Servicer
 
 
@@ -50,9 +51,10 @@ def main() -> None:
     configure("ratelimit")
     stores, settings = StoreSettings(), Settings()
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
-    limits = LimitsSource(pool, is_cluster=settings.cluster)
+    limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
-    stored = StoredCounters(connect(stores.require_redis(), cluster=settings.cluster))
+    kind = ClusterCounters if settings.cluster else StoredCounters
+    stored = kind(connect(stores.require_redis(), cluster=settings.cluster))
 
     def probe() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
@@ -63,7 +65,9 @@ def main() -> None:
         metrics.serve(settings.metrics_port)
 
     def swept() -> list[str]:
-        sharing = (tenant for model in limits.models_with_slots for tenant in stored.under_way(model))
+        if settings.cluster:
+            return [*limits.current.tenants, *map(pool_place, limits.shared_models)]
+        sharing = (tenant for model in limits.shared_models for tenant in stored.under_way(model))
         return sorted({*limits.current.tenants, *sharing})
 
     sweep = Sweep(stored, pool, swept)

@@ -169,9 +169,13 @@ class Servicer:
             return
         if self._local.settle(request_id, report, _now_us()) or self._breaker.is_open:
             return
+        model = entries.get(contract.DESC_MODEL, "")
+        is_shared = self._limits.share(model=model, tenant_id=tenant_id) is not None
         try:
             with metrics.STORE_SETTLE.time():
-                settled = self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+                settled = self._stored.settle(
+                    tenant_id=tenant_id, request_id=request_id, report=report, model=model if is_shared else ""
+                )
         except StoreRefused as exc:
             metrics.STORE_REFUSED.inc()
             log.error("store_refused", tenant=tenant_id, reason=exc.message)

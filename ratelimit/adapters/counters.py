@@ -9,7 +9,7 @@ tenant's hash tag, so they share a slot of a Redis Cluster.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
-from ratelimit.core.demand import Counter, Demand, Kind, slots_key
+from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
 
@@ -85,17 +85,28 @@ class StoredCounters:
 
         A seed is only for a quota that the store does not know: one that it knows stays.
         """
-        answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
+        return self._take(demand, seeds, place=demand.tenant_id)
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
+        """
+        Charge what *report* says in place of what was reserved; None if there is nothing (any more) to settle.
+
+        *model* is the request's if its pool is shared; where all is in one place it is not asked for.
+        """
+        del model
+        return self._settled(tenant_id, request_id, report)
+
+    def _take(self, demand: Demand, seeds: Mapping[str, int], *, place: str) -> Outcome:
+        answer = self._call(self._admit, _keys(demand, place), [_document(demand), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
         values, rooms, waits = [float(level) for level in answer[2::3]], answer[3::3], [float(wait) for wait in answer[4::3]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits)
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> Settled | None:
-        """Charge what *report* says in place of what was reserved; None if there is nothing (any more) to settle."""
+    def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
-        keys = [reservation_key(tenant_id, request_id), open_key(tenant_id)]
+        keys = [reservation_key(place, request_id), open_key(place)]
         settled, excess = self._call(self._settle, keys, [*numbers, request_id])
         return Settled(excess_tokens=int(excess)) if settled else None
 
@@ -134,14 +145,49 @@ class StoredCounters:
             raise _translated(exc) from exc
 
 
-def reservation_key(tenant_id: str, request_id: str) -> str:
-    """Where a reservation waits to be settled."""
-    return f"peaje:{{{tenant_id}}}:held:{request_id}"
+class ClusterCounters(StoredCounters):
+    """
+    Counters in a Redis Cluster, where a pool and a tenant live on different nodes.
+
+    One script cannot touch both, so a request to a shared pool asks the pool first and gives back what it
+    took if the tenant's own limits refuse. Each alone is as exact as ever; in between, for one round trip,
+    the pool looks fuller than it is. What a pool holds is settled and swept at the pool's own place.
+    """
+
+    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+        """Take from the pool, then from the tenant's own counters; raises `Unseeded` as `StoredCounters` does."""
+        shared = tuple(counter for counter in demand.counters if counter.is_shared)
+        own = tuple(counter for counter in demand.counters if not counter.is_shared)
+        if not shared:
+            return super().take(demand, seeds)
+        place = pool_place(shared[0].scope)
+        of_pool = self._take(replace(demand, counters=shared), {}, place=place)
+        if not own or not of_pool.admitted:
+            return of_pool
+        admitted = False
+        try:
+            outcome = super().take(replace(demand, counters=own), seeds)
+            admitted = outcome.admitted
+        finally:
+            if not admitted:
+                self._settled(place, demand.request_id, Report(input=0, output=0))
+        return replace(outcome, readings=outcome.readings + of_pool.readings)
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
+        """Settle at the tenant's place and, if *model* has a pool, at the pool's."""
+        own = self._settled(tenant_id, request_id, report)
+        of_pool = self._settled(pool_place(model), request_id, report) if model else None
+        return own or of_pool
 
 
-def open_key(tenant_id: str) -> str:
-    """The index of a tenant's open reservations, by when they were made."""
-    return f"peaje:{{{tenant_id}}}:open"
+def reservation_key(place: str, request_id: str) -> str:
+    """Where a reservation waits to be settled; *place* is its tenant's id, or a pool's place."""
+    return f"peaje:{{{place}}}:held:{request_id}"
+
+
+def open_key(place: str) -> str:
+    """The index of a place's open reservations, by when they were made."""
+    return f"peaje:{{{place}}}:open"
 
 
 def _script(text: str) -> _Script:
@@ -149,8 +195,8 @@ def _script(text: str) -> _Script:
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _keys(demand: Demand) -> list[str]:
-    keys = [reservation_key(demand.tenant_id, demand.request_id), open_key(demand.tenant_id)]
+def _keys(demand: Demand, place: str) -> list[str]:
+    keys = [reservation_key(place, demand.request_id), open_key(place)]
     for counter in demand.counters:
         keys.append(counter.name)
         if counter.kind in _BESIDE:

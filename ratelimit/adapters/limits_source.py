@@ -65,16 +65,10 @@ PriceList = Mapping[tuple[str, str | None], Price]
 
 
 class LimitsSource:
-    """
-    Holds the current tables; reading them never blocks.
+    """Holds the current tables; reading them never blocks."""
 
-    In a cluster (*is_cluster*) capacities are not enforced: a pool's counters and a tenant's are on different nodes,
-    and what is decided in two scripts is not decided at once.
-    """
-
-    def __init__(self, pool: ConnectionPool, *, is_cluster: bool = False) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
-        self._is_cluster = is_cluster
         self._changed = threading.Event()
         self._prices: PriceList = {}
         self._by_id: Mapping[int, Limit] = {}
@@ -98,9 +92,9 @@ class LimitsSource:
         return None if pool is None else Share(pool=pool, weight=self._weights.get(tenant_id, WEIGHT_DEFAULT))
 
     @property
-    def models_with_slots(self) -> list[str]:
-        """Models whose requests under way are counted for all tenants together."""
-        return [model for model, pool in self._pools.items() if pool.slots is not None]
+    def shared_models(self) -> list[str]:
+        """Models whose pool has a capacity."""
+        return list(self._pools)
 
     def spent(self, counter: Counter) -> int:
         """What the ledger has for *counter*'s window; raises `Unavailable`."""
@@ -153,9 +147,6 @@ class LimitsSource:
             model: Pool(model=model, slots=slots, tokens_per_second=tokens_per_second)
             for model, slots, tokens_per_second in fetch_all(self._pool, _POOLS, ())
         }
-        if self._pools and self._is_cluster:
-            log.error("capacity_not_enforced", models=sorted(self._pools), reason="the counter store is a cluster")
-            self._pools = {}
         self._weights = dict(fetch_all(self._pool, _WEIGHTS, ()))
         self._by_id = {limit.limit_id: limit for limit in limits}
         self._prices = prices

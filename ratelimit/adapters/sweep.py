@@ -52,7 +52,7 @@ class Counters(Protocol):
 
 
 class Sweep:
-    """One pass over the open reservations of all tenants with limits, or with a slot of a shared pool."""
+    """One pass over the open reservations of all tenants with limits, and of those in shared pools."""
 
     def __init__(self, counters: Counters, pool: ConnectionPool, tenants: Callable[[], Sequence[str]]) -> None:
         self._counters = counters

@@ -149,13 +149,13 @@ def demand(
 
 
 def pool_place(model: str) -> str:
-    """Where a pool's counters are: one place for all tenants, in it they meet."""
-    return f"peaje:{{pool:{model}}}"
+    """What a pool is called where a tenant has its id: one place for all, in it they meet."""
+    return f"pool:{model}"
 
 
 def slots_key(model: str) -> str:
     """The name of the counter of a pool's requests under way."""
-    return f"{pool_place(model)}:slots"
+    return f"peaje:{{{pool_place(model)}}}:slots"
 
 
 def _shared(share: Share, tokens: int) -> Iterator[Counter]:
@@ -167,7 +167,7 @@ def _shared(share: Share, tokens: int) -> Iterator[Counter]:
         )  # fmt: skip
     if pool.tokens_per_second is not None:
         yield Counter(
-            name=f"{pool_place(pool.model)}:backlog", limit_id=0, kind=Kind.BACKLOG, unit=Unit.TOKENS, period=Period.SECOND,
+            name=f"peaje:{{{pool_place(pool.model)}}}:backlog", limit_id=0, kind=Kind.BACKLOG, unit=Unit.TOKENS, period=Period.SECOND,
             amount=pool.tokens_per_second, burst=pool.tokens_per_second * BACKLOG_SECONDS, full=tokens, lean=tokens,
             scope=pool.model, weight=share.weight,
         )  # fmt: skip

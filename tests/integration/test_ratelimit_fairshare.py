@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -12,17 +13,16 @@ from random import Random
 import orjson
 import pytest
 
-from chassis.stores.postgres import read_pool
-from ratelimit.adapters.counters import StoredCounters, connect
-from ratelimit.adapters.limits_source import LimitsSource
+from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
 from ratelimit.core.decide import LEASE_US, Memory, settle, take
-from ratelimit.core.demand import Demand, demand
+from ratelimit.core.demand import Demand, Kind, demand, pool_place
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Ask, Pool, Share
 from ratelimit.core.usage import Report
 from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_counters import set_clock, with_clock
 from tests.integration.test_ratelimit_stores import NOW, OK, OVER, Desk, header, own_store
+from tests.integration.test_ratelimit_stores import demand as bucket
 from tests.ratelimit_model.machine import BEGIN_US
 
 __all__ = ["own_store"]
@@ -166,15 +166,27 @@ def test_a_tenant_without_limits_has_its_share_too(desk: Desk) -> None:
     assert elsewhere.dynamic_metadata.fields["unlimited"].bool_value
 
 
-def test_in_a_cluster_a_capacity_is_not_enforced(desk: Desk) -> None:
-    """A pool and a tenant live on different nodes there; nobody is answered with an error for that."""
-    pool = read_pool(desk.postgres_url, name="test", connections=1)
-    source = LimitsSource(pool, is_cluster=True)
+def test_in_a_cluster_the_pool_is_asked_first_and_given_back(counter_cluster: str) -> None:
+    """On nodes of their own; what the tenant's limits refuse leaves the pool as it was, what ends leaves both."""
+    stored = ClusterCounters(connect(counter_cluster, cluster=True, timeout_seconds=PATIENCE_SECONDS))
+    own = bucket("lone", amount=15, kinds=(Kind.BUCKET,)).counters
+    requests = [asked("clustered", tenant, slots=2) for tenant in ("lone", "lone", "batch", "batch", "chat")]
+    requests[0], requests[1] = (dataclasses.replace(one, counters=(*own, *one.counters)) for one in requests[:2])
 
-    assert source.share(model="m", tenant_id=desk.tenant) is None
-    assert [] == source.models_with_slots
-    pool.close()
-    desk.open()
+    verdicts = [stored.take(one, {}).admitted for one in requests]
+    under_way = stored.under_way("clustered")
+    settled = [
+        stored.settle(tenant_id=one.tenant_id, request_id=one.request_id, report=Report(input=1, output=1), model="clustered")
+        for one in requests
+    ]  # fmt: skip
+
+    # Ten of fifteen tokens are the first's, so the second is refused by them and has no slot; the third is the batch's
+    # only one; the newcomer is below its share.
+    assert [True, False, True, False, True] == verdicts
+    assert ["batch", "chat", "lone"] == sorted(under_way)
+    assert verdicts == [one is not None for one in settled]
+    assert [] == stored.under_way("clustered")
+    assert [] == [held for place in ("lone", pool_place("clustered")) for held in stored.opened_before(place, 1 << 60, most=9)]
 
 
 def test_a_weight_acts_on_the_next_request(desk: Desk) -> None:

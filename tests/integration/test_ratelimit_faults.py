@@ -33,9 +33,9 @@ class Watched(StoredCounters):
         self.calls += 1
         return super().take(demand, seeds)
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> Settled | None:
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
         self.calls += 1
-        return super().settle(tenant_id=tenant_id, request_id=request_id, report=report)
+        return super().settle(tenant_id=tenant_id, request_id=request_id, report=report, model=model)
 
 
 class WatchedDesk(Desk):
