@@ -167,9 +167,14 @@ class Servicer:
             )  # fmt: skip
         if entries.get(contract.DESC_HOLD) == contract.HOLD_NOTHING:
             return
-        if self._local.settle(request_id, report, _now_us()) or self._breaker.is_open:
+        if self._local.settle(request_id, report, _now_us()):
             return
-        model = entries.get(contract.DESC_MODEL, "")
+        if self._breaker.is_open:
+            metrics.SETTLES_LOST.inc()
+            return
+        self._settle_stored(tenant_id, request_id, report, model=entries.get(contract.DESC_MODEL, ""))
+
+    def _settle_stored(self, tenant_id: str, request_id: str, report: Report, *, model: str) -> None:
         is_shared = self._limits.share(model=model, tenant_id=tenant_id) is not None
         try:
             with metrics.STORE_SETTLE.time():
