@@ -20,16 +20,17 @@ _SLOTS = 8
 @pytest.fixture
 def shared(road: Installation) -> Iterator[None]:
     """The model has eight slots while the test runs."""
-    road.control("PUT", "/v1/capacities", json={"model": "tiny", "slots": _SLOTS}).raise_for_status()
+    road.cli("limits", "capacity", "set", "--model", "tiny", "--slots", str(_SLOTS))
     time.sleep(1.0)  # the promise is one second
     yield
-    road.control("DELETE", "/v1/capacities", params={"model": "tiny"}).raise_for_status()
+    road.cli("limits", "capacity", "delete", "--model", "tiny")
     time.sleep(1.0)
 
 
 def test_a_batch_user_does_not_take_every_slot(road: Installation, shared: None) -> None:
     """Alone it has all of them; who comes then is served all the same, and the batch is told why it is not."""
     batch, interactive = road.new_tenant("batch"), road.new_tenant("interactive")
+    road.cli("limits", "weight", "--tenant", interactive.tenant_id, "--set", "2")
     explained = road.cli("limits", "explain", "--tenant", batch.tenant_id, "--model", "tiny")
     stop = threading.Event()
     statuses: Counter[tuple[int, str]] = Counter()

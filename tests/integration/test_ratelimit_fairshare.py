@@ -42,7 +42,7 @@ def asked(model: str, tenant: str, *, weight: int = 1, tokens: int = 10, **capac
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_scripts_decide_as_the_core_does(counter_store: str, seed: int) -> None:
     """Admissions, refusals, waits, settles, ends of leases, changed weights and clocks that go back, in any order."""
     store, order = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS), Random(seed)
