@@ -205,10 +205,12 @@ def _keys(demand: Demand, place: str) -> list[str]:
 
 
 def _document(demand: Demand) -> bytes:
+    # Without a hard limit both asks hold the usual.
+    full = demand.lean if demand.cap_full is None else demand.full
     return orjson.dumps(
         {
             "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
-            "ft": demand.full.input + demand.full.output, "lt": demand.lean.input + demand.lean.output,
+            "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip
     )
