@@ -18,6 +18,9 @@ OWN_HEADER_PREFIX: Final = "x-peaje-"
 REQUEST_ID_HEADER: Final = "x-request-id"
 #: Anthropic-style clients send their key here; OpenAI-style ones send `authorization: Bearer`.
 API_KEY_HEADER: Final = "x-api-key"
+#: Tells the model server's own scheduler whose request it is: the Gateway API Inference Extension's name.
+#: Written by the route table with the tenant; a client's own value is dropped.
+FAIRNESS_ID_HEADER: Final = "x-gateway-inference-fairness-id"
 AUTHORIZATION_HEADER: Final = "authorization"
 
 # --- Metadata namespaces (Envoy dynamic metadata) ------------------------------
@@ -316,6 +319,7 @@ ERROR_CODES: Final = (
     "request_too_large",
     "not_found",
     "rate_limit_exceeded",
+    "fair_share",
     "insufficient_quota",
     "upstream_unavailable",
     "upstream_timeout",

@@ -120,6 +120,24 @@ class Ask:
     choices: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """What the model servers behind a model can take; None leaves it open."""
+
+    model: str
+    #: Requests under way.
+    slots: int | None
+    tokens_per_second: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A pool, and the tenant's weight in it."""
+
+    pool: Pool
+    weight: int
+
+
 class LimitTable:
     """All limits, immutable, found by tenant; a change makes a new table."""
 
