@@ -17,12 +17,12 @@ from extauth.adapters.jwks import (
     strict_object_of_keys,
 )
 from extauth.core.claims import CONTAINERS_MAX, Unusable, strict_object
-from tests.bad_inputs.issuer import Issuer
+from tests.provider import Provider, dump
 
 
-def _issuer() -> Issuer:
-    issuer = Issuer(url="http://127.0.0.1:1")
-    issuer.add_key("one")
+def _issuer() -> Provider:
+    issuer = Provider(url="http://127.0.0.1:1")
+    issuer.add("one", "ES256")
     return issuer
 
 
@@ -40,7 +40,7 @@ class Source:
     def _fetch(self, _url: str) -> bytes:
         if self.is_away:
             raise OSError("away")
-        return self.issuer.document()
+        return dump(self.issuer.jwks())
 
 
 def test_a_set_that_cannot_be_renewed_is_used_for_a_day() -> None:
@@ -60,8 +60,8 @@ def test_a_set_that_cannot_be_renewed_is_used_for_a_day() -> None:
 def test_two_keys_with_one_id_are_neither() -> None:
     """Which one counts would be the parser's choice."""
     source = Source()
-    entries = json.loads(source.issuer.document())["keys"]
-    other = json.loads(_issuer().document())["keys"]
+    entries = source.issuer.jwks()["keys"]
+    other = _issuer().jwks()["keys"]
     good = {**other[0], "kid": "two"}
     document = json.dumps({"keys": [*entries, *other, good]}).encode()
     source.keys = KeySource(name="idp", url="u", algorithms=("ES256",), clock=lambda: 0.0, fetch=lambda _: document)
@@ -80,7 +80,7 @@ def test_two_keys_with_one_id_are_neither() -> None:
 )  # fmt: skip
 def test_a_key_that_is_not_for_this_is_ignored(change: dict[str, object]) -> None:
     """Symmetric, for another use, of another curve or algorithm, malformed."""
-    (entry,) = json.loads(_issuer().document())["keys"]
+    (entry,) = _issuer().jwks()["keys"]
     assert "one" == read_key(entry, ("ES256", "RS256"))[0]
 
     with pytest.raises(Unusable):
