@@ -23,6 +23,7 @@ from redis.retry import Retry
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
+from ratelimit.core.lease import LENGTH_US, Lease
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
 
@@ -34,7 +35,7 @@ _QUOTA_KEPT_MS: Final = 2 * LEASE_US // 1000
 _SCRIPTS = Path(__file__).parent
 _UNSEEDED: Final = -1
 #: Counters that have a second key beside the one that they are named by.
-_BESIDE: Final = {Kind.QUOTA: "held", Kind.SLOTS: "by", Kind.BACKLOG: "ends"}
+_BESIDE: Final = {Kind.QUOTA: "held", Kind.BUCKET: "leases", Kind.SLOTS: "by", Kind.BACKLOG: "ends"}
 
 
 class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and asks again
@@ -79,13 +80,16 @@ class StoredCounters:
         shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
         self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
 
-    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+    def take(
+        self, demand: Demand, seeds: Mapping[str, int], *, lease: Lease | None = None, back: Lease | None = None
+    ) -> Outcome:
         """
         Take all of *demand* or nothing; raises `Unseeded` for a quota that neither the store nor *seeds* know.
 
-        A seed is only for a quota that the store does not know: one that it knows stays.
+        A seed is only for a quota that the store does not know: one that it knows stays. *back* is what is
+        left of a lease, given back whatever the verdict; *lease* is taken on top if there is plenty.
         """
-        return self._take(demand, seeds, place=demand.tenant_id)
+        return self._take(demand, seeds, lease, back, place=demand.tenant_id)
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
         """
@@ -96,13 +100,18 @@ class StoredCounters:
         del model
         return self._settled(tenant_id, request_id, report)
 
-    def _take(self, demand: Demand, seeds: Mapping[str, int], *, place: str) -> Outcome:
-        answer = self._call(self._admit, _keys(demand, place), [_document(demand), orjson.dumps(dict(seeds))])
+    def _take(
+        self, demand: Demand, seeds: Mapping[str, int], lease: Lease | None, back: Lease | None, *, place: str
+    ) -> Outcome:
+        arguments = [_document(demand, lease, back), orjson.dumps(dict(seeds))]
+        answer = self._call(self._admit, _keys(demand, place), arguments)
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, rooms, waits = [float(level) for level in answer[2::3]], answer[3::3], [float(wait) for wait in answer[4::3]]
+        values, rooms, waits = [float(level) for level in answer[3::3]], answer[4::3], [float(wait) for wait in answer[5::3]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
-        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits)
+        return outcome(
+            demand, Verdict(answer[0]), values, int(answer[1]), waits=waits, over=over, leased=bool(answer[2])
+        )
 
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
@@ -154,19 +163,21 @@ class ClusterCounters(StoredCounters):
     the pool looks fuller than it is. What a pool holds is settled and swept at the pool's own place.
     """
 
-    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+    def take(
+        self, demand: Demand, seeds: Mapping[str, int], *, lease: Lease | None = None, back: Lease | None = None
+    ) -> Outcome:
         """Take from the pool, then from the tenant's own counters; raises `Unseeded` as `StoredCounters` does."""
         shared = tuple(counter for counter in demand.counters if counter.is_shared)
         own = tuple(counter for counter in demand.counters if not counter.is_shared)
         if not shared:
-            return super().take(demand, seeds)
+            return super().take(demand, seeds, lease=lease, back=back)
         place = pool_place(shared[0].scope)
-        of_pool = self._take(replace(demand, counters=shared), {}, place=place)
+        of_pool = self._take(replace(demand, counters=shared), {}, None, None, place=place)
         if not own or not of_pool.admitted:
             return of_pool
         admitted = False
         try:
-            outcome = super().take(replace(demand, counters=own), seeds)
+            outcome = super().take(replace(demand, counters=own), seeds, lease=lease, back=back)
             admitted = outcome.admitted
         finally:
             if not admitted:
@@ -204,16 +215,19 @@ def _keys(demand: Demand, place: str) -> list[str]:
     return keys
 
 
-def _document(demand: Demand) -> bytes:
+def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
     # Without a hard limit both asks hold the usual.
     full = demand.lean if demand.cap_full is None else demand.full
-    return orjson.dumps(
-        {
-            "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
-            "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
-            "c": [_counter_document(counter) for counter in demand.counters],
-        }  # fmt: skip
-    )
+    document: dict[str, Any] = {
+        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+        "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
+        "c": [_counter_document(counter) for counter in demand.counters],
+    }  # fmt: skip
+    if lease is not None:
+        document["g"] = {"i": lease.lease_id, "n": lease.requests, "t": lease.tokens, "d": LENGTH_US}
+    if back is not None:
+        document["b"] = {"i": back.lease_id, "n": back.requests, "t": back.tokens}
+    return orjson.dumps(document)
 
 
 def _counter_document(counter: Counter) -> dict[str, Any]:

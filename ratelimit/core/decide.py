@@ -97,6 +97,8 @@ class Outcome:
     readings: tuple[Reading, ...]
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
+    #: Whether the lease that was asked for was taken as well.
+    leased: bool = False
 
     @property
     def admitted(self) -> bool:
@@ -200,6 +202,7 @@ def outcome(
     *,
     waits: Sequence[float],
     over: frozenset[str] = frozenset(),
+    leased: bool = False,
 ) -> Outcome:
     """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
     refused = verdict is Verdict.REFUSED
@@ -210,6 +213,7 @@ def outcome(
             for counter, value, wait in zip(demand.counters, values, waits, strict=True)
         ),
         over=over,
+        leased=leased,
     )
 
 

@@ -163,6 +163,7 @@ class Storm:
         ask = {
             "phase": "admit", "request_id": request_id, "tenant": name, "project": "default", "key_id": "k", "model": "m",
             "dialect": "openai.chat", "prompt_bytes": str(prompt_bytes), "output_tokens_max": str(named), "choices": str(choices),
+            "lease": "-",
         }  # fmt: skip
         with self._lock:
             self._sent += 1
