@@ -59,6 +59,9 @@ REQ_ASKED: Final = "asked"
 #: and the requests and tokens that were left of it (less than 0: a debt). One text, separated by spaces.
 REQ_LEASE: Final = "lease"
 
+#: Every URI and DNS name of the client certificate that Envoy has verified; absent without one.
+REQ_CERTIFICATE_NAMES: Final = "certificate_names"
+
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
     REQ_DIALECT,
@@ -73,6 +76,7 @@ REQUEST_KEYS: Final = (
     REQ_EXPRESS,
     REQ_ASKED,
     REQ_LEASE,
+    REQ_CERTIFICATE_NAMES,
 )
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.

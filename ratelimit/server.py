@@ -16,12 +16,12 @@ from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
-from chassis.telemetry.metrics import serve as serve_metrics
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.outside import Outside, look_for_ever
 from ratelimit.adapters.rule_counters import RuleCounters
 from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
@@ -78,8 +78,9 @@ def main() -> None:
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
     limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
+    kind = ClusterCounters if settings.cluster else StoredCounters
     store = connect(stores.require_redis(), cluster=settings.cluster)
-    stored = ClusterCounters(store) if settings.cluster else StoredCounters(store)
+    stored = kind(store)
     rules = RuleFiles(stores.home / settings.config)
     rules.watch()
 
@@ -88,6 +89,8 @@ def main() -> None:
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
     metrics.STORE_AWAY.set_function(lambda: breaker.is_open)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
 
     def swept() -> list[str]:
         if settings.cluster:
@@ -97,6 +100,8 @@ def main() -> None:
 
     sweep = Sweep(stored, pool, swept)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
+    outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
+    threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,
@@ -107,8 +112,6 @@ def main() -> None:
         draft_headers=settings.draft_headers,
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
-    if settings.metrics_port:
-        serve_metrics(settings.metrics_port)
     serve_unary(
         settings.socket,
         {METHOD: (by_domain(servicer.should_rate_limit, generic.should_rate_limit), wire.RateLimitRequest)},

@@ -39,6 +39,8 @@ METHOD = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 
 #: Beyond any body limit or context; a descriptor with more did not come from our Envoy.
 _NUMBER_MAX = 1_000_000_000
+#: An Envoy whose configuration is older than leases has none to speak of.
+_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key != contract.DESC_LEASE)
 #: What Envoy answers to OVER_LIMIT by itself.
 _RATE_LIMITED = 429
 
@@ -81,7 +83,7 @@ class Servicer:
                     log.error("descriptor_refused", keys=sorted(entries))
                     raise Invalid("incomplete descriptor")
                 with metrics.DECISION_SECONDS.time():
-                    return self._admit(ask, wish(entries[contract.DESC_LEASE]))
+                    return self._admit(ask, wish(entries.get(contract.DESC_LEASE, contract.DESC_ABSENT)))
             case contract.PHASE_SETTLE:
                 self._settle(entries)
                 return wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
@@ -203,7 +205,7 @@ class Servicer:
 
 def _ask(entries: Mapping[str, str]) -> Ask | None:
     try:
-        values = {key: entries[key] for key in contract.ADMIT_KEYS}
+        values = {key: entries[key] for key in _REQUIRED}
         numbers = [
             int(values[key])
             for key in (contract.DESC_PROMPT_BYTES, contract.DESC_OUTPUT_TOKENS_MAX, contract.DESC_CHOICES)

@@ -7,8 +7,8 @@
 --          given back (i its id, n requests and t tokens that are left), g one that is asked for (i, n, t,
 --          d its length in microseconds)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, 1 if the lease was given, else 0, then per counter its level, 1 if it had room,
---         else 0, and for a fair share the wait}
+-- Answer: {verdict, now, 1 if the lease was given, else 0, then per counter its level, 1 if it had room, else 0,
+--         and for a fair share the wait}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()

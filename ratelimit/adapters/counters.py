@@ -78,6 +78,7 @@ class StoredCounters:
     def __init__(self, store: redis.Redis) -> None:
         self._store = store
         shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
+        self._raise = _script((_SCRIPTS / "raise.lua").read_text())
         self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
 
     def take(
@@ -89,7 +90,7 @@ class StoredCounters:
         A seed is only for a quota that the store does not know: one that it knows stays. *back* is what is
         left of a lease, given back whatever the verdict; *lease* is taken on top if there is plenty.
         """
-        return self._take(demand, seeds, lease, back, place=demand.tenant_id)
+        return self._take(demand, seeds, place=demand.tenant_id, lease=lease, back=back)
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
         """
@@ -101,16 +102,15 @@ class StoredCounters:
         return self._settled(tenant_id, request_id, report)
 
     def _take(
-        self, demand: Demand, seeds: Mapping[str, int], lease: Lease | None, back: Lease | None, *, place: str
+        self, demand: Demand, seeds: Mapping[str, int], *, place: str, lease: Lease | None = None, back: Lease | None = None
     ) -> Outcome:
-        arguments = [_document(demand, lease, back), orjson.dumps(dict(seeds))]
-        answer = self._call(self._admit, _keys(demand, place), arguments)
+        answer = self._call(self._admit, _keys(demand, place), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
         values, rooms, waits = [float(level) for level in answer[3::3]], answer[4::3], [float(wait) for wait in answer[5::3]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(
-            demand, Verdict(answer[0]), values, int(answer[1]), waits=waits, over=over, leased=bool(answer[2])
+            demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits, leased=bool(answer[2])
         )
 
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
@@ -118,6 +118,10 @@ class StoredCounters:
         keys = [reservation_key(place, request_id), open_key(place)]
         settled, excess = self._call(self._settle, keys, [*numbers, request_id])
         return Settled(excess_tokens=int(excess)) if settled else None
+
+    def raise_used(self, name: str, spent: int) -> bool:
+        """Let a quota that the store knows have at least *spent* used; whether it had less."""
+        return int(self._call(self._raise, [name], [spent])) > 0
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
@@ -172,12 +176,12 @@ class ClusterCounters(StoredCounters):
         if not shared:
             return super().take(demand, seeds, lease=lease, back=back)
         place = pool_place(shared[0].scope)
-        of_pool = self._take(replace(demand, counters=shared), {}, None, None, place=place)
+        of_pool = self._take(replace(demand, counters=shared), {}, place=place)
         if not own or not of_pool.admitted:
             return of_pool
         admitted = False
         try:
-            outcome = super().take(replace(demand, counters=own), seeds, lease=lease, back=back)
+            outcome = super().take(replace(demand, counters=own), seeds, back=back)
             admitted = outcome.admitted
         finally:
             if not admitted:

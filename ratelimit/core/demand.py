@@ -148,6 +148,12 @@ def demand(
     )
 
 
+def counter(limit: Limit, *, now: datetime) -> Counter:
+    """The counter of *limit* at *now*, of which nothing is asked."""
+    nothing = Usage(input=0, output=0)
+    return _counter(limit, full=nothing, lean=nothing, price=None, now=now)
+
+
 def pool_place(model: str) -> str:
     """What a pool is called where a tenant has its id: one place for all, in it they meet."""
     return f"pool:{model}"

@@ -150,6 +150,10 @@ class LimitTable:
         """Limits that bind *ask*, in the order they were made."""
         return [limit for limit in self._by_tenant.get(ask.tenant_id, ()) if limit.binds(ask)]
 
+    def of(self, tenant_id: str) -> list[Limit]:
+        """Limits of a tenant, in the order they were made."""
+        return list(self._by_tenant.get(tenant_id, ()))
+
     @property
     def tenants(self) -> list[str]:
         """Tenants that have a limit, in order."""

@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from chassis.errors import Unavailable
-from chassis.telemetry.metrics import serve
 from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, connect
 from tests.integration.ports import free_ports
@@ -24,7 +23,7 @@ __all__ = ["own_store"]
 def port() -> int:
     """Where the metrics of this process are shown."""
     [found] = free_ports(1)
-    serve(found)
+    metrics.serve(found)
     return found
 
 
