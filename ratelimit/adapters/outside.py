@@ -16,10 +16,9 @@ from datetime import datetime, timedelta
 from typing import Final, LiteralString, Protocol
 
 import structlog
-from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
-from chassis.stores.postgres import fetch_all
+from chassis.stores.postgres import ReadPool, fetch_all
 from ratelimit.core.demand import Counter, Kind, counter
 from ratelimit.core.limits import Limit
 
@@ -44,7 +43,7 @@ class Outside:
     """One pass over the quotas of tenants for whom something was posted."""
 
     def __init__(
-        self, counters: Counters, pool: ConnectionPool, limits: Callable[[str], Sequence[Limit]], spent: Callable[[Counter], int]
+        self, counters: Counters, pool: ReadPool, limits: Callable[[str], Sequence[Limit]], spent: Callable[[Counter], int]
     ) -> None:
         self._counters = counters
         self._pool = pool
