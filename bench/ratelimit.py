@@ -110,7 +110,7 @@ class Desk:
         self._ask(
             {
                 "phase": "admit", "request_id": request_id, "tenant": "bench", "project": "default", "key_id": "k", "model": "m",
-                "dialect": "openai.chat", "prompt_bytes": "400", "output_tokens_max": "100", "choices": "1",
+                "dialect": "openai.chat", "prompt_bytes": "400", "output_tokens_max": "100", "choices": "1", "lease": "-",
             }
         )  # fmt: skip
         return request_id

@@ -29,9 +29,9 @@ class Watched(StoredCounters):
 
     calls = 0
 
-    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+    def take(self, demand: Demand, seeds: Mapping[str, int], **of_leases: Any) -> Outcome:
         self.calls += 1
-        return super().take(demand, seeds)
+        return super().take(demand, seeds, **of_leases)
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
         self.calls += 1
