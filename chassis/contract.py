@@ -46,13 +46,15 @@ REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
 REQ_WANTS_USAGE: Final = "wants_usage"
 
-#: Set by the gate to the request id: this worker remembered the decision, so nobody was asked.
+#: Set by the gate to the request id: this worker remembers who is calling, so extauth is not asked.
+REQ_RECOGNISED: Final = "recognised"
+#: Set by the gate to the request id: it also may pass, so nobody is asked.
 REQ_EXPRESS: Final = "express"
 #: Set by the gate to the request id: what is answered will be remembered, if it may be.
 REQ_ASKED: Final = "asked"
-#: What was left of a lease that ended: requests and tokens (less than 0: a debt), as text.
-REQ_LEASE_REQUESTS: Final = "lease_requests"
-REQ_LEASE_TOKENS: Final = "lease_tokens"
+#: How many requests this worker would spend by itself; and, if a lease of its has ended, the lease's id
+#: and the requests and tokens that were left of it (less than 0: a debt). One text, separated by spaces.
+REQ_LEASE: Final = "lease"
 
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
@@ -64,10 +66,10 @@ REQUEST_KEYS: Final = (
     REQ_CHOICES,
     REQ_SHAPE,
     REQ_WANTS_USAGE,
+    REQ_RECOGNISED,
     REQ_EXPRESS,
     REQ_ASKED,
-    REQ_LEASE_REQUESTS,
-    REQ_LEASE_TOKENS,
+    REQ_LEASE,
 )
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
@@ -103,9 +105,12 @@ HOLD_SOMETHING: Final = "yes"
 HOLD_NOTHING: Final = "no"
 #: True where no limit applies: Envoy need not ask again while it remembers the identity.
 ADM_UNLIMITED: Final = "unlimited"
-#: What was taken in advance for this worker to spend by itself.
+#: What was taken in advance for this worker to spend by itself. No tokens: no limit counts them.
 ADM_LEASE_REQUESTS: Final = "lease_requests"
 ADM_LEASE_TOKENS: Final = "lease_tokens"
+#: What to charge a lease with: prompt tokens of this very request, output tokens per choice at the most.
+ADM_LEASE_INPUT: Final = "lease_input"
+ADM_LEASE_OUTPUT: Final = "lease_output"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 
@@ -148,6 +153,7 @@ DESC_DIALECT: Final = "dialect"
 DESC_PROMPT_BYTES: Final = "prompt_bytes"
 DESC_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 DESC_CHOICES: Final = "choices"
+DESC_LEASE: Final = "lease"
 #: What Envoy sends for a descriptor entry whose metadata is missing. Never a valid tenant.
 DESC_ABSENT: Final = "-"
 
@@ -162,6 +168,7 @@ ADMIT_KEYS: Final = (
     DESC_PROMPT_BYTES,
     DESC_OUTPUT_TOKENS_MAX,
     DESC_CHOICES,
+    DESC_LEASE,
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
 DESC_SEEN: Final = "seen"

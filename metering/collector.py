@@ -74,8 +74,9 @@ class Settings(BaseSettings):
     #: Instead of this installation's own: NAME=PATH[@ADMIN_PORT] of each, separated by commas, or a
     #: directory that has one per journal, which is looked at every few seconds.
     journals: str = ""
-    #: Between looks at an idle journal; half of it is the usual delay of a row.
-    idle_seconds: float = 0.1
+    #: Between looks at a journal that was read to its end; half of it is the usual delay of a row. A batch costs
+    #: Postgres about the same for one row as for a hundred, so looking more often costs more than it shows.
+    idle_seconds: float = 0.5
     #: Between attempts while Postgres is away.
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.

@@ -24,6 +24,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PEAJE_METERING_", frozen=True)
 
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_METERING]
     #: Between two comparisons of what the second witness said with the ledger.
     reconcile_seconds: float = Field(default=5.0, gt=0)
     #: Loopback port for Prometheus; 0 shows no metrics.
@@ -42,7 +44,7 @@ def main() -> None:
         url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds
     ).start()
     serve_streams(
-        contract.SOCKETS[contract.CLUSTER_METERING],
+        settings.socket,
         {
             METHOD: (servicer.process, wire.ProcessingRequest),
             ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.StreamAccessLogsMessage),

@@ -40,6 +40,26 @@ KEY_WRITES_LOST: Final = Counter(
     "peaje_extauth_key_uses_lost_total", "Uses of keys that were not written down: Postgres was away too long."
 )
 
+#: The descriptor is as the operators' files have it; with callers' values in it only where a file asks for
+#: that, and then only the first of them (ratelimit/adapters/rule_metrics.py).
+RULE_HITS: Final = Counter(
+    "peaje_ratelimit_rule_hits_total", "Hits of generic rules; the stats are envoyproxy/ratelimit's.",
+    ["domain", "descriptor", "stat"],
+)  # fmt: skip
+RULE_RELOADS: Final = Counter(
+    "peaje_ratelimit_rule_reloads_total", "New generic rules, by whether they were taken.", ["outcome"]
+)
+RULES_CURRENT: Final = Gauge("peaje_ratelimit_rules_current", "1 if the generic rules in force are those of the files, else 0.")
+RULE_DOMAIN_UNKNOWN: Final = Counter(
+    "peaje_ratelimit_rule_domain_unknown_total", "Requests of a domain that no file has: all of them pass."
+)
+RULE_SHADOWED: Final = Counter(
+    "peaje_ratelimit_rule_global_shadow_total", "Requests that passed because all rules are in shadow mode."
+)
+RULE_STORE_ERRORS: Final = Counter(
+    "peaje_ratelimit_rule_store_errors_total", "Requests that were answered without the counter store.", ["answer"]
+)
+
 SIGHTINGS: Final = Counter("peaje_metering_sightings_total", "Exchanges that the second witness has told of.")
 SIGHTINGS_DROPPED: Final = Counter(
     "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."

@@ -33,6 +33,8 @@ _TAKEOVER_TIMEOUT: Final = "2s"
 #: Shared by every transaction that charges; whoever changes prices or closes a period takes it alone,
 #: so that a change is in no transaction's past and future at once.
 CHARGING_LOCK: Final = 0x7065616A_65000003
+#: Held by every transaction that writes to the outbox, from before its first row until its commit.
+OUTBOX_LOCK: Final = 0x7065616A_65000004
 
 _EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
 _event_values = attrgetter(*_EVENT_FIELDS)
@@ -88,6 +90,19 @@ with fresh as (
     where started_at < first_open.period::timestamp at time zone 'UTC'
 )
 select request_id from fresh
+"""
+
+#: Asked once a batch: a row of the outbox for each new row is only written where somebody wants it.
+_ROWS_WANTED: Final = "select exists (select from webhook where 'usage.recorded' = any(kinds))"
+_TELL_ROWS: Final = """
+insert into outbox (event_id, kind, tenant_id, at, data)
+select request_id::uuid, 'usage.recorded', tenant_id, started_at, jsonb_build_object(
+    'request_id', request_id, 'tenant', tenant_id, 'project', project_id, 'key_id', key_id, 'model', model,
+    'dialect', dialect, 'started_at', to_char(started_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+    'ended_at', to_char(ended_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), 'status', status, 'outcome', outcome,
+    'input_tokens', input_tokens, 'output_tokens', output_tokens, 'cached_tokens', cached_tokens,
+    'reasoning_tokens', reasoning_tokens, 'basis', basis, 'currency', currency, 'amount_nano', amount_nano)
+from incoming where request_id = any(%s) order by started_at, request_id
 """
 
 #: Absorbed rows whose numbers differ from what stands, or that can no longer be compared: kept for a
@@ -274,7 +289,15 @@ class Ledger:
             with cursor.copy(_COPY_EVENTS) as copy:
                 for event in events:
                     copy.write_row((*_event_values(event), *_charge(event, cards), now))
-            return {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
+            added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
+        self._tell(added)
+        return added
+
+    def _tell(self, added: set[str]) -> None:
+        """Tell of new rows, if a webhook wants each of them, in the transaction that writes them."""
+        if added and self._connection.execute(_ROWS_WANTED).fetchone() == (True,):
+            self._connection.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
+            self._connection.execute(_TELL_ROWS, (list(added),))
 
     def _rate_cards(self, events: Sequence[UsageEvent]) -> RateCards:
         moments = [event.started_at for event in events]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from chassis.contract import STARTS_PATH
+from chassis.contract import JOURNAL_END, STARTS_PATH
 from metering.adapters.tail import BATCH_BYTES_MAX, STARTS_BYTES_MAX, Piece, Place, next_piece, starts_of
 from metering.core import lines
 from metering.core.fold import Batch, fold
@@ -48,7 +48,10 @@ class Reader:
         ends = next_piece(live, places)
         entries, defects = ([], {}) if ends is None else self._entries(ends)
         behind = ends is not None and not ends.is_last
-        starts, pieces, is_last = self._starts(live, places, defects, until=entries[-1].seen_at if behind and entries else None)
+        starts, pieces, is_last = self._starts(
+            live, places, defects, until=entries[-1].seen_at if behind and entries else None,
+            over=frozenset(entry.request_id for entry in entries if entry.type == JOURNAL_END),
+        )
         batch = fold(entries, starts=starts)
         batch.defects = defects
         return Reading(
@@ -63,9 +66,10 @@ class Reader:
         return batch
 
     def _starts(
-        self, live: Path, places: Mapping[str, Place], defects: dict[str, list[Defect]], *, until: datetime | None
+        self, live: Path, places: Mapping[str, Place], defects: dict[str, list[Defect]], *, until: datetime | None,
+        over: frozenset[str],
     ) -> tuple[list[Entry], list[Piece], bool]:
-        """Start records up to the moment *until*, or all; and whether nothing is left of them."""
+        """Start records up to the moment *until*, or all, but few of those whose exchange is *over*; and whether nothing is left."""
         entries: list[Entry] = []
         pieces: list[Piece] = []
         ahead, size = dict(places), 0
@@ -75,7 +79,7 @@ class Reader:
             piece = next_piece(starts_of(live), ahead, bytes_max=STARTS_BYTES_MAX)
             if piece is None:
                 return entries, pieces, True
-            found, wrong = self._entries(piece)
+            found, wrong = self._entries(piece, over)
             entries += found
             for file_id, those in wrong.items():
                 defects.setdefault(file_id, []).extend(those)
@@ -87,12 +91,14 @@ class Reader:
                 return entries, pieces, True
         return entries, pieces, False
 
-    def _entries(self, piece: Piece) -> tuple[list[Entry], dict[str, list[Defect]]]:
+    def _entries(self, piece: Piece, over: frozenset[str] = frozenset()) -> tuple[list[Entry], dict[str, list[Defect]]]:
         file_id = piece.place.file_id
         if piece.endless:
             found = lines.defect(piece.data, offset=piece.start, reason="no line end in more than a line's length")
             return [], {file_id: [found]}
-        entries, defects, torn = lines.read(piece.data, offset=piece.start, torn=self._torn.pop(file_id, b""))
+        entries, defects, torn = lines.read(
+            piece.data, offset=piece.start, torn=self._torn.pop(file_id, b""), is_over=over.__contains__ if over else None
+        )
         if not _is_of_starts(piece):
             self._torn = {file_id: torn} if torn else {}
         return entries, {file_id: defects} if defects else {}

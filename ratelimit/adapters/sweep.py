@@ -16,10 +16,9 @@ from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
-from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
-from chassis.stores.postgres import fetch_all
+from chassis.stores.postgres import ReadPool, fetch_all
 from ratelimit.core.usage import Report
 
 log = structlog.get_logger()
@@ -53,7 +52,7 @@ class Counters(Protocol):
 class Sweep:
     """One pass over the open reservations of all tenants with limits."""
 
-    def __init__(self, counters: Counters, pool: ConnectionPool, tenants: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, counters: Counters, pool: ReadPool, tenants: Callable[[], Sequence[str]]) -> None:
         self._counters = counters
         self._pool = pool
         self._tenants = tenants

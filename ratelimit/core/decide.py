@@ -48,6 +48,9 @@ class Level:
     def value(self, counter: Counter, now_us: int) -> float:
         """The level as `read` takes it."""
         if counter.kind is Kind.BUCKET:
+            # After a clock went back the debt counts from what it shows now: waiting for it to
+            # catch up would lock everybody out for as long as it jumped.
+            self.at_us = min(self.at_us, now_us)
             return bucket.drained(counter, debt=self.debt, at_us=self.at_us, now_us=now_us)
         for request_id in [name for name, (_, ends) in self.held.items() if ends <= now_us]:
             del self.held[request_id]
@@ -83,6 +86,8 @@ class Outcome:
     readings: tuple[Reading, ...]
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
+    #: Whether the lease that was asked for was taken as well.
+    leased: bool = False
 
     @property
     def admitted(self) -> bool:
@@ -162,7 +167,7 @@ def has_room(counter: Counter, value: float, wanted: int) -> bool:
 
 
 def outcome(
-    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset()
+    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset(), leased: bool = False
 ) -> Outcome:
     """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
     refused = verdict is Verdict.REFUSED
@@ -173,6 +178,7 @@ def outcome(
             for counter, value in zip(demand.counters, values, strict=True)
         ),
         over=over,
+        leased=leased,
     )
 
 

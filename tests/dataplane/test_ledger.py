@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
+from standardwebhooks.webhooks import Webhook
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
+from tests.receivers import receiving
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     settings = {
         "PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
         "PEAJE_COLLECTOR_SILENT_SECONDS": "5", "PEAJE_METERING_RECONCILE_SECONDS": "1",
+        "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
     }
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
 
 
-def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
+def until(condition: Callable[[], object]) -> None:
+    """Wait for *condition*, as long as a row may take and a restarted process."""
+    deadline = time.monotonic() + 2 * VISIBLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.05)
+
+
+def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
     """Set by the command line, charged by the collector, read by the billing team."""
     tenant = road.new_tenant("money")
     made = road.cli(
@@ -52,6 +64,13 @@ def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
     [line] = csv.DictReader(io.StringIO(road.run("invoice", "--tenant", tenant.tenant_id, "--month", month, "--csv").stdout))
     assert ("3", "15", "0.00001035") == (line["request_count"], line["output_tokens"], line["amount"])
     assert "total USD 0.00001035" in road.run("invoice", "--tenant", tenant.tenant_id, "--month", month).stdout
+    written = tmp_path / "invoice.parquet"
+    of_month = ("invoice", "--tenant", tenant.tenant_id, "--month", month)
+    assert 0 == road.run(*of_month, "--format", "parquet", "--out", str(written)).returncode
+    assert [10_350] == [it["amount_nano"] for it in pq.read_table(written).to_pylist()]
+    assert [(1, ""), (1, "")] == [
+        (it.returncode, it.stdout) for it in (road.run(*of_month, "--format", "parquet"), road.run(*of_month, "--format", "csv", "--json"))
+    ]
     assert made["rate_card_id"] in [it["rate_card_id"] for it in road.cli("prices", "list", "--in-force")["prices"]]
     refused = road.run("prices", "set", "--model", "tiny", "--input", "1e3", "--output", "1")
     assert (1, 1) == (refused.returncode, len(refused.stderr.splitlines()))
@@ -219,3 +238,51 @@ def _sibling(installation: Installation, database: str) -> str:
     password = (installation.home / "secrets/postgres-password").read_text().strip()
     url = state["postgres_url"]
     return f"{url.rpartition('/')[0].replace('@', f':{password}@', 1)}/{database}"
+
+
+def test_credits_are_what_a_tenant_may_spend(road: Installation) -> None:
+    """402 once they are used up, 200 with the next grant; the books have what the ledger charged."""
+    tenant = road.new_tenant("prepaid")
+    asked = ("--tenant", tenant.tenant_id)
+    # A request costs 0.008 and may cost a little more: the second one does not fit.
+    road.cli("prices", "set", "--model", "tiny", *asked, "--input", "1000", "--output", "1000")
+    road.cli("credits", "grant", "0.06", *asked, "--reason", "first payment")
+    assert 402 == _last_status(road, tenant, 402)
+    road.cli("credits", "grant", "1000", *asked, "--reason", "second payment", "--expires", "365d")
+    assert 200 == _last_status(road, tenant, 200)
+
+    def agree() -> bool:
+        query = "select coalesce(sum(amount_nano), 0)::bigint as nano from billing_usage_v1 where tenant = %s"
+        [charged] = road.sql(query, tenant.tenant_id)
+        return charged["nano"] > 0 and 1_000_060_000_000 - charged["nano"] == road.cli("credits", "show", *asked)["available_nano"]
+
+    until(agree)
+
+
+def test_events_reach_a_receiver_through_the_death_of_their_process(small: Installation) -> None:
+    """Each request as a CloudEvent, a key, a budget; killed between two of them, nothing is lost and ids tell repeats."""
+    tenant = small.new_tenant("heard")
+    with receiving() as receiver:
+        asked = ("--tenant", tenant.tenant_id, "--format", "cloudevents", "--events", "usage.recorded,budget.threshold,key.created")
+        webhook = small.cli("webhooks", "add", receiver.url, *asked)
+        small.cli("limits", "set", "--tenant", tenant.tenant_id, "--monthly-tokens", "40", "--soft")
+        sent = [small.post(tenant, json=chat()).headers["x-request-id"]]
+        until(lambda: receiver.got)
+        small.wait_restarted("events", small.kill("events"))
+        sent += [small.post(tenant, json=chat()).headers["x-request-id"] for _ in range(2)]
+        key = small.cli("keys", "create", "--tenant", tenant.tenant_id)
+
+        def heard(kind: str) -> list[dict[str, Any]]:
+            events = [json.loads(it.body) for it in receiver.got]
+            return [it for it in events if it["type"] == f"peaje.{kind}"]
+
+        until(lambda: {it["id"] for it in heard("usage.recorded")} >= set(sent) and heard("key.created") and heard("budget.threshold"))
+        assert key["key_id"] == heard("key.created")[0]["data"]["key_id"]
+        assert 50 == heard("budget.threshold")[0]["data"]["percent"]
+        verified = Webhook(webhook["secret"])
+        for got in receiver.got:
+            verified.verify(got.body, got.headers)
+        shown = small.cli("webhooks", "show", webhook["webhook_id"])
+        assert ("active", 0) == (shown["state"], shown["failure_count"])
+        assert {"delivered"} == {it["outcome"] for it in small.cli("webhooks", "deliveries", webhook["webhook_id"])["deliveries"]}
+        small.cli("webhooks", "remove", webhook["webhook_id"])

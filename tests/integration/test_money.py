@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow.parquet as pq
 import pytest
 
-from chassis.errors import Conflict, Invalid, NotFound
+from chassis.errors import Conflict, Invalid, NotFound, Unavailable
 from chassis.models import ModelCatalogue
 from chassis.schema.migrate import migrate
 from chassis.schema.partitions import ensure_partitions
@@ -358,6 +362,29 @@ def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_u
 
     assert header.startswith("period,tenant,project,model,kind,request_count,input_tokens,")
     assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open" == line
+
+
+def test_an_invoice_as_parquet_is_exact_and_typed(store: Store, ledger_url: str, live: Path) -> None:
+    """Read by the official library: integers, decimals, a date; null where there is no price."""
+    set_price(store, input="0.000000001", output="0.15")
+    write(live, [end(1, at=THEN, input=3, output=5), end(2, at=THEN, model="large")])
+    collect(ledger_url, live, now=THEN)
+
+    data = invoices.as_parquet(invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER))
+
+    table = pq.read_table(io.BytesIO(data))
+    assert ["date32[day]", "int64", "decimal128(38, 9)"] == [str(table.schema.field(it).type) for it in ("period", "input_tokens", "amount")]
+    assert [("tiny", OCTOBER, Decimal("0.00000075"), 750), ("large", OCTOBER, None, None)] == sorted(
+        ((it["model"], it["period"], it["amount"], it["amount_nano"]) for it in table.to_pylist()), reverse=True
+    )
+
+
+def test_without_its_library_parquet_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    with pytest.raises(Unavailable, match="Install the extra `parquet`"):
+        invoices.as_parquet({"lines": []})
 
 
 @pytest.mark.parametrize("text", ["2026", "2026-13", "2026-1", "26-01", "2026-00", "0000-01", "2026-11-01"])

@@ -436,3 +436,23 @@ def test_a_full_disk_closes_the_road_if_the_policy_says_so(
 
     fine, warn, act = (Level.FINE, False), (Level.WARN, False), (Level.ACT, marked)
     assert [fine, warn, warn, act, act, act, fine] == seen
+
+
+def test_starts_whose_end_was_read_are_left_out_and_nothing_is_different() -> None:
+    """Open exchanges, lives of Envoy and defects are the same as if each had been read."""
+    whole = exchanges(200)
+    starts = [line for line in whole if line.startswith(b'{"type":"Start"')]
+    starts[50:50] = [start(9001, epoch="life-2"), start(9002, epoch="life-2")]
+    starts[120:120] = [b'{"type":"Start","request_id":"' + request_id(3).encode() + b'","torn\n', b"no record\n"]
+    ends = [parse(line.rstrip(b"\n")) for line in whole if b'"type":"DownstreamEnd"' in line][:-20]
+    data = b"".join(starts).rstrip(b"\n")
+    over = {entry.request_id for entry in ends}
+
+    all_of_them, defects, _ = lines.read(data, offset=7)
+    few, same_defects, _ = lines.read(data, offset=7, is_over=over.__contains__)
+
+    expected, found = fold(ends, starts=all_of_them), fold(ends, starts=few)
+    assert len(few) < 40 < len(all_of_them)
+    assert defects == same_defects
+    assert (expected.events, expected.open, expected.lives) == (found.events, found.open, found.lives)
+    assert {request_id(9001), request_id(9002)} < found.open.keys()

@@ -4,7 +4,7 @@
 from chassis.schema.sqlfile import run_beside
 
 revision = "0010"
-down_revision = "0004"
+down_revision = "0009"
 
 
 def upgrade() -> None:
