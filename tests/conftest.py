@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -60,10 +61,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in missing:
             left_out[name] = left_out.get(name, 0) + 1
         (deselected if missing else kept).append(item)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: not _on_the_road(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("road" if _on_the_road(item) else item.nodeid.partition("::")[0]))
     config.stash[_LEFT_OUT] = left_out
     if deselected:
         config.hook.pytest_deselected(items=deselected)
+
+
+def _on_the_road(item: pytest.Item) -> bool:
+    """Whether it needs the installation that many share: one process has it, and begins with it, for it takes longest."""
+    return "road" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that started this one what was left out; each has left out the same."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, {})
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """Hear what was left out from one of several processes."""
+    node.config.stash[_LEFT_OUT] = node.workeroutput.get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
