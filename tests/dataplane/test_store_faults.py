@@ -60,7 +60,8 @@ def test_each_limit_follows_its_mode_while_the_store_is_away(road: Installation,
     assert 0 == during["local"][503] + after["local"][503]
     assert 0 < during["local"][200] <= 2 * _LIMIT
     if fault is signal.SIGSTOP:
-        assert _LIMIT == during["local"][200]
+        # Each process its own part: one that was not asked often enough has some of it left.
+        assert during["local"][200] <= _LIMIT
         assert Counter({200: _LIMIT + 8}) == during["allow"]
         # Four that were under way when it stalled are answered as the rest: not at all.
         assert Counter({503: _LIMIT + 8}) == during["deny"]
