@@ -25,7 +25,7 @@ from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters
 from ratelimit.core import answer
-from ratelimit.core.decide import Outcome, Verdict
+from ratelimit.core.decide import Outcome
 from ratelimit.core.demand import Demand, Kind, demand
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Ask
@@ -94,7 +94,7 @@ class Servicer:
             now=self._clock(),
         )
         if not asked.counters:
-            response = _admitted({}, asked, Verdict.FULL)
+            response = _admitted({}, asked, None)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
             return response
         outcome = self._take(asked)
@@ -103,7 +103,7 @@ class Servicer:
             log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
         headers = answer.draft_headers(outcome.readings) if self._draft_headers else {}
         if outcome.admitted:
-            return _admitted(answer.headers(outcome.readings) | headers, asked, outcome.verdict)
+            return _admitted(answer.headers(outcome.readings) | headers, asked, outcome)
         refusal, told = answer.refusal(outcome.readings)
         log.info("limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, unit=refusal.type)
         body = render(refusal, dialect=ask.dialect, request_id=ask.request_id)
@@ -214,16 +214,16 @@ def _now_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-def _admitted(headers: Mapping[str, str], asked: Demand, verdict: Verdict) -> wire.RateLimitResponse:
+def _admitted(headers: Mapping[str, str], asked: Demand, outcome: Outcome | None) -> wire.RateLimitResponse:
     response = wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
     response.statuses.add(code=wire.RateLimitResponse.OK)
     _add_headers(response, headers)
     fields = response.dynamic_metadata.fields
-    held, cap = (asked.full, asked.cap_full) if verdict is Verdict.FULL else (asked.lean, asked.cap_lean)
     fields[contract.ADM_ADMITTED].bool_value = True
-    fields[contract.ADM_RESERVED_TOKENS].number_value = held.input + held.output if asked.counters else 0
+    fields[contract.ADM_RESERVED_TOKENS].number_value = 0 if outcome is None else asked.lean.input + outcome.output
     # Descriptors carry strings only, and the settle's descriptor carries this back.
     fields[contract.ADM_HOLD].string_value = contract.HOLD_SOMETHING if asked.settles else contract.HOLD_NOTHING
+    cap = None if outcome is None else asked.cap(outcome.output)
     if cap is not None:
         fields[contract.ADM_OUTPUT_CAP].number_value = cap
     return response

@@ -3,9 +3,9 @@
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
 -- ARGV[1]  the demand as JSON: r request, s whether it settles, d lease in microseconds, in estimated
---          input tokens, c counters
+--          input tokens, o output tokens of all choices together {least, lean, full}, c counters
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, then per counter its level and 1 if it had room, else 0}
+-- Answer: {verdict, now, output tokens granted, then per counter its level and 1 if it had room, else 0}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
@@ -33,15 +33,32 @@ local function has_room(i, counter, hits)
   return levels[i] + hits <= counter.a
 end
 
-local function judge(way)
+-- Hits that each counter is asked for: all of the full ask, or the lean one with so many output tokens.
+local function asked(counter, output)
+  return output and lean_hits(demand, counter, output) or counter.f
+end
+
+local function fits(output)
   for i, counter in ipairs(demand.c) do
-    if counter.e == 'refuse' and not has_room(i, counter, counter[way]) then return false end
+    if counter.e == 'refuse' and not has_room(i, counter, asked(counter, output)) then return false end
   end
   return true
 end
 
-local function answer(verdict)
-  local said = { verdict, whole(now) }
+-- The most output tokens that fit, from the usual down to the least; nil if not even those do.
+local function most_that_fits()
+  local low, high = demand.o[1], demand.o[2]
+  if fits(high) then return high end
+  if low == high or not fits(low) then return nil end
+  while high - low > 1 do
+    local middle = math.floor((low + high) / 2)
+    if fits(middle) then low = middle else high = middle end
+  end
+  return low
+end
+
+local function answer(verdict, output)
+  local said = { verdict, whole(now), whole(output) }
   for i in ipairs(demand.c) do
     said[#said + 1] = exact(levels[i])
     said[#said + 1] = rooms[i] == false and 0 or 1
@@ -51,17 +68,21 @@ end
 
 -- Asked again (a call that was repeated): the same answer, and nothing more is taken.
 local known = demand.s and redis.call('GET', KEYS[1])
-if known and known ~= '' then return answer(tonumber(string.sub(known, 1, 1))) end
+if known and known ~= '' then
+  local verdict, output = string.match(known, '^(%d)[01]*=?(%d*)')
+  verdict = tonumber(verdict)
+  return answer(verdict, tonumber(output) or demand.o[verdict == 1 and 3 or 2])
+end
 
-local verdict, way = 1, 'f'
-if not judge('f') then
-  verdict, way = 2, 'l'
-  if not judge('l') then return answer(0) end
+local verdict, output = 1, nil
+if not fits(nil) then
+  verdict, output = 2, most_that_fits()
+  if not output then return answer(0, 0) end
 end
 
 local taken = ''
 for i, counter in ipairs(demand.c) do
-  local hits = counter[way]
+  local hits = asked(counter, output)
   rooms[i] = has_room(i, counter, hits)
   local takes = rooms[i] or counter.e ~= 'shadow'
   taken = taken .. (takes and 1 or 0)
@@ -84,8 +105,9 @@ for i, counter in ipairs(demand.c) do
 end
 if demand.s then
   -- The demand as it came: encoding it again would round its numbers to 14 digits.
-  redis.call('SET', KEYS[1], verdict .. taken .. ARGV[1], 'PX', whole(demand.d / 1000))
+  local granted = output and '=' .. whole(output) or ''
+  redis.call('SET', KEYS[1], verdict .. taken .. granted .. ARGV[1], 'PX', whole(demand.d / 1000))
   redis.call('ZADD', KEYS[2], whole(now), demand.r)
   redis.call('PEXPIRE', KEYS[2], whole(demand.d / 1000 + 1000))
 end
-return answer(verdict)
+return answer(verdict, output or demand.o[3])

@@ -9,7 +9,8 @@
 --
 -- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
 -- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
--- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens.
+-- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, and the
+-- least that a request with any token costs.
 
 local DAYS_400_MS = 34560000000
 -- Leases purged in one call; more wait for the next, and until then count as held.
@@ -67,4 +68,41 @@ local function leases_of(counter, now)
   local over = redis.call('ZRANGEBYSCORE', counter.n, '-inf', whole(now), 'LIMIT', 0, PURGED_MAX)
   if #over > 0 then redis.call('ZREM', counter.n, unpack(over)) end
   return redis.call('ZCOUNT', counter.n, '(' .. whole(now), '+inf')
+end
+
+-- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
+-- and nano-units per million would not be exact in a double.
+local function cost(price, input, output, cached)
+  if input == 0 and output == 0 then return 0 end
+  local amount, rest = 0, 0
+  local tokens = { input - cached, output, cached }
+  for i = 1, 3 do
+    local low = price[i] % 1000000
+    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
+    rest = rest + tokens[i] * low
+  end
+  return math.max(price[4] or 0, amount + math.ceil(rest / 1000000))
+end
+
+local HITS = {
+  tokens = function(_, input, output) return input + output end,
+  input_tokens = function(_, input) return input end,
+  output_tokens = function(_, _, output) return output end,
+  cached_tokens = function(_, _, _, cached) return cached end,
+  money = function(counter, input, output, cached)
+    return type(counter.c) == 'table' and cost(counter.c, input, output, cached) or 0
+  end,
+}
+
+-- What so many tokens add to a counter; a request is one hit of requests and of concurrency.
+local function hits_of(counter, input, output, cached)
+  local counted = HITS[counter.u]
+  return counted and counted(counter, input, output, cached) or 1
+end
+
+-- Hits that the lean ask takes of a counter where so many output tokens are granted. Only a hard counter
+-- goes by them: any other is asked for the usual, and settles as a debt.
+local function lean_hits(demand, counter, output)
+  if not demand.o or output == demand.o[2] or counter.k ~= 'quota' or counter.e ~= 'refuse' then return counter.l end
+  return hits_of(counter, demand['in'], output, 0)
 end

@@ -78,9 +78,9 @@ class StoredCounters:
         answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, rooms = [float(level) for level in answer[2::2]], answer[3::2]
+        values, rooms = [float(level) for level in answer[3::2]], answer[4::2]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
-        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), over=over)
+        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), output=int(answer[2]), over=over)
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
         """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
@@ -143,6 +143,7 @@ def _document(demand: Demand) -> bytes:
     return orjson.dumps(
         {
             "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+            "o": [demand.output_least, demand.lean.output, demand.full.output],
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip
     )
@@ -154,7 +155,7 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter),
-        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano],
+        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano],
     }  # fmt: skip
 
 

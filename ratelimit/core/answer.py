@@ -98,7 +98,7 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
     limit = f"{counter.amount} {unit} {_PER[counter.period]}"
     if worst.wait_us is None:
         message = (
-            f"This request needs about {counter.lean} {unit}; the limit of this {counter.scope} is {limit}, "
+            f"This request needs about {worst.hits} {unit}; the limit of this {counter.scope} is {limit}, "
             "so it can never pass. Ask for fewer."
         )
     else:

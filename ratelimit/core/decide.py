@@ -9,6 +9,7 @@ side). Times are microseconds of one clock, whichever that is.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,7 +19,7 @@ from ratelimit.core import bucket
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Unit
 from ratelimit.core.reading import Reading, read
-from ratelimit.core.usage import Report, hits
+from ratelimit.core.usage import Report, Usage, hits
 
 #: An unsettled reservation is given back after this. Longer than streams live (Envoy ends a silent
 #: one after 600 s, a busy one has ended by then); what is known to be over is settled far earlier.
@@ -62,6 +63,8 @@ class Reservation:
 
     demand: Demand
     verdict: Verdict
+    #: Output tokens that are held, of all choices together.
+    output: int
     #: Names of the counters that were really taken from (a shadow limit without room was not).
     taken: frozenset[str]
     ends_us: int
@@ -81,6 +84,8 @@ class Outcome:
 
     verdict: Verdict
     readings: tuple[Reading, ...]
+    #: Output tokens that are held for the request, of all its choices together.
+    output: int = 0
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
 
@@ -96,13 +101,13 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
     values = [level.value(counter, now_us) for level, counter in zip(levels, demand.counters, strict=True)]
     known = _reservation(memory, demand.request_id, now_us)
     if known is not None:
-        return outcome(demand, known.verdict, values, now_us)
-    verdict = _judge(demand, values)
+        return outcome(demand, known.verdict, values, now_us, output=known.output)
+    verdict, output = _judge(demand, values)
     if verdict is Verdict.REFUSED:
         return outcome(demand, verdict, values, now_us)
     taken, over = set(), set()
     for index, (counter, level) in enumerate(zip(demand.counters, levels, strict=True)):
-        wanted = asked(counter, verdict)
+        wanted = asked(demand, counter, verdict, output)
         if not has_room(counter, values[index], wanted):
             over.add(counter.name)
             if counter.effect is Effect.SHADOW:
@@ -116,9 +121,9 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
             level.held[demand.request_id] = (wanted, now_us + LEASE_US)
     if demand.settles:
         memory.reservations[demand.request_id] = Reservation(
-            demand=demand, verdict=verdict, taken=frozenset(taken), ends_us=now_us + LEASE_US
+            demand=demand, verdict=verdict, output=output, taken=frozenset(taken), ends_us=now_us + LEASE_US
         )
-    return outcome(demand, verdict, values, now_us, over=frozenset(over))
+    return outcome(demand, verdict, values, now_us, output=output, over=frozenset(over))
 
 
 def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool:
@@ -140,7 +145,7 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
         used = hits(counter.unit, actual, counter.price)
         if counter.kind is Kind.BUCKET:
             if counter.unit is not Unit.REQUESTS:
-                excess = used - asked(counter, reservation.verdict)
+                excess = used - counter.lean
                 debt = bucket.drained(counter, debt=level.debt, at_us=level.at_us, now_us=now_us)
                 level.debt, level.at_us = max(0.0, debt + excess * counter.period_us), now_us
         else:
@@ -149,9 +154,13 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
     return True
 
 
-def asked(counter: Counter, verdict: Verdict) -> int:
-    """Hits that *counter* is asked for under *verdict*."""
-    return counter.full if verdict is Verdict.FULL else counter.lean
+def asked(demand: Demand, counter: Counter, verdict: Verdict, output: int) -> int:
+    """Hits that *counter* is asked for under *verdict*, with *output* tokens granted if that is lean."""
+    if verdict is Verdict.FULL:
+        return counter.full
+    if output == demand.lean.output or not counter.is_hard:
+        return counter.lean
+    return hits(counter.unit, Usage(input=demand.lean.input, output=output), counter.price)
 
 
 def has_room(counter: Counter, value: float, wanted: int) -> bool:
@@ -162,18 +171,27 @@ def has_room(counter: Counter, value: float, wanted: int) -> bool:
 
 
 def outcome(
-    demand: Demand, verdict: Verdict, values: Sequence[float], now_us: int, *, over: frozenset[str] = frozenset()
+    demand: Demand,
+    verdict: Verdict,
+    values: Sequence[float],
+    now_us: int,
+    *,
+    output: int = 0,
+    over: frozenset[str] = frozenset(),
 ) -> Outcome:
-    """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
+    """The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least."""
     refused = verdict is Verdict.REFUSED
     return Outcome(
         verdict=verdict,
         readings=tuple(
-            read(counter, value, hits=counter.lean if refused else 0, now_us=now_us)
+            read(
+                counter, value, hits=asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0, now_us=now_us
+            )
             for counter, value in zip(demand.counters, values, strict=True)
         ),
+        output=output,
         over=over,
-    )
+    )  # fmt: skip
 
 
 def seeded(memory: Memory, used: Mapping[str, int]) -> None:
@@ -187,11 +205,17 @@ def _reservation(memory: Memory, request_id: str, now_us: int) -> Reservation | 
     return found if found is not None and now_us < found.ends_us else None
 
 
-def _judge(demand: Demand, values: Sequence[float]) -> Verdict:
-    for verdict in (Verdict.FULL, Verdict.LEAN):
-        if all(
-            counter.effect is not Effect.REFUSE or has_room(counter, value, asked(counter, verdict))
+def _judge(demand: Demand, values: Sequence[float]) -> tuple[Verdict, int]:
+    """The verdict, and the output tokens it grants: the most that fit, from the usual down to the least."""
+
+    def fits(verdict: Verdict, output: int) -> bool:
+        return all(
+            counter.effect is not Effect.REFUSE or has_room(counter, value, asked(demand, counter, verdict, output))
             for counter, value in zip(demand.counters, values, strict=True)
-        ):
-            return verdict
-    return Verdict.REFUSED
+        )
+
+    if fits(Verdict.FULL, demand.full.output):
+        return Verdict.FULL, demand.full.output
+    candidates = range(demand.output_least, demand.lean.output + 1)
+    fitting = bisect_left(candidates, True, key=lambda output: not fits(Verdict.LEAN, output))
+    return (Verdict.LEAN, candidates[fitting - 1]) if fitting else (Verdict.REFUSED, 0)

@@ -70,16 +70,15 @@ class Estimates:
 
     def output_tokens(self, *, tenant_id: str, model: str, named_max: int, cap: int) -> int:
         """
-        Tokens to hold for one choice: what the caller named if it is believable, else the usual.
+        Tokens to hold for one choice: what this tenant's answers usually reach, at most what was named or *cap*.
 
-        Never more than *cap* and never more than what was named (0: nothing was named).
+        While nothing is learned, what the caller named (0: nothing) stands if it is believable.
         """
         most = min(named_max or cap, cap)
-        if 0 < named_max <= OUTPUT_TOKENS_BELIEVED_MAX:
-            return most
-        assumed = OUTPUT_TOKENS_BELIEVED_MAX if named_max else OUTPUT_TOKENS_ASSUMED
         learned = self._value(("output", tenant_id, model))
-        return min(most, assumed if learned is None else max(1, math.ceil(learned)))
+        if learned is not None:
+            return min(most, max(1, math.ceil(learned)))
+        return min(most, OUTPUT_TOKENS_BELIEVED_MAX if named_max else OUTPUT_TOKENS_ASSUMED)
 
     def learn(
         self, *, tenant_id: str, model: str, prompt_bytes: int, input_tokens: int, output_tokens: int

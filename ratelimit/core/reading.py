@@ -24,6 +24,8 @@ class Reading:
     reset_us: int | None
     #: Microseconds until this request would pass: 0 now, None never.
     wait_us: int | None
+    #: What was asked for.
+    hits: int = 0
 
     @property
     def refuses(self) -> bool:
@@ -41,6 +43,7 @@ def read(counter: Counter, level: float, *, hits: int, now_us: int) -> Reading:
         return Reading(
             counter=counter, remaining=bucket.remaining(counter, debt=level),
             reset_us=bucket.reset_us(counter, debt=level), wait_us=bucket.wait_us(counter, debt=level, hits=hits),
+            hits=hits,
         )  # fmt: skip
     left = counter.amount - int(level)
     reset = max(0, counter.ends_us - now_us) if counter.period not in (Period.EVER, Period.NOW) else None
@@ -50,4 +53,4 @@ def read(counter: Counter, level: float, *, hits: int, now_us: int) -> Reading:
         wait = LEASE_WAIT_US if counter.amount else None
     else:
         wait = reset if hits <= counter.amount else None
-    return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait)
+    return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait, hits=hits)

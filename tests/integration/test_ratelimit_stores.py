@@ -286,6 +286,25 @@ def test_a_hard_quota_promises_a_cap_and_near_its_end_a_smaller_one(desk: Desk) 
     assert ["50", "30"] == [header(a, "x-ratelimit-remaining-output-tokens") for a in (first, second)]
 
 
+def test_a_caller_without_history_is_capped_to_what_is_left_of_a_quota(desk: Desk) -> None:
+    """What the operator assumes of an answer is more than the quota: the answer is held to the rest of it."""
+    desk.limit("tokens", "calendar_month", 60)
+    desk.open()
+
+    first = desk.admit("one", output_tokens_max="0")
+    refused = desk.admit("two", output_tokens_max="0")
+    desk.settle("one", input="10", output="20")
+    second = desk.admit("three", output_tokens_max="0")
+    desk.settle("three", input="10", output="4")
+    too_late = desk.admit("four", output_tokens_max="0")
+
+    caps = [answer.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value for answer in (first, second)]
+    assert [50, 20] == caps
+    # 16 are left, ten of them for the prompt.
+    assert [OVER, OVER] == [refused.overall_code, too_late.overall_code]
+    assert [b"44", b"0"] == desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+
+
 def test_a_dead_store_is_left_alone_and_each_limit_follows_its_mode(desk: Desk) -> None:
     """Local gives out its share; after three failures the store is not asked again."""
     desk.limit("requests", "minute", 4)

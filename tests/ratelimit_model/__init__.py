@@ -9,7 +9,7 @@ from fractions import Fraction
 from ratelimit.core.decide import LEASE_US
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Unit
-from ratelimit.core.usage import Report, hits
+from ratelimit.core.usage import Report, Usage, hits
 
 
 @dataclass
@@ -30,10 +30,15 @@ class Model:
         leases = [hits for hits, ends in self.held.get(counter.name, {}).values() if ends > now]
         return Fraction(self.used.get(counter.name, 0) + sum(leases))
 
-    def take(self, demand: Demand, now: int) -> str:
-        """FULL, LEAN or REFUSED."""
-        for verdict in ("FULL", "LEAN"):
-            asked = [(c, c.full if verdict == "FULL" else c.lean) for c in demand.counters]
+    def take(self, demand: Demand, now: int) -> tuple[str, int]:
+        """FULL, LEAN or REFUSED, and the output tokens granted: tried one after the other, the most first."""
+        asks = [("FULL", demand.full.output, [(c, c.full) for c in demand.counters])]
+        for output in range(demand.lean.output, demand.output_least - 1, -1):
+            lean = Usage(input=demand.lean.input, output=output)
+            asks.append(
+                ("LEAN", output, [(c, hits(c.unit, lean, c.price) if c.is_hard else c.lean) for c in demand.counters])
+            )
+        for verdict, output, asked in asks:
             fits = {c.name: self.level(c, now) + n <= c.burst for c, n in asked}
             if all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
                 given = [(c, n) for c, n in asked if fits[c.name] or c.effect is not Effect.SHADOW]
@@ -43,8 +48,8 @@ class Model:
                     else:
                         self.held.setdefault(counter.name, {})[demand.request_id] = (number, now + LEASE_US)
                 self.taken[demand.request_id], self.estimates[demand.request_id] = given, demand
-                return verdict
-        return "REFUSED"
+                return verdict, output
+        return "REFUSED", 0
 
     def settle(self, request_id: str, report: Report, now: int) -> None:
         """Charge what was used, once."""

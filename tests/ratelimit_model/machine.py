@@ -17,7 +17,7 @@ from tests.ratelimit_model import Model
 
 #: 1 March 2030: ahead of any store's own clock, so that nothing it keeps has expired already.
 BEGIN_US = 1_898_553_600_000_000
-_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003)
+_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, minimum_nano=40_000)
 
 _TOKEN_UNITS = [Unit.TOKENS, Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.CACHED_TOKENS]
 _EFFECTS = st.sampled_from([Effect.REFUSE, Effect.REFUSE, Effect.REFUSE, Effect.COUNT, Effect.SHADOW])
@@ -35,6 +35,7 @@ _LEASES = st.tuples(
 )
 LIMITS = st.lists(_BUCKETS | _QUOTAS | _LEASES, min_size=1, max_size=5)
 _TOKENS = st.integers(0, 1500)
+_LEAST = st.sampled_from([0, 1, 16, 1500])
 
 Take = Callable[[Demand, int], Outcome]
 Settle = Callable[[Demand, Report, int], bool]
@@ -72,16 +73,18 @@ class Lives(RuleBasedStateMachine):
         self.limits = limits
 
     @precondition(lambda self: self.limits)
-    @rule(target=requests, prompt=_TOKENS, lean=_TOKENS, more=_TOKENS)
-    def admit(self, prompt: int, lean: int, more: int) -> Demand:
-        """The verdict, the room and what is left are the model's."""
+    @rule(target=requests, prompt=_TOKENS, least=_LEAST, lean=_TOKENS, more=_TOKENS)
+    def admit(self, prompt: int, least: int, lean: int, more: int) -> Demand:
+        """The verdict, what is granted, the room and what is left are the model's."""
         self.number += 1
-        demand = self._demand(Usage(input=prompt, output=lean), Usage(input=prompt, output=lean + more))
+        demand = self._demand(
+            least=min(least, lean), lean=Usage(input=prompt, output=lean), full=Usage(input=prompt, output=lean + more)
+        )
 
         outcome = self.take(demand)
 
-        verdict = self.model.take(demand, self.now)
-        assert verdict == outcome.verdict.name
+        verdict, granted = self.model.take(demand, self.now)
+        assert (verdict, granted) == (outcome.verdict.name, outcome.output)
         for reading in outcome.readings:
             level = self.model.level(reading.counter, self.now)
             assert max(0, int(reading.counter.burst - level)) == reading.remaining
@@ -127,7 +130,7 @@ class Lives(RuleBasedStateMachine):
     def _fits_after(self, counter: Counter, wait_us: int) -> bool:
         return self.model.level(counter, self.now + wait_us) + counter.lean <= counter.burst
 
-    def _demand(self, lean: Usage, full: Usage) -> Demand:
+    def _demand(self, *, least: int, lean: Usage, full: Usage) -> Demand:
         counters = []
         for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
             price = _PRICE if unit is Unit.MONEY else None
@@ -142,5 +145,6 @@ class Lives(RuleBasedStateMachine):
                 counter = dataclasses.replace(counter, full=counter.lean)
             counters.append(counter)
         return Demand(
-            tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean
-        )
+            tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean,
+            output_least=least,
+        )  # fmt: skip
