@@ -217,5 +217,5 @@ def _judge(demand: Demand, values: Sequence[float]) -> tuple[Verdict, int]:
     if fits(Verdict.FULL, demand.full.output):
         return Verdict.FULL, demand.full.output
     candidates = range(demand.output_least, demand.lean.output + 1)
-    fitting = bisect_left(candidates, True, key=lambda output: not fits(Verdict.LEAN, output))
+    fitting = bisect_left(candidates, x=True, key=lambda output: not fits(Verdict.LEAN, output))
     return (Verdict.LEAN, candidates[fitting - 1]) if fitting else (Verdict.REFUSED, 0)
