@@ -20,7 +20,7 @@ from usage_event where request_id = %s
 _BASIS = {
     "reported": "the engine's closing usage",
     "running": "the engine's last running usage before the stream ended",
-    "counted": "tokens counted over what was delivered",
+    "counted": "the events that were delivered, a token each",
     "checkpoint": "what the journal last heard before Envoy died",
     "estimated": "an estimate, because the engine said nothing",
     "none": "nothing: it failed before a token, or has none",
@@ -54,9 +54,15 @@ def explain(store: Store, act: Act, request_id: str) -> dict[str, Any]:
     )
 
 
+_OUTCOME = {
+    "budget_exhausted": "was ended by the gateway where its quota or budget was used up (budget_exhausted)",
+}
+
+
 def _billed(row: dict[str, Any]) -> str:
+    ended = _OUTCOME.get(row["outcome"], f"ended {row['outcome']}")
     return (
-        f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, ended {row['outcome']} with status "
+        f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, {ended} with status "
         f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens by "
         f"{_BASIS[row['basis']]}."
     )

@@ -11,15 +11,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.clock import utc_now
+from chassis.models import WatchedCatalogue
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
+from ratelimit.adapters import tokenizers
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
+from ratelimit.core.estimate import Estimates
 from ratelimit.servicer import METHOD, Servicer
 
 
@@ -38,6 +41,9 @@ class Settings(BaseSettings):
     cluster: bool = False
     #: Output tokens that one choice may have under a hard quota or budget, if the caller names no fewer.
     output_tokens_cap: int = Field(default=16_384, ge=1)
+    #: Output tokens that a stream under a hard quota or budget is given at a time where not all of its answer
+    #: fits any more; 0: never, its answer is capped to what is left. Fewer cost more calls, more strand less.
+    slice_tokens: int = Field(default=256, ge=0)
     #: Also answer with RateLimit and RateLimit-Policy (draft 10, not a standard yet).
     draft_headers: bool = False
 
@@ -57,13 +63,17 @@ def main() -> None:
     breaker = Breaker(clock=time.monotonic, opened=probe)
     sweep = Sweep(stored, pool, lambda: limits.current.tenants)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
+    estimates = Estimates()
+    tokenizers.start(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, estimates)
     servicer = Servicer(
         limits,
         stored,
         LocalCounters(share=1 / settings.processes),
         breaker,
+        estimates,
         clock=utc_now,
         output_cap=settings.output_tokens_cap,
+        slice_tokens=settings.slice_tokens,
         draft_headers=settings.draft_headers,
     )
     serve_unary(

@@ -128,6 +128,8 @@ class Ledger:
 
     def __init__(self, url: str, journal: str) -> None:
         self._journal = journal
+        #: Envoy lives that are known to the database to have written this journal.
+        self._lives: set[str] = set()
         self._connection = psycopg.connect(
             url, application_name="collector", connect_timeout=3, options="-c statement_timeout=60000 -c timezone=UTC",
             keepalives_idle=5, keepalives_interval=2, keepalives_count=3,
@@ -182,6 +184,8 @@ class Ledger:
             if piece.alarm is not None:
                 self._keep_alarm(piece.alarm, now)
             self._keep_place(piece.place, now)
+            self._keep_lives(batch.epochs, now)
+        self._lives |= batch.epochs
         return len(added)
 
     def close_orphans(self, *, epoch: str, silent: bool, now: datetime) -> int:
@@ -199,6 +203,13 @@ class Ledger:
                 self._add([lost_event(entry) for entry in entries], now)
                 self._forget_open([entry.request_id for entry in entries])
         return len(rows)
+
+    def _keep_lives(self, epochs: set[str], now: datetime) -> None:
+        for epoch in epochs - self._lives:
+            self._connection.execute(
+                "insert into journal_life (epoch, journal, seen_at) values (%s, %s, %s) on conflict do nothing",
+                (epoch, self._journal, now),
+            )
 
     def mark_open(self, now: datetime) -> None:
         """Mark all open exchanges; whatever is heard of one takes its mark away."""

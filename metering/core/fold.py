@@ -33,13 +33,17 @@ class Batch:
     defects: list[Defect] = field(default_factory=list)
     #: The Envoy life that wrote last; exchanges of earlier lives in this journal are over.
     epoch: str | None = None
+    #: All Envoy lives of the batch.
+    epochs: set[str] = field(default_factory=set)
 
 
 def fold(entries: Iterable[Entry]) -> Batch:
     """Fold *entries*, in journal order."""
     batch = Batch()
     for entry in entries:
-        batch.epoch = entry.epoch or batch.epoch
+        if entry.epoch:
+            batch.epoch = entry.epoch
+            batch.epochs.add(entry.epoch)
         if entry.type == c.JOURNAL_END:
             batch.open.pop(entry.request_id, None)
             if entry.admitted:

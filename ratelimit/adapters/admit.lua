@@ -2,14 +2,15 @@
 -- Take all that one request asks, or nothing, and note what was taken.
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
--- ARGV[1]  the demand as JSON: r request, s whether it settles, d lease in microseconds, in estimated
+-- ARGV[1]  the demand as JSON: r request, e the life of its Envoy, s whether it settles, d lease in microseconds, in estimated
 --          input tokens, o output tokens of all choices together {least, lean, full}, c counters
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, output tokens granted, then per counter its level and 1 if it had room, else 0}
+-- Answer: {verdict, now, output tokens granted, then per counter its level, what of that is held, and 1 if it
+--         had room, else 0}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
-local levels, rooms = {}, {}
+local levels, helds, rooms = {}, {}, {}
 
 for i, counter in ipairs(demand.c) do
   if counter.k == 'bucket' then
@@ -17,7 +18,7 @@ for i, counter in ipairs(demand.c) do
   elseif counter.k == 'leases' then
     levels[i] = leases_of(counter, now)
   else
-    levels[i] = quota_of(counter, now)
+    levels[i], helds[i] = quota_of(counter, now)
     if not levels[i] then
       local seed = seeds[counter.n]
       if not seed then return { -1, whole(now) } end
@@ -35,7 +36,7 @@ end
 
 -- Hits that each counter is asked for: all of the full ask, or the lean one with so many output tokens.
 local function asked(counter, output)
-  return output and lean_hits(demand, counter, output) or counter.f
+  return output and lean_hits(demand, counter, output, demand['in']) or counter.f
 end
 
 local function fits(output)
@@ -45,22 +46,11 @@ local function fits(output)
   return true
 end
 
--- The most output tokens that fit, from the usual down to the least; nil if not even those do.
-local function most_that_fits()
-  local low, high = demand.o[1], demand.o[2]
-  if fits(high) then return high end
-  if low == high or not fits(low) then return nil end
-  while high - low > 1 do
-    local middle = math.floor((low + high) / 2)
-    if fits(middle) then low = middle else high = middle end
-  end
-  return low
-end
-
 local function answer(verdict, output)
   local said = { verdict, whole(now), whole(output) }
   for i in ipairs(demand.c) do
     said[#said + 1] = exact(levels[i])
+    said[#said + 1] = exact(helds[i] or 0)
     said[#said + 1] = rooms[i] == false and 0 or 1
   end
   return said
@@ -69,14 +59,13 @@ end
 -- Asked again (a call that was repeated): the same answer, and nothing more is taken.
 local known = demand.s and redis.call('GET', KEYS[1])
 if known and known ~= '' then
-  local verdict, output = string.match(known, '^(%d)[01]*=?(%d*)')
-  verdict = tonumber(verdict)
-  return answer(verdict, tonumber(output) or demand.o[verdict == 1 and 3 or 2])
+  local reservation = reservation_of(known)
+  return answer(reservation.verdict, reservation.verdict == 1 and demand.o[3] or reservation.output)
 end
 
 local verdict, output = 1, nil
 if not fits(nil) then
-  verdict, output = 2, most_that_fits()
+  verdict, output = 2, most_that_fits(demand.o[1], demand.o[2], fits)
   if not output then return answer(0, 0) end
 end
 
@@ -97,16 +86,16 @@ for i, counter in ipairs(demand.c) do
     else
       levels[i] = levels[i] + hits
       redis.call('HINCRBY', counter.n, 'held', whole(hits))
-      redis.call('ZADD', counter.n .. ':held', whole(now + demand.d), whole(hits) .. ':' .. demand.r)
+      redis.call('ZADD', counter.n .. ':held', whole(now + demand.d), member(hits, demand.r))
       keep(counter, counter.n)
       keep(counter, counter.n .. ':held')
     end
   end
 end
 if demand.s then
-  -- The demand as it came: encoding it again would round its numbers to 14 digits.
-  local granted = output and '=' .. whole(output) or ''
-  redis.call('SET', KEYS[1], verdict .. taken .. granted .. ARGV[1], 'PX', whole(demand.d / 1000))
+  put_reservation(KEYS[1], {
+    verdict = verdict, taken = taken, text = ARGV[1], demand = demand, output = output, input = demand['in'],
+  })
   redis.call('ZADD', KEYS[2], whole(now), demand.r)
   redis.call('PEXPIRE', KEYS[2], whole(demand.d / 1000 + 1000))
 end

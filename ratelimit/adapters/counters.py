@@ -21,7 +21,7 @@ from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from chassis.errors import Unavailable
-from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
+from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
@@ -67,7 +67,9 @@ class StoredCounters:
     def __init__(self, store: redis.Redis) -> None:
         self._store = store
         shared = (_SCRIPTS / "counters.lua").read_text()
-        self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
+        self._admit, self._renew, self._settle = (
+            _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle")
+        )
 
     def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
         """
@@ -78,9 +80,14 @@ class StoredCounters:
         answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, rooms = [float(level) for level in answer[3::2]], answer[4::2]
+        values, held, rooms = [float(level) for level in answer[3::3]], [int(part) for part in answer[4::3]], answer[5::3]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
-        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), output=int(answer[2]), over=over)
+        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), held=held, output=int(answer[2]), over=over)
+
+    def renew(self, *, tenant_id: str, request_id: str, renewal: Renewal) -> int:
+        """Output tokens held for a stream after *renewal*, as `ratelimit.core.decide.renew` has it."""
+        numbers = (-1 if renewal.input is None else renewal.input, renewal.output, renewal.more)
+        return int(self._call(self._renew, [reservation_key(tenant_id, request_id)], numbers))
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
         """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
@@ -95,6 +102,14 @@ class StoredCounters:
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
+
+    def epochs(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, str]:
+        """The Envoy life that each open reservation was made for; none for what is settled or does not know it."""
+        try:
+            found: Any = self._store.mget([reservation_key(tenant_id, request_id) for request_id in request_ids])
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return {request_id: _epoch(stored) for request_id, stored in zip(request_ids, found, strict=True) if stored}
 
     def probe(self) -> bool:
         """Whether the store takes a write: one that only answers is of no use."""
@@ -125,6 +140,11 @@ def open_key(tenant_id: str) -> str:
     return f"peaje:{{{tenant_id}}}:open"
 
 
+def _epoch(reservation: bytes) -> str:
+    # Before the demand stand digits and signs only.
+    return str(orjson.loads(reservation[reservation.index(b"{") :]).get("e", ""))
+
+
 def _script(text: str) -> _Script:
     # The store names scripts by this hash; nothing rests on its strength.
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
@@ -142,7 +162,7 @@ def _keys(demand: Demand) -> list[str]:
 def _document(demand: Demand) -> bytes:
     return orjson.dumps(
         {
-            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch,
             "o": [demand.output_least, demand.lean.output, demand.full.output],
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip

@@ -9,15 +9,16 @@ local stored = redis.call('GET', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[5])
 if not stored or stored == '' then return '0' end
 redis.call('SET', KEYS[1], '', 'PX', ARGV[4])
-local verdict, taken, granted, text = string.match(stored, '^(%d)([01]*)=?(%d*)(.*)$')
-local demand = cjson.decode(text)
+local reservation = reservation_of(stored)
+local demand, taken = reservation.demand, reservation.taken
 local now = clock()
 local input, output, cached = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 if input < 0 then input = demand['in'] end
 cached = math.min(cached, input)
 
 for i, counter in ipairs(demand.c) do
-  local hits = verdict == '1' and counter.f or lean_hits(demand, counter, tonumber(granted))
+  local hits = counter.f
+  if reservation.verdict == 2 then hits = lean_hits(demand, counter, reservation.output, reservation.input) end
   if string.sub(taken, i, i) == '0' then
     -- A shadow limit without room: nothing was taken.
   elseif counter.k == 'leases' then
@@ -28,7 +29,7 @@ for i, counter in ipairs(demand.c) do
     end
   -- A quota that was wiped meanwhile is given back by the ledger, which has this exchange in it.
   elseif redis.call('EXISTS', counter.n) == 1 then
-    if redis.call('ZREM', counter.n .. ':held', whole(hits) .. ':' .. demand.r) == 1 then
+    if redis.call('ZREM', counter.n .. ':held', member(hits, demand.r)) == 1 then
       redis.call('HINCRBY', counter.n, 'held', whole(-hits))
     end
     redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached)))

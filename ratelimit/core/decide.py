@@ -9,6 +9,7 @@ side). Times are microseconds of one clock, whichever that is.
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,11 @@ class Level:
             del self.held[request_id]
         if counter.kind is Kind.LEASES:
             return len(self.held)
-        return self.used + sum(hits_ for hits_, _ in self.held.values())
+        return self.used + self.reserved(counter)
+
+    def reserved(self, counter: Counter) -> int:
+        """What of a quota's value is held and not used: it may come back before the quota starts anew."""
+        return sum(hits_ for hits_, _ in self.held.values()) if counter.kind is Kind.QUOTA else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +68,24 @@ class Reservation:
 
     demand: Demand
     verdict: Verdict
-    #: Output tokens that are held, of all choices together.
+    #: Tokens that are held of the lean ask: of the prompt, and of all choices' output together.
+    input: int
     output: int
     #: Names of the counters that were really taken from (a shadow limit without room was not).
     taken: frozenset[str]
     ends_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """What a stream under way asks to go on being held."""
+
+    #: None while nobody knows: the estimate it was admitted with then stands.
+    input: int | None
+    #: Tokens that are delivered, of all choices together, if this is granted.
+    output: int
+    #: How many beyond them.
+    more: int
 
 
 @dataclass(slots=True)
@@ -104,7 +122,8 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
         return outcome(demand, known.verdict, values, now_us, output=known.output)
     verdict, output = _judge(demand, values)
     if verdict is Verdict.REFUSED:
-        return outcome(demand, verdict, values, now_us)
+        held = [level.reserved(counter) for level, counter in zip(levels, demand.counters, strict=True)]
+        return outcome(demand, verdict, values, now_us, held=held)
     taken, over = set(), set()
     for index, (counter, level) in enumerate(zip(demand.counters, levels, strict=True)):
         wanted = asked(demand, counter, verdict, output)
@@ -121,9 +140,51 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
             level.held[demand.request_id] = (wanted, now_us + LEASE_US)
     if demand.settles:
         memory.reservations[demand.request_id] = Reservation(
-            demand=demand, verdict=verdict, output=output, taken=frozenset(taken), ends_us=now_us + LEASE_US
-        )
+            demand=demand, verdict=verdict, input=demand.lean.input, output=output, taken=frozenset(taken),
+            ends_us=now_us + LEASE_US,
+        )  # fmt: skip
     return outcome(demand, verdict, values, now_us, output=output, over=frozenset(over))
+
+
+def renew(memory: Memory, request_id: str, renewal: Renewal, now_us: int) -> int:
+    """
+    Hold what *renewal* asks of each hard counter, or as much beyond what is delivered as is left.
+
+    Answers the output tokens held then. Fewer than *renewal* delivers: what is left does not pay them,
+    and nothing has changed. 0: there is no reservation (any more).
+    """
+    reservation = _reservation(memory, request_id, now_us)
+    if reservation is None:
+        return 0
+    demand = reservation.demand
+    if reservation.verdict is Verdict.FULL:
+        return demand.full.output
+    input_ = reservation.input if renewal.input is None else renewal.input
+    others: list[tuple[Counter, Level, float]] = []
+    for counter in demand.counters:
+        if counter.is_hard and counter.name in reservation.taken:
+            level = memory.levels.get(counter.name) or Level()
+            value = level.value(counter, now_us)
+            others.append((counter, level, value - level.held.get(request_id, (0, 0))[0]))
+
+    def asks(counter: Counter, output: int) -> int:
+        return hits(counter.unit, Usage(input=input_, output=output), counter.price)
+
+    # The model server is held to the full ask, so nothing beyond it can come.
+    candidates = range(renewal.output, max(renewal.output, min(renewal.output + renewal.more, demand.full.output)) + 1)
+    fitting = bisect_left(
+        candidates, x=True, key=lambda output: any(value + asks(c, output) > c.amount for c, _, value in others)
+    )
+    if not fitting:
+        return reservation.output
+    granted = candidates[fitting - 1]
+    for counter, level, _ in others:
+        level.held[request_id] = (asks(counter, granted), now_us + LEASE_US)
+        memory.levels[counter.name] = level
+    memory.reservations[request_id] = dataclasses.replace(
+        reservation, input=input_, output=granted, ends_us=now_us + LEASE_US
+    )
+    return granted
 
 
 def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool:
@@ -158,7 +219,7 @@ def asked(demand: Demand, counter: Counter, verdict: Verdict, output: int) -> in
     """Hits that *counter* is asked for under *verdict*, with *output* tokens granted if that is lean."""
     if verdict is Verdict.FULL:
         return counter.full
-    if output == demand.lean.output or not counter.is_hard:
+    if not counter.is_hard:
         return counter.lean
     return hits(counter.unit, Usage(input=demand.lean.input, output=output), counter.price)
 
@@ -176,22 +237,21 @@ def outcome(
     values: Sequence[float],
     now_us: int,
     *,
+    held: Sequence[int] = (),
     output: int = 0,
     over: frozenset[str] = frozenset(),
 ) -> Outcome:
-    """The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least."""
+    """
+    The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least.
+
+    *held* is the part of each value that others hold and have not used; nothing unless said.
+    """
     refused = verdict is Verdict.REFUSED
-    return Outcome(
-        verdict=verdict,
-        readings=tuple(
-            read(
-                counter, value, hits=asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0, now_us=now_us
-            )
-            for counter, value in zip(demand.counters, values, strict=True)
-        ),
-        output=output,
-        over=over,
-    )  # fmt: skip
+    readings = []
+    for counter, value, part in zip(demand.counters, values, held or [0] * len(values), strict=True):
+        least = asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0
+        readings.append(read(counter, value, held=part, hits=least, now_us=now_us))
+    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over)
 
 
 def seeded(memory: Memory, used: Mapping[str, int]) -> None:

@@ -93,6 +93,10 @@ class Demand:
     choices: int = 1
     #: Whether the model server must be held to what is granted: a hard limit on its output binds.
     is_capped: bool = False
+    #: Whether the lean ask is the first slice of an output that is renewed while it streams.
+    is_sliced: bool = False
+    #: The life of the Envoy that asked: whose journal tells of the request, should nobody settle it.
+    epoch: str = ""
     #: Whether there is anything to settle when the exchange ends.
     settles: bool = field(init=False)
 
@@ -108,12 +112,20 @@ class Demand:
 
 
 def demand(
-    ask: Ask, limits: Iterable[Limit], *, estimates: Estimates, price: Price | None, output_cap: int, now: datetime
+    ask: Ask,
+    limits: Iterable[Limit],
+    *,
+    estimates: Estimates,
+    price: Price | None,
+    output_cap: int,
+    slice_tokens: int = 0,
+    now: datetime,
 ) -> Demand:
     """
     Work out what *ask* asks of *limits*, in their order.
 
-    *output_cap* is the operator's cap on one choice's output tokens under a hard limit.
+    *output_cap* is the operator's cap on one choice's output tokens under a hard limit, *slice_tokens*
+    what a stream under one is given at a time where not all of it fits (0: it is capped instead).
     """
     limits = list(limits)
     prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
@@ -123,14 +135,17 @@ def demand(
             tenant_id=ask.tenant_id, model=ask.model, named_max=ask.output_tokens_max, cap=output_cap
         )
         worst = min(ask.output_tokens_max or output_cap, output_cap)
-    lean = Usage(input=prompt, output=usual * choices)
+    is_capped = worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits)
+    is_sliced = is_capped and ask.streams and slice_tokens > 0
     full = Usage(input=prompt, output=worst * choices)
-    least = Usage(input=prompt, output=min(usual, OUTPUT_TOKENS_LEAST) * choices)
+    usually = Usage(input=prompt, output=usual * choices)
+    lean = Usage(input=prompt, output=min(usually.output, slice_tokens) if is_sliced else usually.output)
+    least = Usage(input=prompt, output=min(lean.output, OUTPUT_TOKENS_LEAST * choices))
     return Demand(
         tenant_id=ask.tenant_id,
         request_id=ask.request_id,
         counters=tuple(
-            _counter(limit, full=full, lean=lean, least=least, price=price, now=now)
+            _counter(limit, full=full, lean=lean if _is_hard(limit) else usually, least=least, price=price, now=now)
             for limit in limits
             if limit.unit in (Unit.REQUESTS, Unit.CONCURRENCY) or ask.dialect != _WITHOUT_TOKENS
         ),
@@ -138,7 +153,9 @@ def demand(
         lean=lean,
         output_least=least.output,
         choices=choices,
-        is_capped=worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits),
+        is_capped=is_capped,
+        is_sliced=is_sliced,
+        epoch=ask.epoch,
     )
 
 

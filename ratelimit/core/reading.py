@@ -10,7 +10,7 @@ from ratelimit.core import bucket
 from ratelimit.core.demand import Counter, Kind
 from ratelimit.core.limits import Effect, Period
 
-#: When a slot becomes free is nobody's to know; asking again each second is cheap for both sides.
+#: When a slot becomes free or what is held comes back is nobody's to know; asking again each second is cheap for both sides.
 LEASE_WAIT_US: Final = 1_000_000
 
 
@@ -33,11 +33,12 @@ class Reading:
         return self.wait_us != 0 and self.counter.effect is Effect.REFUSE
 
 
-def read(counter: Counter, level: float, *, hits: int, now_us: int) -> Reading:
+def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: int) -> Reading:
     """
     What *counter* says to *hits* more at *level*.
 
-    The level is a bucket's debt, a quota's used and held, the number of leases.
+    The level is a bucket's debt, a quota's used and held, the number of leases; *held* the part of a quota's
+    that is held: nobody knows when it comes back, but it will be before the quota starts anew.
     """
     if counter.kind is Kind.BUCKET:
         return Reading(
@@ -51,6 +52,8 @@ def read(counter: Counter, level: float, *, hits: int, now_us: int) -> Reading:
         wait: int | None = 0
     elif counter.kind is Kind.LEASES:
         wait = LEASE_WAIT_US if counter.amount else None
+    elif hits <= left + held:
+        wait = LEASE_WAIT_US if reset is None else min(LEASE_WAIT_US, reset)
     else:
         wait = reset if hits <= counter.amount else None
     return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait, hits=hits)

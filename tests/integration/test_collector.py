@@ -439,3 +439,15 @@ def test_a_flood_of_refusals_is_bounded(ledger_url: str, live: Path) -> None:
 
     assert [(200,)] == rows(ledger_url, "select count(*) from refusal")
     assert [(0,)] == rows(ledger_url, "select count(*) from usage_event")
+
+
+def test_every_life_of_envoy_is_known_to_have_written_its_journal(postgres_url: str, live: Path) -> None:
+    """Also one that was over before the collector looked, and each once."""
+    write(live, [start(1, epoch="one"), end(1, epoch="one"), start(2, epoch="two")])
+    collect(postgres_url, live)
+    write(live, [end(2, epoch="two"), end(3, epoch="three")])
+    collect(postgres_url, live)
+
+    with psycopg.connect(postgres_url) as connection:
+        found = connection.execute("select epoch, journal from journal_life order by epoch").fetchall()
+    assert [("one", "local"), ("three", "local"), ("two", "local")] == found

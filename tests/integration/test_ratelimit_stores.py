@@ -21,6 +21,7 @@ from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.decide import Verdict
 from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Period, Unit
 from ratelimit.core.usage import Report, Usage
 from ratelimit.servicer import Servicer
@@ -171,6 +172,17 @@ def test_one_damaged_counter_is_one_tenant_s_trouble(own_store: str) -> None:
 # --- The servicer on real stores ------------------------------------------------------------------------
 
 
+class _Call:
+    """What Envoy's call has beside its message."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The life of the Envoy that asks."""
+        return ((contract.EPOCH_CALL_METADATA, "life"),)
+
+
+_CALL: Any = _Call()
+
+
 class Desk:
     """A servicer with its stores, asked as Envoy asks."""
 
@@ -196,8 +208,8 @@ class Desk:
         self.pool = read_pool(self.postgres_url, name="test", connections=1)
         self.breaker = Breaker(clock=lambda: 0.0, opened=self._opened)
         self.servicer = Servicer(
-            LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker,
-            clock=lambda: NOW, output_cap=100, draft_headers=True,
+            LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker, Estimates(),
+            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True,
         )  # fmt: skip
         return self
 
@@ -209,9 +221,16 @@ class Desk:
             {
                 "phase": "admit", "request_id": request_id, "tenant": self.tenant, "project": "default", "key_id": "k",
                 "model": "m", "dialect": "openai.chat", "prompt_bytes": "25", "output_tokens_max": "10", "choices": "1",
+                "stream": "no",
             }
             | values
         )  # fmt: skip
+
+    def renew(self, request_id: str, *, output: int, input_: int = 0) -> int:
+        answer = self._ask(
+            {"phase": "renew", "request_id": request_id, "tenant": self.tenant, "input": str(input_), "output": str(output)}
+        )
+        return int(answer.dynamic_metadata.fields[contract.ADM_SLICE_TOKENS].number_value)
 
     def settle(self, request_id: str, **values: str) -> None:
         self._ask(
@@ -227,7 +246,7 @@ class Desk:
         descriptor = request.descriptors.add()
         for key, value in entries.items():
             descriptor.entries.add(key=key, value=value)
-        return self.servicer.should_rate_limit(request, None)  # type: ignore[arg-type]
+        return self.servicer.should_rate_limit(request, _CALL)
 
     def close(self) -> None:
         self.pool.close()
@@ -305,6 +324,56 @@ def test_a_caller_without_history_is_capped_to_what_is_left_of_a_quota(desk: Des
     assert [b"44", b"0"] == desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
 
 
+def test_streams_share_the_last_tokens_slice_by_slice(desk: Desk) -> None:
+    """Each is given a slice and then the next, until there is none; together they never hold more than there is."""
+    desk.limit("tokens", "calendar_month", 95)
+    desk.open()
+
+    admitted = [desk.admit(name, output_tokens_max="90", stream="yes") for name in ("one", "two")]
+    fields = [answer.dynamic_metadata.fields for answer in admitted]
+    held = [desk.renew("two", output=21), desk.renew("one", output=21), desk.renew("two", output=42)]
+    before = desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+    for name, output in (("one", 34), ("two", 41)):
+        desk.settle(name, input="10", output=str(output))
+
+    # The model server may go on to what was asked for; what is held goes with the stream.
+    assert [("one", 20, 90), ("two", 20, 90)] == [
+        (f[contract.ADM_SLICE].string_value, f[contract.ADM_SLICE_TOKENS].number_value, f[contract.ADM_OUTPUT_CAP].number_value)
+        for f in fields
+    ]  # fmt: skip
+    # A whole slice, what is left of one, nothing: 41 are still what it has.
+    assert [41, 34, 41] == held
+    assert [b"0", b"95"] == before
+    assert [b"95", b"0"] == desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+    assert 0 == desk.renew("one", output=35)
+
+
+def test_a_slice_corrects_the_estimate_of_the_prompt(desk: Desk) -> None:
+    """As soon as the engine has said what the prompt really has, that is what is held."""
+    desk.limit("tokens", "calendar_month", 40)
+    desk.open()
+    desk.admit("one", output_tokens_max="90", stream="yes")
+
+    longer = desk.renew("one", output=1, input_=25)
+    too_long = desk.renew("one", output=1, input_=40)
+
+    assert (15, 15) == (longer, too_long)
+    assert b"40" == desk.store.hget(f"peaje:{{{desk.tenant}}}:1:2030-03", "held")
+
+
+def test_what_is_not_streamed_or_fits_whole_is_not_sliced(desk: Desk) -> None:
+    """Only what can be ended before its end, and only near the limit."""
+    desk.limit("tokens", "calendar_month", 150)
+    desk.open()
+
+    whole = desk.admit("one", output_tokens_max="90", stream="yes")
+    capped = desk.admit("two", output_tokens_max="90")
+
+    for answer, cap in ((whole, 90), (capped, 40)):
+        assert contract.ADM_SLICE not in answer.dynamic_metadata.fields
+        assert cap == answer.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value
+
+
 def test_a_dead_store_is_left_alone_and_each_limit_follows_its_mode(desk: Desk) -> None:
     """Local gives out its share; after three failures the store is not asked again."""
     desk.limit("requests", "minute", 4)
@@ -347,6 +416,17 @@ def test_a_hard_quota_without_its_store_counts_on_from_what_was_last_said(desk: 
 
     # 80 were left, 40 are ours, each holds 20.
     assert [OK, OK, OVER] == codes
+
+
+def test_a_reservation_knows_the_life_of_the_envoy_that_made_it(desk: Desk) -> None:
+    """Whose journal is to be waited for; what is settled waits for none."""
+    desk.limit("tokens", "calendar_month", 1000)
+    desk.open()
+    desk.admit("one")
+    desk.admit("two")
+    desk.settle("two")
+
+    assert {"one": "life"} == StoredCounters(desk.store).epochs(desk.tenant, ["one", "two", "three"])
 
 
 def test_draft_headers_name_quota_window_and_what_is_left(desk: Desk) -> None:

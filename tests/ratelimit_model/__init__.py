@@ -21,6 +21,8 @@ class Model:
     held: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     taken: dict[str, list[tuple[Counter, int]]] = field(default_factory=dict)
     estimates: dict[str, Demand] = field(default_factory=dict)
+    #: Output tokens held, and whether that is all there can be.
+    granted: dict[str, tuple[int, bool]] = field(default_factory=dict)
 
     def level(self, counter: Counter, now: int) -> Fraction:
         """Hits in the counter now."""
@@ -48,8 +50,27 @@ class Model:
                     else:
                         self.held.setdefault(counter.name, {})[demand.request_id] = (number, now + LEASE_US)
                 self.taken[demand.request_id], self.estimates[demand.request_id] = given, demand
+                self.granted[demand.request_id] = output, verdict == "FULL"
                 return verdict, output
         return "REFUSED", 0
+
+    def renew(self, request_id: str, *, input_: int, output: int, more: int, now: int) -> int:
+        """Output tokens held after it: tried one after the other, the most first."""
+        if request_id not in self.taken:
+            return 0
+        before, is_full = self.granted[request_id]
+        hard = [counter for counter, _ in self.taken[request_id] if counter.is_hard]
+        most = max(output, min(output + more, self.estimates[request_id].full.output))
+        for granted in range(most, output - 1, -1) if not is_full else ():
+            asked = {c.name: hits(c.unit, Usage(input=input_, output=granted), c.price) for c in hard}
+            own = {c.name: self.held[c.name].get(request_id, (0, 0)) for c in hard}
+            own = {name: hits if ends > now else 0 for name, (hits, ends) in own.items()}
+            if all(self.level(c, now) - own[c.name] + asked[c.name] <= c.amount for c in hard):
+                for counter in hard:
+                    self.held[counter.name][request_id] = (asked[counter.name], now + LEASE_US)
+                self.granted[request_id] = granted, False
+                return granted
+        return before
 
     def settle(self, request_id: str, report: Report, now: int) -> None:
         """Charge what was used, once."""

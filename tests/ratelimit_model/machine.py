@@ -9,7 +9,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from ratelimit.core.decide import LEASE_US, Outcome
+from ratelimit.core.decide import LEASE_US, Outcome, Renewal
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Price, Report, Usage, hits
@@ -59,6 +59,10 @@ class Lives(RuleBasedStateMachine):
         """The limiter under test."""
         raise NotImplementedError
 
+    def renew(self, demand: Demand, renewal: Renewal) -> int:
+        """The limiter under test."""
+        raise NotImplementedError
+
     def settle(self, demand: Demand, report: Report) -> bool:
         """The limiter under test."""
         raise NotImplementedError
@@ -94,6 +98,20 @@ class Lives(RuleBasedStateMachine):
         if verdict != "REFUSED":
             self.open.add(demand.request_id)
         return demand
+
+    @precondition(lambda self: self.open)
+    @rule(demand=requests, input_=_TOKENS, output=_TOKENS, more=_TOKENS)
+    def go_on(self, demand: Demand, input_: int, output: int, more: int) -> None:
+        """A stream that is renewed holds what the model says, and so does everybody else."""
+        renewal = Renewal(input=input_, output=output, more=more)
+
+        held = self.renew(demand, renewal)
+
+        if demand.settles and demand.request_id in self.open:
+            wanted = self.model.renew(demand.request_id, input_=input_, output=output, more=more, now=self.now)
+            assert wanted == held
+        else:
+            assert held == 0
 
     @precondition(lambda self: self.open)
     @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), input_=st.none() | _TOKENS)

@@ -15,7 +15,7 @@ from metering.adapters.rotation import Rotation
 from metering.adapters.tail import BATCH_BYTES_MAX, Place, list_files, look, next_piece
 from metering.core import lines
 from metering.core.fold import fold
-from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse
+from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse, usage_event
 from metering.core.watermark import Level, WhenFull
 from tests.journals import end, exchanges, periodic, request_id, start, write
 
@@ -253,3 +253,32 @@ def test_a_full_disk_closes_the_road_if_the_policy_says_so(
 
     fine, warn, act = (Level.FINE, False), (Level.WARN, False), (Level.ACT, marked)
     assert [fine, warn, warn, act, act, act, fine] == seen
+
+
+@pytest.mark.parametrize(
+    ("stopped", "flags", "outcome", "basis"),
+    [
+        ("running", "-", "budget_exhausted", "running"),
+        ("counted", "-", "budget_exhausted", "counted"),
+        # Whoever left in the moment of the end left; what was delivered is known all the same.
+        ("counted", "DC", "client_closed", "counted"),
+        ("made up", "-", "ok", "reported"),
+        (7, "-", "ok", "reported"),
+    ],
+)
+def test_a_stream_that_the_gateway_ended_says_so_and_how_its_tokens_are_known(
+    stopped: object, flags: str, outcome: str, basis: str
+) -> None:
+    """Its closing usage is the gateway's own and not reported by the engine."""
+    usage = {"input": 3, "output": 5, "seen": "final", "total": 8, "stopped": stopped}
+
+    event = usage_event(parse(end(1, usage=usage, flags=flags)))
+
+    assert (outcome, basis, 3, 5) == (event.outcome, event.basis, event.input_tokens, event.output_tokens)
+
+
+def test_a_batch_knows_all_lives_of_envoy_that_wrote_it() -> None:
+    """A restart within it is two."""
+    batch = fold([parse(start(1, epoch="one")), parse(end(1, epoch="one")), parse(start(2, epoch="two"))])
+
+    assert ({"one", "two"}, "two") == (batch.epochs, batch.epoch)

@@ -196,6 +196,39 @@ def test_retry_after_is_right_to_the_second(wait_us: int, seconds: int) -> None:
     assert str(seconds) == headers["retry-after"]
 
 
+@pytest.mark.parametrize(("held", "seconds"), [(0, "3600"), (9, "3600"), (10, "1"), (80, "1")])
+def test_what_is_only_held_is_not_waited_for_until_the_quota_starts_anew(held: int, seconds: str) -> None:
+    """Thirty are asked where twenty are left: they fit once ten of what is held come back."""
+    counter = dataclasses.replace(
+        BUCKET, kind=Kind.QUOTA, unit=Unit.TOKENS, period=Period.CALENDAR_MONTH, amount=100, burst=100, ends_us=3_600_000_000
+    )
+
+    _, headers = answer.refusal([read(counter, 80, held=held, hits=30, now_us=0)])
+
+    assert seconds == headers["retry-after"]
+
+
+def test_a_budget_that_is_only_held_may_be_asked_again() -> None:
+    """The client is not told to give up."""
+    prepaid = dataclasses.replace(BUCKET, kind=Kind.QUOTA, unit=Unit.MONEY, period=Period.EVER, amount=5, burst=5)
+
+    refusal, headers = answer.refusal([read(prepaid, 5, held=3, hits=3, now_us=0)])
+
+    assert (402, "1") == (refusal.status, headers["retry-after"])
+    assert "x-should-retry" not in headers
+    assert "held" in refusal.message
+
+
+@pytest.mark.parametrize(("amount", "said"), [(1, "1 request per minute"), (2, "2 requests per minute")])
+def test_one_is_not_told_as_several(amount: int, said: str) -> None:
+    """People read it."""
+    counter = dataclasses.replace(BUCKET, amount=amount, burst=1)
+
+    refusal, _ = answer.refusal([read(counter, 60_000_000, hits=1, now_us=0)])
+
+    assert said in refusal.message
+
+
 def test_the_longest_wait_is_told_and_shadow_limits_are_not() -> None:
     """A caller that waits for the shorter one would be refused again."""
     month = dataclasses.replace(
