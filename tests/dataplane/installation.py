@@ -183,9 +183,19 @@ class Installation:
             for entry in self.status()["parts"]:
                 is_back = entry["name"] == part and entry["pid"] not in (None, old_pid) and entry["state"] == "ready"
                 if is_back and self.is_healthy():
+                    self._wait_serving(deadline)
                     return
             time.sleep(0.1)
         raise AssertionError(f"{part} did not come back: {self.status()}")
+
+    def _wait_serving(self, deadline: float) -> None:
+        """Wait until a caller nobody has met yet is served: the services' connections to the stores are back too."""
+        newcomer = self.new_tenant("newcomer")
+        answer = self.post(newcomer, json=chat())
+        while answer.status_code != 200:
+            assert time.monotonic() < deadline, answer.text
+            time.sleep(0.1)
+            answer = self.post(newcomer, json=chat())
 
     def is_healthy(self) -> bool:
         """Whether Envoy would take requests: it looks at extauth and ratelimit itself, a little after they are ready."""
