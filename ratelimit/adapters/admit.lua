@@ -3,7 +3,8 @@
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
 -- ARGV[1]  the demand as JSON: r request, e the life of its Envoy, s whether it settles, d lease in microseconds, in estimated
---          input tokens, o output tokens of all choices together {least, lean, full}, c counters
+--          input tokens, o output tokens of all choices together {least, lean, full}, w how many times over
+--          the full ask has to fit into a hard counter to be taken, c counters
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
 -- Answer: {verdict, now, output tokens granted, then per counter its level, what of that is held, and 1 if it
 --         had room, else 0}
@@ -41,7 +42,8 @@ end
 
 local function fits(output)
   for i, counter in ipairs(demand.c) do
-    if counter.e == 'refuse' and not has_room(i, counter, asked(counter, output)) then return false end
+    local times = not output and is_hard(counter) and demand.w or 1
+    if counter.e == 'refuse' and not has_room(i, counter, asked(counter, output) * times) then return false end
   end
   return true
 end

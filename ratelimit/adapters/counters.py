@@ -162,7 +162,7 @@ def _keys(demand: Demand) -> list[str]:
 def _document(demand: Demand) -> bytes:
     return orjson.dumps(
         {
-            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch,
+            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch, "w": demand.room_for,
             "o": [demand.output_least, demand.lean.output, demand.full.output],
             "c": [_counter_document(counter) for counter in demand.counters],
         }  # fmt: skip

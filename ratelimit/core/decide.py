@@ -269,8 +269,10 @@ def _judge(demand: Demand, values: Sequence[float]) -> tuple[Verdict, int]:
     """The verdict, and the output tokens it grants: the most that fit, from the usual down to the least."""
 
     def fits(verdict: Verdict, output: int) -> bool:
+        times = demand.room_for if verdict is Verdict.FULL else 1
         return all(
-            counter.effect is not Effect.REFUSE or has_room(counter, value, asked(demand, counter, verdict, output))
+            counter.effect is not Effect.REFUSE
+            or has_room(counter, value, asked(demand, counter, verdict, output) * (times if counter.is_hard else 1))
             for counter, value in zip(demand.counters, values, strict=True)
         )
 

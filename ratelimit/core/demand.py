@@ -29,6 +29,9 @@ _WITHOUT_TOKENS: Final = "openai.models"
 #: Output tokens of one choice below which an answer is not worth its prompt: near the end of a hard
 #: quota a request is refused rather than capped at fewer.
 OUTPUT_TOKENS_LEAST: Final = 16
+#: A stream that can be held in slices is held whole only while that leaves three more like it: whole answers hold
+#: far more than they use, and what they hold must not end the streams of others.
+WHOLE_SHARE: Final = 4
 #: What an output cap bounds.
 _OUTPUT_UNITS: Final = (Unit.TOKENS, Unit.OUTPUT_TOKENS, Unit.MONEY)
 
@@ -105,6 +108,11 @@ class Demand:
         object.__setattr__(self, "settles", settles)
         if self.output_least < 0:
             object.__setattr__(self, "output_least", self.lean.output)
+
+    @property
+    def room_for(self) -> int:
+        """How many times over the full ask has to fit into a hard counter to be taken."""
+        return WHOLE_SHARE if self.is_sliced else 1
 
     def cap(self, output: int) -> int | None:
         """Output tokens per choice that may be promised where *output* are held for all choices; None: no promise."""

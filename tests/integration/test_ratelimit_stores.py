@@ -361,17 +361,19 @@ def test_a_slice_corrects_the_estimate_of_the_prompt(desk: Desk) -> None:
     assert b"40" == desk.store.hget(f"peaje:{{{desk.tenant}}}:1:2030-03", "held")
 
 
-def test_what_is_not_streamed_or_fits_whole_is_not_sliced(desk: Desk) -> None:
-    """Only what can be ended before its end, and only near the limit."""
-    desk.limit("tokens", "calendar_month", 150)
+def test_what_is_not_streamed_or_takes_a_quarter_of_what_is_left_is_not_sliced(desk: Desk) -> None:
+    """Only what can be ended before its end, and only near the limit; a token more, and it is."""
+    desk.limit("tokens", "calendar_month", 400 + 110)
     desk.open()
 
-    whole = desk.admit("one", output_tokens_max="90", stream="yes")
-    capped = desk.admit("two", output_tokens_max="90")
+    answers = [
+        desk.admit("whole", output_tokens_max="100"),
+        desk.admit("quarter", output_tokens_max="90", stream="yes"),
+        desk.admit("more", output_tokens_max="90", stream="yes"),
+    ]
 
-    for answer, cap in ((whole, 90), (capped, 40)):
-        assert contract.ADM_SLICE not in answer.dynamic_metadata.fields
-        assert cap == answer.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value
+    assert [100, 90, 90] == [a.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value for a in answers]
+    assert [False, False, True] == [contract.ADM_SLICE in a.dynamic_metadata.fields for a in answers]
 
 
 def test_a_dead_store_is_left_alone_and_each_limit_follows_its_mode(desk: Desk) -> None:

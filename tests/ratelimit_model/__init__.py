@@ -42,7 +42,10 @@ class Model:
             )
         for verdict, output, asked in asks:
             fits = {c.name: self.level(c, now) + n <= c.burst for c, n in asked}
-            if all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
+            spare = all(
+                self.level(c, now) + n * demand.room_for <= c.amount for c, n in asked if c.is_hard and verdict == "FULL"
+            )
+            if spare and all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
                 given = [(c, n) for c, n in asked if fits[c.name] or c.effect is not Effect.SHADOW]
                 for counter, number in given:
                     if counter.kind is Kind.BUCKET:

@@ -77,13 +77,14 @@ class Lives(RuleBasedStateMachine):
         self.limits = limits
 
     @precondition(lambda self: self.limits)
-    @rule(target=requests, prompt=_TOKENS, least=_LEAST, lean=_TOKENS, more=_TOKENS)
-    def admit(self, prompt: int, least: int, lean: int, more: int) -> Demand:
+    @rule(target=requests, prompt=_TOKENS, least=_LEAST, lean=_TOKENS, more=_TOKENS, is_sliced=st.booleans())
+    def admit(self, prompt: int, least: int, lean: int, more: int, *, is_sliced: bool) -> Demand:
         """The verdict, what is granted, the room and what is left are the model's."""
         self.number += 1
         demand = self._demand(
-            least=min(least, lean), lean=Usage(input=prompt, output=lean), full=Usage(input=prompt, output=lean + more)
-        )
+            least=min(least, lean), lean=Usage(input=prompt, output=lean), full=Usage(input=prompt, output=lean + more),
+            is_sliced=is_sliced,
+        )  # fmt: skip
 
         outcome = self.take(demand)
 
@@ -148,7 +149,7 @@ class Lives(RuleBasedStateMachine):
     def _fits_after(self, counter: Counter, wait_us: int) -> bool:
         return self.model.level(counter, self.now + wait_us) + counter.lean <= counter.burst
 
-    def _demand(self, *, least: int, lean: Usage, full: Usage) -> Demand:
+    def _demand(self, *, least: int, lean: Usage, full: Usage, is_sliced: bool) -> Demand:
         counters = []
         for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
             price = _PRICE if unit is Unit.MONEY else None
@@ -164,5 +165,5 @@ class Lives(RuleBasedStateMachine):
             counters.append(counter)
         return Demand(
             tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean,
-            output_least=least,
+            output_least=least, is_sliced=is_sliced,
         )  # fmt: skip
