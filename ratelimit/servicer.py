@@ -222,8 +222,14 @@ def _ask(entries: Mapping[str, str], call: Mapping[str, str | bytes]) -> Ask | N
         output_tokens_max=numbers[1],
         choices=numbers[2],
         streams=values[contract.DESC_STREAM] == "yes",
-        epoch=str(call.get(contract.EPOCH_CALL_METADATA, ""))[:_EPOCH_LENGTH_MAX],
+        epoch=_epoch(call),
     )
+
+
+def _epoch(call: Mapping[str, str | bytes]) -> str:
+    said = str(call.get(contract.EPOCH_CALL_METADATA, contract.DESC_ABSENT))
+    # An Envoy whose life nobody named sends what stands for nothing in its formats.
+    return "" if said == contract.DESC_ABSENT else said[:_EPOCH_LENGTH_MAX]
 
 
 def _report(entries: Mapping[str, str]) -> Report:

@@ -172,15 +172,14 @@ def test_one_damaged_counter_is_one_tenant_s_trouble(own_store: str) -> None:
 # --- The servicer on real stores ------------------------------------------------------------------------
 
 
-class _Call:
-    """What Envoy's call has beside its message."""
+class Call:
+    """What Envoy's call has beside its message: its life, if somebody named it."""
+
+    epoch: str | None = "life"
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """The life of the Envoy that asks."""
-        return ((contract.EPOCH_CALL_METADATA, "life"),)
-
-
-_CALL: Any = _Call()
+        """As gRPC has it."""
+        return () if self.epoch is None else ((contract.EPOCH_CALL_METADATA, self.epoch),)
 
 
 class Desk:
@@ -189,6 +188,7 @@ class Desk:
     def __init__(self, postgres_url: str, store_url: str) -> None:
         self.store = connect(store_url, cluster=False)
         self.opened = 0
+        self.call: Any = Call()
         self.tenant = f"t{next(_NUMBERS)}-{abs(hash(postgres_url)) % 10_000}"
         self.connection = psycopg.connect(postgres_url, autocommit=True)
         self.connection.execute("insert into tenant values (%s, %s, 'active', now())", (self.tenant, self.tenant))
@@ -246,7 +246,7 @@ class Desk:
         descriptor = request.descriptors.add()
         for key, value in entries.items():
             descriptor.entries.add(key=key, value=value)
-        return self.servicer.should_rate_limit(request, _CALL)
+        return self.servicer.should_rate_limit(request, self.call)
 
     def close(self) -> None:
         self.pool.close()
@@ -427,8 +427,13 @@ def test_a_reservation_knows_the_life_of_the_envoy_that_made_it(desk: Desk) -> N
     desk.admit("one")
     desk.admit("two")
     desk.settle("two")
+    for request_id, epoch in (("unnamed", "-"), ("silent", None)):
+        desk.call.epoch = epoch
+        desk.admit(request_id)
 
-    assert {"one": "life"} == StoredCounters(desk.store).epochs(desk.tenant, ["one", "two", "three"])
+    epochs = StoredCounters(desk.store).epochs(desk.tenant, ["one", "two", "unnamed", "silent", "never"])
+
+    assert {"one": "life", "unnamed": "", "silent": ""} == epochs
 
 
 def test_draft_headers_name_quota_window_and_what_is_left(desk: Desk) -> None:
