@@ -34,17 +34,17 @@ class Model:
 
     def take(self, demand: Demand, now: int) -> tuple[str, int]:
         """FULL, LEAN or REFUSED, and the output tokens granted: tried one after the other, the most first."""
-        asks = [("FULL", demand.full.output, [(c, c.full) for c in demand.counters])]
-        for output in range(demand.lean.output, demand.output_least - 1, -1):
+        levels = {c.name: self.level(c, now) for c in demand.counters}
+        asks = [("FULL", demand.full.output)]
+        asks += [("LEAN", output) for output in range(demand.lean.output, demand.output_least - 1, -1)]
+        for verdict, output in asks:
             lean = Usage(input=demand.lean.input, output=output)
-            asks.append(
-                ("LEAN", output, [(c, hits(c.unit, lean, c.price) if c.is_hard else c.lean) for c in demand.counters])
-            )
-        for verdict, output, asked in asks:
-            fits = {c.name: self.level(c, now) + n <= c.burst for c, n in asked}
-            spare = all(
-                self.level(c, now) + n * demand.room_for <= c.amount for c, n in asked if c.is_hard and verdict == "FULL"
-            )
+            asked = [
+                (c, c.full if verdict == "FULL" else hits(c.unit, lean, c.price) if c.is_hard else c.lean)
+                for c in demand.counters
+            ]
+            fits = {c.name: levels[c.name] + n <= c.burst for c, n in asked}
+            spare = verdict == "LEAN" or all(levels[c.name] + n * demand.room_for <= c.amount for c, n in asked if c.is_hard)
             if spare and all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
                 given = [(c, n) for c, n in asked if fits[c.name] or c.effect is not Effect.SHADOW]
                 for counter, number in given:
@@ -63,12 +63,13 @@ class Model:
             return 0
         before, is_full = self.granted[request_id]
         hard = [counter for counter, _ in self.taken[request_id] if counter.is_hard]
+        levels = {c.name: self.level(c, now) for c in hard}
+        own = {c.name: self.held[c.name].get(request_id, (0, 0)) for c in hard}
+        own = {name: hits if ends > now else 0 for name, (hits, ends) in own.items()}
         most = max(output, min(output + more, self.estimates[request_id].full.output))
         for granted in range(most, output - 1, -1) if not is_full else ():
             asked = {c.name: hits(c.unit, Usage(input=input_, output=granted), c.price) for c in hard}
-            own = {c.name: self.held[c.name].get(request_id, (0, 0)) for c in hard}
-            own = {name: hits if ends > now else 0 for name, (hits, ends) in own.items()}
-            if all(self.level(c, now) - own[c.name] + asked[c.name] <= c.amount for c in hard):
+            if all(levels[c.name] - own[c.name] + asked[c.name] <= c.amount for c in hard):
                 for counter in hard:
                     self.held[counter.name][request_id] = (asked[counter.name], now + LEASE_US)
                 self.granted[request_id] = granted, False
