@@ -66,8 +66,10 @@ class Servicer:
                     if not stream.is_over:
                         yield await stream.piece(message.response_body)
                 case "response_trailers":
-                    yield await stream.rest()
-                    yield wire.ProcessingResponse(response_trailers=wire.TrailersResponse())
+                    if (rest := await stream.rest()) is not None:
+                        yield rest
+                    if not stream.is_over:
+                        yield wire.ProcessingResponse(response_trailers=wire.TrailersResponse())
                 case _:
                     log.error("message_unknown")
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "unknown message")
@@ -102,9 +104,9 @@ class _Passing:
         """What the client gets instead of *body*."""
         return _handed_back(body.body, is_last=body.end_of_stream)
 
-    async def rest(self) -> wire.ProcessingResponse:
-        """What is still to come before the trailers."""
-        return _handed_back(b"", is_last=False)
+    async def rest(self) -> wire.ProcessingResponse | None:
+        """What is still to come before the trailers, if anything is."""
+        return None
 
 
 class _Stream(_Passing):
@@ -130,9 +132,10 @@ class _Stream(_Passing):
             events = itertools.chain(events, self._valve.rest())
         return await self._through(events, is_last=body.end_of_stream)
 
-    async def rest(self) -> wire.ProcessingResponse:
+    async def rest(self) -> wire.ProcessingResponse | None:
         """What waited for the end of an event that never came."""
-        return await self._through(self._valve.rest(), is_last=False)
+        events = list(self._valve.rest())
+        return await self._through(events, is_last=False) if events and not self.is_over else None
 
     async def _through(self, events: Iterable[bytes], *, is_last: bool) -> wire.ProcessingResponse:
         passed = b""

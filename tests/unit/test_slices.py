@@ -126,6 +126,17 @@ def test_what_waits_for_the_end_of_its_event_passes_before_the_trailers() -> Non
 
     assert BODY.rstrip(b"\n") == handed_back(found)[0]
     assert "response_trailers" == found[-1].WhichOneof("response")
+    nothing_waits = answers(Asked(slice_=50, limit=100), opening(), piece(BODY), trailers)
+    assert ["response_headers", "response_body", "response_trailers"] == [a.WhichOneof("response") for a in nothing_waits]
+
+
+def test_trailers_after_a_stream_that_was_ended_are_nobody_s() -> None:
+    """The message is over for the client."""
+    trailers = wire.ProcessingRequest(response_trailers=wire.HttpTrailers())
+
+    found = answers(Asked(slice_=1, limit=1), opening(), piece(BODY), trailers)
+
+    assert ["response_headers", "response_body"] == [a.WhichOneof("response") for a in found]
 
 
 def test_a_ratelimit_that_comes_back_is_asked_again_and_one_that_does_not_is_given_up(tmp_path: FilePath) -> None:
