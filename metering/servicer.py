@@ -33,6 +33,11 @@ log = structlog.get_logger()
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 
+#: What neither filter sends as it is configured; an Envoy that is configured otherwise goes on.
+_UNREAD: Final = {
+    "request_headers": wire.ProcessingResponse(request_headers=wire.HeadersResponse()),
+    "request_trailers": wire.ProcessingResponse(request_trailers=wire.TrailersResponse()),
+}
 _USED_UP: Final = Stop(
     code="insufficient_quota", message="A quota or budget is used up: what is left of it pays for no more of this answer."
 )
@@ -55,10 +60,8 @@ class Servicer:
             match message.WhichOneof("request"):
                 case "request_body":
                     yield self._shaped(message)
-                case "request_headers":
-                    yield wire.ProcessingResponse(request_headers=wire.HeadersResponse())
-                case "request_trailers":
-                    yield wire.ProcessingResponse(request_trailers=wire.TrailersResponse())
+                case "request_headers" | "request_trailers" as part:
+                    yield _UNREAD[part]
                 case "response_headers":
                     stream = _stream(message, self._slices) or stream
                     yield stream.headers()
