@@ -22,7 +22,7 @@ from tests.dataplane.installation import Installation, running
 _BODY = json.dumps(
     {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 50, "stream": True}
 ).encode()
-_QUOTAS = {"whole": 1_000_000_000, "slices": 300}
+_QUOTAS = {"whole": 1_000_000_000, "slices": 200}
 
 
 def main() -> None:
