@@ -64,7 +64,7 @@ def test_a_stream_ends_before_what_is_not_held(kind: str, path: str, usage: str)
 
     passed, is_whole = through(valve, answer.body, size=50)
 
-    content = [document for document in documents(passed) if module._generated_bytes(document)]  # noqa: SLF001
+    content = [document for document in documents(passed) if module._generated_bytes(document)]
     assert not is_whole
     assert len(content) == valve.delivered <= valve.held
     assert valve.weight <= 10

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from chassis.errors import Invalid
 from chassis.models import ModelCatalogue
+from control.cli import check
 from ratelimit.adapters import tokenizers as adapter
 from ratelimit.adapters.tokenizers import Calibration, bytes_per_token
 from ratelimit.core.estimate import PROMPT_SAMPLES_MAX, SAMPLES_MIN, Estimates
@@ -135,3 +136,15 @@ def test_a_tokenizer_that_is_no_absolute_path_is_refused(tokenizer: object) -> N
     """The document is read by services with other working directories."""
     with pytest.raises(Invalid, match="absolute path"):
         catalogue({"name": "m", "tokenizer": tokenizer})
+
+
+def test_check_names_a_tokenizer_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its model's first prompts are guessed; a good one is not mentioned."""
+    monkeypatch.setenv("PEAJE_HOME", str(tmp_path))
+    models = [{"name": name, "engine": "vllm", "endpoints": ["h:1"], "tokenizer": str(path)} for name, path in (("good", TOKENIZER), ("bad", tmp_path))]
+    (tmp_path / "envoy").mkdir()
+    (tmp_path / "envoy/models.yaml").write_text(json.dumps({"models": models}))
+
+    [found] = check._tokenizers()
+
+    assert str(tmp_path) in found
