@@ -52,7 +52,7 @@ local function answer(verdict, output)
   local said = { verdict, whole(now), whole(output) }
   for i in ipairs(demand.c) do
     said[#said + 1] = exact(levels[i])
-    said[#said + 1] = exact(helds[i] or 0)
+    said[#said + 1] = whole(helds[i] or 0)
     said[#said + 1] = rooms[i] == false and 0 or 1
   end
   return said
