@@ -149,9 +149,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peaje-bench-") as home:
         with running(Path(home) / "state", "--engine", "fake") as road:
             tenants = {
-                "express": road.new_tenant("bench-express"),
-                "exact": road.new_tenant("bench-exact", rpm=100_000_000, tpm=100_000_000_000),
+                "no limits": road.new_tenant("bench-express"),
+                "far from limits": road.new_tenant("bench-leased", rpm=100_000_000, tpm=100_000_000_000),
+                "asked each time": road.new_tenant("bench-exact", rpm=100_000_000, tpm=100_000_000_000),
             }
+            # A quota is never lent.
+            road.control(
+                "PUT", f"/v1/tenants/{tenants['asked each time'].tenant_id}/limits", json={"monthly_tokens": 10**12}
+            ).raise_for_status()
+            time.sleep(1)
             status = {part["name"]: part["pid"] for part in road.status()["parts"]}
             pids = {name: int(status[name]) for name in _COUNTED if status.get(name)}
             with bare_envoy(engine_port(road)) as (bare_pid, bare_port):

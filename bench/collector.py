@@ -19,7 +19,7 @@ import structlog
 
 from chassis.schema.migrate import migrate
 from metering.collector import GARBAGE_THRESHOLD
-from tests.journals import NOON, collecting, exchanges, write
+from tests.journals import NOON, collecting, exchanges, write_apart
 
 _EXCHANGES_DEFAULT = 100_000
 
@@ -34,8 +34,8 @@ def main() -> None:
     gc.set_threshold(GARBAGE_THRESHOLD)
     migrate(arguments.url, NOON.date())
     with tempfile.TemporaryDirectory() as directory:
-        live = write(Path(directory) / "journal/journal.jsonl", exchanges(arguments.exchanges))
-        size = live.stat().st_size
+        live = write_apart(Path(directory) / "journal/journal.jsonl", exchanges(arguments.exchanges))
+        size = sum(path.stat().st_size for path in live.parent.iterdir())
         with collecting(arguments.url, live) as collector:
             wall, cpu = time.perf_counter(), time.process_time()
             while collector.step(NOON, 0.0):

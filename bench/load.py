@@ -48,7 +48,7 @@ async def run(load: Load) -> Result:
         for _ in left:
             began = time.perf_counter()
             writer.write(message)
-            ok = await _answer(reader)
+            ok = await answered_ok(reader)
             latencies.append(time.perf_counter() - began)
             failures += not ok
         writer.close()
@@ -58,7 +58,8 @@ async def run(load: Load) -> Result:
     return Result(time.perf_counter() - began, sorted(latencies), failures)
 
 
-async def _answer(reader: asyncio.StreamReader) -> bool:
+async def answered_ok(reader: asyncio.StreamReader) -> bool:
+    """Read one answer whole; whether it is 200."""
     head = await reader.readuntil(b"\r\n\r\n")
     lowered = head.lower()
     if b"transfer-encoding: chunked" in lowered:

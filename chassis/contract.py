@@ -46,13 +46,15 @@ REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
 REQ_WANTS_USAGE: Final = "wants_usage"
 
-#: Set by the gate to the request id: this worker remembered the decision, so nobody was asked.
+#: Set by the gate to the request id: this worker remembers who is calling, so extauth is not asked.
+REQ_RECOGNISED: Final = "recognised"
+#: Set by the gate to the request id: it also may pass, so nobody is asked.
 REQ_EXPRESS: Final = "express"
 #: Set by the gate to the request id: what is answered will be remembered, if it may be.
 REQ_ASKED: Final = "asked"
-#: What was left of a lease that ended: requests and tokens (less than 0: a debt), as text.
-REQ_LEASE_REQUESTS: Final = "lease_requests"
-REQ_LEASE_TOKENS: Final = "lease_tokens"
+#: How many requests this worker would spend by itself; and, if a lease of its has ended, the lease's id
+#: and the requests and tokens that were left of it (less than 0: a debt). One text, separated by spaces.
+REQ_LEASE: Final = "lease"
 
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
@@ -64,15 +66,19 @@ REQUEST_KEYS: Final = (
     REQ_CHOICES,
     REQ_SHAPE,
     REQ_WANTS_USAGE,
+    REQ_RECOGNISED,
     REQ_EXPRESS,
     REQ_ASKED,
-    REQ_LEASE_REQUESTS,
-    REQ_LEASE_TOKENS,
+    REQ_LEASE,
 )
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
 ROUTE_NAMESPACES: Final = ("gate", "tap")
 ROUTE_RUNNING_USAGE: Final = "running_usage"
+
+#: Written on each cluster of model servers, under this namespace: the engine's kind.
+POOL_NAMESPACE: Final = "peaje.pool"
+POOL_ENGINE: Final = "engine"
 
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 
@@ -104,9 +110,12 @@ ADM_SLICE: Final = "slice"
 ADM_SLICE_TOKENS: Final = "slice_tokens"
 #: True where no limit applies: Envoy need not ask again while it remembers the identity.
 ADM_UNLIMITED: Final = "unlimited"
-#: What was taken in advance for this worker to spend by itself.
+#: What was taken in advance for this worker to spend by itself. No tokens: no limit counts them.
 ADM_LEASE_REQUESTS: Final = "lease_requests"
 ADM_LEASE_TOKENS: Final = "lease_tokens"
+#: What to charge a lease with: prompt tokens of this very request, output tokens per choice at the most.
+ADM_LEASE_INPUT: Final = "lease_input"
+ADM_LEASE_OUTPUT: Final = "lease_output"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 
@@ -156,6 +165,7 @@ DESC_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 DESC_CHOICES: Final = "choices"
 #: "yes" if the answer is to be streamed.
 DESC_STREAM: Final = "stream"
+DESC_LEASE: Final = "lease"
 #: What Envoy sends for a descriptor entry whose metadata is missing. Never a valid tenant.
 DESC_ABSENT: Final = "-"
 
@@ -171,6 +181,7 @@ ADMIT_KEYS: Final = (
     DESC_OUTPUT_TOKENS_MAX,
     DESC_CHOICES,
     DESC_STREAM,
+    DESC_LEASE,
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
 DESC_SEEN: Final = "seen"
@@ -215,6 +226,8 @@ J_IDENTITY: Final = "identity"
 J_REQUEST: Final = "request"
 J_USAGE: Final = "usage"
 J_ADMISSION: Final = "admission"
+#: The kind of the engine behind the model, from its cluster's metadata: a row must not change when models.yaml does.
+J_ENGINE: Final = "engine"
 #: Names one life of one Envoy process; set by whoever starts Envoy.
 J_EPOCH: Final = "epoch"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
@@ -238,6 +251,7 @@ JOURNAL_KEYS: Final = (
     J_REQUEST,
     J_USAGE,
     J_ADMISSION,
+    J_ENGINE,
     J_EPOCH,
 )
 
@@ -256,7 +270,10 @@ SOCKETS: Final = {
 }
 #: Written by the beacon, read by the gate: who changed since when.
 CHANGES_PATH: Final = "run/changes"
+#: Envoy's own records. It flushes them in slices, so nobody else may write to this file.
 JOURNAL_PATH: Final = "journal/journal.jsonl"
+#: The start records, beside Envoy's: one write(2) each.
+STARTS_PATH: Final = "journal/starts.jsonl"
 #: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
 JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"

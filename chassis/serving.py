@@ -77,24 +77,25 @@ def serve_unary(
     log.info("stopped", socket=socket)
 
 
-def serve_streams(
-    socket: str, path: str, handler: Callable[..., Any], request: type[Any]
-) -> None:
-    """Serve one bidirectional streaming method on asyncio until SIGTERM: a thread per stream would not scale."""
-    asyncio.run(_serve_streams(socket, path, handler, request))
+def serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
+    """
+    Serve streaming *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
+
+    On asyncio: a thread per stream would not scale.
+    """
+    asyncio.run(_serve_streams(socket, methods))
 
 
-async def _serve_streams(
-    socket: str, path: str, handler: Callable[..., Any], request: type[Any]
-) -> None:
+async def _serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    _, service, method = path.split("/")
-    stream = grpc.stream_stream_rpc_method_handler(
-        handler,
-        request_deserializer=request.FromString,
-        response_serializer=lambda answer: answer.SerializeToString(),
-    )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: stream}),))
+    for path, (handler, request) in methods.items():
+        _, service, method = path.split("/")
+        stream = grpc.stream_stream_rpc_method_handler(
+            handler,
+            request_deserializer=request.FromString,
+            response_serializer=lambda answer: answer.SerializeToString(),
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: stream}),))
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     await status.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -103,6 +103,10 @@ def model_cluster(model: Model) -> cluster.Cluster:
     uses_tls = model.endpoints[0].scheme == "https"
     return cluster.Cluster(
         name=cluster_name(model.name),
+        # In each journal record: which engine answered decides what its frames are worth.
+        metadata=core.Metadata(filter_metadata={
+            contract.POOL_NAMESPACE: protobuf.Struct.from_dict({contract.POOL_ENGINE: model.engine})
+        }),
         type=cluster.ClusterDiscoveryType.STATIC if is_static else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=CONNECT_TIMEOUT,
         # A server that also has an IPv6 name often listens on IPv4 only (localhost, for one).

@@ -20,7 +20,7 @@ from usage_event where request_id = %s
 _BASIS = {
     "reported": "the engine's closing usage",
     "running": "the engine's last running usage before the stream ended",
-    "counted": "the events that were delivered, a token each",
+    "counted": "the frames that were delivered, a token each",
     "checkpoint": "what the journal last heard before Envoy died",
     "estimated": "an estimate, because the engine said nothing",
     "none": "nothing: it failed before a token, or has none",

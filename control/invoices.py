@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import re
 from dataclasses import asdict
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
-from chassis.errors import Conflict, Invalid, NotFound
+from chassis.errors import Conflict, Invalid, NotFound, Unavailable
 from control import audit, tenants
 from control.act import Act
 from control.money import decimal_text
-from control.store import Store
+from control.outbox import tell
+from control.store import Connection, Store
 from metering.adapters import periods
+from metering.core import outgoing
 
 #: A month of a large installation is read whole, row by row, when it closes.
 _PERIOD_TIMEOUT = "30min"
@@ -27,6 +31,13 @@ select period, tenant, project, model, kind, request_count, input_tokens, output
        currency, amount_nano, state
 from control_invoice where tenant = %(tenant)s and period = %(period)s
 order by kind desc, project, model, currency nulls last
+"""
+_PRICED_LATER = """
+select coalesce(sum(unpriced_count), 0)::bigint as count from rerating_line where tenant_id = %(tenant)s and of_period = %(period)s
+"""
+_TOTALS = """
+select tenant, currency, sum(amount_nano)::bigint as amount_nano from control_invoice
+where period = %(period)s and currency is not null group by 1, 2 order by 1, 2
 """
 _CSV_COLUMNS = (
     "period", "tenant", "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens",
@@ -52,6 +63,8 @@ def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]
     with store.snapshot(act.scope) as connection:
         tenant_id = tenants.resolve(connection, tenant)["tenant_id"]
         lines = connection.execute(_LINES, {"tenant": tenant_id, "period": period}).fetchall()
+        priced_later = connection.execute(_PRICED_LATER, {"tenant": tenant_id, "period": period}).fetchone()
+        assert priced_later is not None
         closed = any(it.period >= period for it in periods.closed_periods(connection))
     totals: dict[str, int] = {}
     for line in lines:
@@ -69,7 +82,7 @@ def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]
         "requests_without_price": sum(
             line["request_count"] for line in lines
             if line["currency"] is None and line["input_tokens"] + line["output_tokens"] > 0
-        ),
+        ) - priced_later["count"],
         "lines": [_shown(line) for line in lines],
     }
 
@@ -80,6 +93,33 @@ def as_csv(document: dict[str, Any]) -> str:
     writer = csv.DictWriter(out, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _safe(line[name]) for name in _CSV_COLUMNS} for line in document["lines"])
+    return out.getvalue()
+
+
+def as_parquet(document: dict[str, Any]) -> bytes:
+    """
+    The lines of an invoice as a Parquet file: counts as int64, amounts as decimal(38, 9), never a float.
+
+    Raises `Unavailable` where the library for it is not installed.
+    """
+    try:
+        pa = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as exc:
+        raise Unavailable(
+            "Parquet needs the library pyarrow, which is not installed.", mend="Install the extra `parquet`, or use --format csv."
+        ) from exc
+    texts = ("tenant", "project", "model", "kind", "currency", "state")
+    counts = ("request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "amount_nano")
+    kinds = {name: pa.string() for name in texts} | dict.fromkeys(counts, pa.int64())
+    kinds |= {"period": pa.date32(), "amount": pa.decimal128(38, 9)}
+    rows = [
+        {**line, "period": month(line["period"]), "amount": None if line["amount"] is None else Decimal(line["amount"])}
+        for line in document["lines"]
+    ]
+    schema = pa.schema([(name, kinds[name]) for name in (*_CSV_COLUMNS, "amount_nano")])
+    out = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), out)
     return out.getvalue()
 
 
@@ -119,6 +159,7 @@ def close(store: Store, act: Act, period: date, *, exception: str | None) -> dic
         )
         shown = _closed(closed)
         audit.append(connection, act, "period.closed", shown["period"], tenant_id=None, after=shown)
+        _tell(connection, act, period, shown)
     return shown
 
 
@@ -131,6 +172,19 @@ def verify(store: Store, act: Act, period: date) -> dict[str, Any]:
             raise NotFound(f"{period:%Y-%m} is not closed.", mend="See `peaje period list`.")
         changed = periods.changes(connection, found)
     return _closed(found) | {"ok": not changed, "changes": changed}
+
+
+def _tell(connection: Connection, act: Act, period: date, closed: dict[str, Any]) -> None:
+    """The month to the platform, and to each tenant that is charged in it what it owes."""
+    told = ("period", "closed_at", "exception", "row_count", "root_hash")
+    tell(connection, act, outgoing.PERIOD_CLOSED, tenant_id=None, data={name: closed[name] for name in told})
+    totals: dict[str, list[dict[str, Any]]] = {}
+    for row in connection.execute(_TOTALS, {"period": period}).fetchall():
+        totals.setdefault(row["tenant"], []).append(
+            {"currency": row["currency"], "amount_nano": row["amount_nano"], "amount": decimal_text(row["amount_nano"])}
+        )
+    for tenant_id, amounts in totals.items():
+        tell(connection, act, outgoing.INVOICE_CLOSED, tenant_id=tenant_id, data={"period": closed["period"], "totals": amounts})
 
 
 def _closed(it: periods.Closed) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from control.act import Act
 from control.core import rights
 from control.durations import moment_ahead
 from control.minting import Mint
+from control.outbox import tell
 from control.store import Connection, Store
+from metering.core import outgoing
 
 State = Literal["active", "disabled"]
 
@@ -82,6 +84,7 @@ def create(
         place = {"tenant_id": tenant_id, "project_id": project_id, "service_account_id": asked.service_account_id}
         made, key = _insert(connection, mint, row | place)
         audit.append(connection, act, "key.created", made["key_id"], tenant_id=tenant_id, after=made)
+        tell(connection, act, outgoing.KEY_CREATED, tenant_id=tenant_id, data=_told(made))
     return made | {"key": key}
 
 
@@ -150,6 +153,7 @@ def revoke_in(connection: Connection, act: Act, key_id: str) -> dict[str, Any]:
     ).fetchone()
     assert after is not None
     audit.append(connection, act, "key.revoked", key_id, tenant_id=after["tenant_id"], before=before, after=after)
+    tell(connection, act, outgoing.KEY_REVOKED, tenant_id=after["tenant_id"], data=_told(after))
     return after
 
 
@@ -179,6 +183,7 @@ def rotate(store: Store, act: Act, mint: Mint, key_id: str, *, overlap: timedelt
         tenant_id = old["tenant_id"]
         audit.append(connection, act, "key.rotated", key_id, tenant_id=tenant_id, before=old, after=ended)
         audit.append(connection, act, "key.created", made["key_id"], tenant_id=tenant_id, after=made)
+        tell(connection, act, outgoing.KEY_ROTATED, tenant_id=tenant_id, data=_told(ended))
     return made | {"key": key, "rotated_from": key_id, "old_expires_at": ended["expires_at"]}
 
 
@@ -187,6 +192,14 @@ def refuse_unknown_models(models: Sequence[str], catalogue: ModelCatalogue) -> N
     for model in models:
         if model not in catalogue.served:
             raise Invalid(f"Model {model!r} is not served.", mend=f"Served: {', '.join(catalogue.names)}.")
+
+
+def _told(key: dict[str, Any]) -> dict[str, Any]:
+    """What a webhook is told of a key: whose and which, nothing that helps to use it."""
+    return {
+        "key_id": key["key_id"], "project": key["project_id"], "name": key["name"], "expires_at": key["expires_at"],
+        "rotated_to": key["rotated_to"],
+    }
 
 
 def _refuse_rotation(old: dict[str, Any], act: Act) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final, Literal
 
-from chassis.errors import Invalid, NotFound
+from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
 from control import audit, keys, projects, tenants
 from control.act import Act
@@ -112,6 +112,8 @@ def put(
         # Two writers of one tenant's limits take turns, so that what is checked is what is written.
         connection.execute("select from tenant where tenant_id = %(tenant_id)s for update", place)
         before = _rows(connection, f"where {_IN_SCOPE}", place)
+        if "prepaid_budget" in changes and scope == Scope(tenant=scope.tenant):
+            _refuse_if_credits(connection, place["tenant_id"])
         for name, amount in amounts.items():
             unit, period = _PLACES[name]
             row = {**place, "unit": unit, "period": period}
@@ -292,6 +294,11 @@ def _shown(row: dict[str, Any]) -> int | str:
         return int(row["amount"])
     amount = Decimal(row["amount"]) / _NANO
     return f"{amount:f}" if amount != amount.quantize(Decimal("0.01")) else f"{amount:.2f}"
+
+
+def _refuse_if_credits(connection: Connection, tenant_id: str) -> None:
+    if connection.execute("select from credit_book where tenant_id = %s", (tenant_id,)).fetchone() is not None:
+        raise Conflict(f"The prepaid budget of {tenant_id!r} follows its credits.", mend="Use `peaje credits grant`.")
 
 
 def _binds(row: dict[str, Any]) -> str:

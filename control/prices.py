@@ -75,7 +75,7 @@ def put(
 ) -> dict[str, Any]:
     """Set a price from a moment on, until the next one already set; raises `Invalid`, `NotFound` or `Conflict`."""
     keys.refuse_unknown_models([price.model], catalogue)
-    values: dict[str, Any] = _numbers(price) | {"model": price.model, "currency": _currency(price.currency)}
+    values: dict[str, Any] = nanos(price) | {"model": price.model, "currency": _currency(price.currency)}
     with store.transaction(act.scope) as connection:
         values["tenant_id"] = tenants.resolve_id(connection, price.tenant)
         lock_charging(connection)
@@ -112,7 +112,8 @@ def list_all(store: Store, act: Act, *, tenant: str | None, at: datetime | None)
     return [_shown(row) for row in found]
 
 
-def _numbers(price: Price) -> dict[str, int]:
+def nanos(price: Price) -> dict[str, int]:
+    """The prices in nano-currency, by their columns; raises `Invalid`."""
     texts = {
         "input": price.input, "output": price.output,
         "cached": price.input if price.cached is None else price.cached,

@@ -3,8 +3,9 @@
 -- what decisions depend on to the metadata namespace peaje.request, and refuses what no service needs
 -- to see: unknown paths, wrong methods, no credential, bodies that two parsers could read differently.
 --
--- Where this worker remembers the decision (envoy/lua/lane.lua) it does the tap's work as well and
--- marks the request `lane: express`; envoy.yaml then skips extauth, ratelimit and tap.
+-- Where this worker remembers the decision (envoy/lua/lane.lua) it does the tap's work as well and marks
+-- the request `express`; envoy.yaml then skips extauth, ratelimit and tap. Where it only remembers who is
+-- calling, it marks the request `recognised`, and extauth is skipped.
 --
 -- On the way back it reads token usage from each piece into peaje.usage (the journal's periodic
 -- records carry it, so a cut stream is billed to the last piece), and hides what was not asked for.
@@ -121,9 +122,11 @@ end
 function envoy_on_response(handle)
   local metadata = handle:streamInfo():dynamicMetadata()
   local request = metadata:get(NAMESPACE)
+  if not request then return end
+  if request.asked then express.remember(handle, request, metadata) end
   -- No usage namespace: refused before the tap, nothing was generated.
-  if not request or not metadata:get(USAGE) or request.dialect == 'openai.models' then return end
-  if request.asked then express.remember(request, metadata) end
+  if not metadata:get(USAGE) or request.dialect == 'openai.models' then return end
+  if request.express then express.tell(handle, request) end
   local used = answer.read(handle, request, metadata)
   if request.express then express.settle(request, used) end
 end

@@ -37,6 +37,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PEAJE_EXTAUTH_", frozen=True)
 
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_EXTAUTH]
     #: Threads. More than one so that a key found in memory never waits behind one that must be read.
     workers: int = 4
     #: Postgres connections per process; a read takes about a millisecond.
@@ -66,7 +68,7 @@ def main() -> None:
     catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
     servicer = Servicer(identities, catalogue=catalogue.current, clock=utc_now)
     serve_unary(
-        contract.SOCKETS[contract.CLUSTER_EXTAUTH],
+        settings.socket,
         {METHOD: (servicer.check, wire.CheckRequest)},
         workers=settings.workers,
     )

@@ -9,10 +9,13 @@ changes nothing. One batch is in memory at a time; whatever is not read yet wait
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,15 +32,18 @@ from chassis.models import WatchedCatalogue
 from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
-from metering.adapters.reading import Reader
+from metering.adapters.reading import Reader, Reading
 from metering.adapters.rotation import Rotation
-from metering.adapters.tail import Alarm, Piece, Place, next_piece, torn_tail, vanished
+from metering.adapters.sources import JOURNALS_MAX, Source, find_sources, read_sources
+from metering.adapters.tail import Alarm, JournalFile, Piece, Place, look, torn_tail, vanished
 from metering.core import lines
 from metering.core.fold import Batch
+from metering.core.lives import Lives
 from metering.core.watermark import Level, WhenFull
 
 log = structlog.get_logger()
@@ -54,6 +60,8 @@ GARBAGE_THRESHOLD = 100_000
 _UPKEEP_EVERY = 3600.0
 _FILES_EVERY = 5.0
 _ORPHANS_EVERY = 1.0
+#: Between looks for journals that are new, and for a reader that ended too early.
+_DIRECTORY_EVERY = 2.0
 
 
 class Settings(BaseSettings):
@@ -63,8 +71,12 @@ class Settings(BaseSettings):
 
     #: The journal's name in the ledger, unique among all Envoys that share a Postgres.
     journal: str = "local"
-    #: Between looks at an idle journal; half of it is the usual delay of a row.
-    idle_seconds: float = 0.1
+    #: Instead of this installation's own: NAME=PATH[@ADMIN_PORT] of each, separated by commas, or a
+    #: directory that has one per journal, which is looked at every few seconds.
+    journals: str = ""
+    #: Between looks at a journal that was read to its end; half of it is the usual delay of a row. A batch costs
+    #: Postgres about the same for one row as for a hundred, so looking more often costs more than it shows.
+    idle_seconds: float = 0.5
     #: Between attempts while Postgres is away.
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.
@@ -81,6 +93,8 @@ class Settings(BaseSettings):
     when_full: WhenFull = WhenFull.REFUSE
     #: Envoy's admin interface, on loopback: it is asked to reopen a renamed journal.
     admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = Field(default=0, ge=0, le=65535)
 
 
 @dataclass(slots=True)
@@ -102,14 +116,15 @@ class Due:
 class Collector:
     """Reads one journal into one ledger."""
 
+    name: str
     live: Path
     ledger: Ledger
     settings: Settings
     rotation: Rotation
     disk: Disk
     places: dict[str, Place]
+    lives: Lives
     reader: Reader = field(default_factory=Reader)
-    epoch: str = ""
     #: When open exchanges were last marked: silence counts from there. None: not in this life.
     marked: float | None = None
     missing: frozenset[str] = frozenset()
@@ -119,7 +134,7 @@ class Collector:
 
     def step(self, now: datetime, monotonic: float) -> bool:
         """
-        Commit one batch if there is one; whether there may be more at once.
+        Commit one batch if there is one; whether there is more to be read at once.
 
         *now* dates what is written; what must wait is measured by *monotonic*, in seconds, so that
         a jump of the clock closes nothing too early and nothing too late.
@@ -128,24 +143,28 @@ class Collector:
             self._upkeep(now)
         if self._files_due.now(monotonic):
             self._look_after_files(now, monotonic)
-        piece = next_piece(self.live, self.places)
-        if piece is not None:
-            self._collect(piece, now)
+        # A life that is found to be over only now may have written its last records after we had looked there.
+        ended = self.lives.ended
+        reading = self.reader.next(self.live, self.places)
+        if reading.pieces:
+            self._collect(reading, now)
+        if not reading.is_last:
             return True
         # Only at the end of the journal: before that, silence may just be unread records.
         if self._orphans_due.now(monotonic):
-            self._close_orphans(now, monotonic)
+            self._close_orphans(ended, now, monotonic)
             self.ledger.keep_read_until(now)
+        metrics.LAG_SECONDS.labels(self.name).set_function(_seconds_since(monotonic))
         return False
 
-    def _collect(self, piece: Piece, now: datetime) -> None:
-        batch = self.reader.read(piece)
+    def _collect(self, reading: Reading, now: datetime) -> None:
         try:
-            self._write(batch, piece, now)
+            self._write(reading.batch, reading.pieces, now)
         except _POISON as exc:
             # Well-formed for us and refused by Postgres: one record must not hold up the rest.
-            log.error("batch_refused", error=type(exc).__name__, file=piece.place.name, offset=piece.start)
-            self._collect_singly(piece, now)
+            for piece in reading.pieces:
+                log.error("batch_refused", error=type(exc).__name__, file=piece.place.name, offset=piece.start)
+                self._collect_singly(piece, now)
 
     def _collect_singly(self, piece: Piece, now: datetime) -> None:
         offset = piece.start
@@ -153,27 +172,40 @@ class Collector:
             behind = offset + len(line) + 1
             single = Piece(start=offset, data=line, place=Place(piece.place.file_id, piece.place.name, behind))
             try:
-                self._write(self.reader.read(single), single, now)
+                self._write(self.reader.read(single), [single], now)
             except _POISON as exc:
                 reason = f"{type(exc).__name__} from Postgres"
                 found = lines.defect(line, offset=offset, reason=reason)
-                self._write(Batch(defects=[found]), single, now)
+                self._write(Batch(defects={piece.place.file_id: [found]}), [single], now)
             offset = behind
 
-    def _write(self, batch: Batch, piece: Piece, now: datetime) -> None:
-        added = self.ledger.write(batch, piece, now)
-        self.places[piece.place.file_id] = piece.place
-        self.epoch = batch.epoch or self.epoch
-        if piece.alarm is not None:
-            log.error("journal_changed", reason=piece.alarm.reason, file=piece.place.name, offset=piece.alarm.place.offset)
-        for found in batch.defects:
-            log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
-        log.debug("batch", bytes=len(piece.data), added=added, absorbed=len(batch.events) - added, open=len(batch.open))
+    def _write(self, batch: Batch, pieces: Sequence[Piece], now: datetime) -> None:
+        lives = self.lives
+        for stream, epochs in batch.lives.items():
+            lives = lives.after(stream, epochs)
+        added = self.ledger.write(batch, pieces, now, lives=None if lives is self.lives else lives)
+        self.lives = lives
+        for piece in pieces:
+            self.places[piece.place.file_id] = piece.place
+            if piece.alarm is not None:
+                log.error("journal_changed", reason=piece.alarm.reason, file=piece.place.name, offset=piece.alarm.place.offset)
+            for found in batch.defects.get(piece.place.file_id, ()):
+                log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
+                metrics.DEFECTS.labels(self.name).inc()
+        for request_id in added:
+            event = batch.events[request_id]
+            metrics.ROWS.labels(event.basis, event.outcome).inc()
+            metrics.ROW_DELAY_SECONDS.observe(max(0.0, (now - event.ended_at).total_seconds()))
+        absorbed = len(batch.events) - len(added)
+        metrics.DUPLICATES_ABSORBED.inc(absorbed)
+        size = sum(len(piece.data) for piece in pieces)
+        log.debug("batch", bytes=size, added=len(added), absorbed=absorbed, open=len(batch.open))
 
-    def _close_orphans(self, now: datetime, monotonic: float) -> None:
+    def _close_orphans(self, ended: Sequence[str], now: datetime, monotonic: float) -> None:
         silent = self.marked is not None and monotonic - self.marked >= self.settings.silent_seconds
-        closed = self.ledger.close_orphans(epoch=self.epoch, silent=silent, now=now)
+        closed = self.ledger.close_orphans(ended=ended, silent=silent, now=now)
         if closed:
+            metrics.ORPHANS_CLOSED.labels(self.name).inc(closed)
             log.warning("orphans_closed", count=closed, silent=silent)
         elif silent or self.marked is None:
             self.ledger.mark_open(now)
@@ -181,6 +213,7 @@ class Collector:
 
     def _look_after_files(self, now: datetime, monotonic: float) -> None:
         kept = 0 if self.disk.look() is Level.ACT else self.settings.kept_files
+        self._measure()
         self.rotation.rotate()
         done = self.rotation.done(monotonic)
         for file in done:
@@ -188,12 +221,19 @@ class Collector:
             torn = place and torn_tail(file, place)
             if torn:
                 found = lines.defect(torn.data, offset=torn.start, reason="no line end when its writer left")
-                self._write(Batch(defects=[found]), torn, now)
+                self._write(Batch(defects={file.file_id: [found]}), [torn], now)
         for file in self.rotation.superfluous(done, self.places, kept_files=kept):
             file.path.unlink(missing_ok=True)
             self.ledger.forget_file(self.places.pop(file.file_id), now)
             log.info("journal_file_removed", file=file.path.name)
         self._tell_of_missing(now)
+
+    def _measure(self) -> None:
+        metrics.DISK_USED_PERCENT.labels(self.name).set(self.disk.used_percent)
+        metrics.ROAD_CLOSED.labels(self.name).set(self.disk.closed_mark.exists())
+        unread = sum(file.size - min(file.size, _offset_of(self.places, file)) for file in look(self.live))
+        metrics.LAG_BYTES.labels(self.name).set(unread)
+        metrics.EXCEPTIONS_OPEN.set(self.ledger.exceptions_open())
 
     def _tell_of_missing(self, now: datetime) -> None:
         # Twice in a row: somebody else's rename may hide a file from one look.
@@ -214,6 +254,16 @@ class Collector:
         self.ledger.forget_refusals(now - _REFUSALS_KEPT)
 
 
+def _seconds_since(monotonic: float) -> Callable[[], float]:
+    return lambda: time.monotonic() - monotonic
+
+
+def _offset_of(places: Mapping[str, Place], file: JournalFile) -> int:
+    """How far *file* has been read."""
+    place = places.get(file.file_id)
+    return place.offset if place else 0
+
+
 def reopen_journal(admin_port: int) -> bool:
     """Ask Envoy to write to the file that now has the journal's name; whether it said yes."""
     try:
@@ -228,36 +278,82 @@ def main() -> None:
     # A batch is tens of thousands of small dicts without a cycle; looking for one costs a seventh of the work.
     gc.set_threshold(GARBAGE_THRESHOLD)
     stores, settings = StoreSettings(), Settings()
-    live = stores.home / contract.JOURNAL_PATH
-    disk = Disk(directory=live.parent, closed_mark=stores.home / contract.JOURNAL_CLOSED_PATH, when_full=settings.when_full)
-    stop = threading.Event()
+    own = Source(name=settings.journal, live=stores.home / contract.JOURNAL_PATH, admin_port=settings.admin_port)
+    directory = Path(settings.journals).absolute() if settings.journals and Path(settings.journals).is_dir() else None
+    sources = [own] if not settings.journals else [] if directory else read_sources(settings.journals)
+    url, stop = stores.require_postgres(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    live.parent.mkdir(mode=0o700, exist_ok=True)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
     if settings.conservation_seconds:
         Conservation(
-            url=stores.require_postgres(), catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
+            url=url, catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
             clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
         ).start()
+    _collect_all(sources, directory, lambda source: collect(source, url, settings, stop), stop)
+
+
+def _collect_all(
+    sources: Sequence[Source], directory: Path | None, collect_one: Callable[[Source], None], stop: threading.Event
+) -> None:
+    """A thread per journal, so that a slow or broken one holds up no other; new ones of *directory* as they come."""
+    running: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(JOURNALS_MAX, thread_name_prefix="journal") as pool:
+        while True:
+            for source in sources if directory is None else find_sources(directory):
+                if source.name not in running and len(running) < JOURNALS_MAX:
+                    running[source.name] = pool.submit(collect_one, source)
+            over = stop.wait(_DIRECTORY_EVERY)
+            for future in running.values():
+                # What ends before it was asked to is a defect of ours: the process dies of it and is started again.
+                if future.done() and future.exception() is not None:
+                    stop.set()
+                    over = True
+            if over:
+                break
+    for future in running.values():
+        future.result()
+
+
+def collect(source: Source, url: str, settings: Settings, stop: threading.Event) -> None:
+    """Read one journal until *stop*, and then what is left of it; what is away is waited for."""
+    disk = Disk(
+        directory=source.live.parent, closed_mark=source.live.with_name(Path(contract.JOURNAL_CLOSED_PATH).name),
+        when_full=settings.when_full,
+    )
+    metrics.LAG_SECONDS.labels(source.name).set_function(_seconds_since(time.monotonic()))
+    port = source.admin_port
+    rotation = Rotation(
+        live=source.live, bytes_max=settings.rotate_bytes, reopen=None if port is None else lambda: reopen_journal(port)
+    )
     while True:
         try:
-            ledger = Ledger(stores.require_postgres(), settings.journal)
-            rotation = Rotation(
-                live=live, bytes_max=settings.rotate_bytes, reopen=lambda: reopen_journal(settings.admin_port)
-            )
-            _run(Collector(live, ledger, settings, rotation, disk, ledger.places()), stop)
-            ledger.close()
+            source.live.parent.mkdir(mode=0o700, exist_ok=True)
+            ledger = Ledger(url, source.name)
+            try:
+                _run(
+                    Collector(
+                        source.name, source.live, ledger, settings, rotation, disk, ledger.places(), ledger.lives()
+                    ),
+                    stop,
+                )
+            finally:
+                ledger.close()
             return
         except psycopg.Error as exc:
-            log.error("ledger_unavailable", error=type(exc).__name__, reason=str(exc).splitlines()[0])
+            log.error("ledger_unavailable", journal=source.name, error=type(exc).__name__, reason=str(exc).splitlines()[0])
+        except OSError as exc:
+            log.error("journal_unavailable", journal=source.name, error=type(exc).__name__, reason=exc.strerror)
+        with contextlib.suppress(OSError):
             # The journal grows meanwhile; it must not fill the disk unwatched.
             disk.look()
-            if stop.wait(settings.retry_seconds):
-                return
+        if stop.wait(settings.retry_seconds):
+            return
 
 
 def _run(collector: Collector, stop: threading.Event) -> None:
-    log.info("collecting", journal=collector.settings.journal)
+    log.info("collecting", journal=collector.name)
     while True:
         # Asked before the look: what was written before the signal is read after it.
         is_last = stop.is_set()

@@ -1,23 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put metering's ext_proc together: the models document, the servicer, the socket."""
+"""Put metering's service together: the models document, the second witness, the servicers, the socket."""
 
 from __future__ import annotations
 
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from chassis import contract
+from chassis.clock import utc_now
 from chassis.models import WatchedCatalogue
 from chassis.serving import serve_streams
 from chassis.settings import StoreSettings
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
+from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
 from metering.adapters.slices import Slices
-from metering.servicer import METHOD, Servicer
+from metering.adapters.witness import Heard, Reconciliation
+from metering.servicer import ACCESS_LOG_METHOD, METHOD, Servicer, Witness
+
+
+class Settings(BaseSettings):
+    """The service's own settings; the stores' are in `StoreSettings`."""
+
+    model_config = SettingsConfigDict(env_prefix="PEAJE_METERING_", frozen=True)
+
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_METERING]
+    #: Between two comparisons of what the second witness said with the ledger.
+    reconcile_seconds: float = Field(default=5.0, gt=0)
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = Field(default=0, ge=0, le=65535)
 
 
 def main() -> None:
     """Serve until SIGTERM."""
     configure("metering")
+    settings, stores = Settings(), StoreSettings()
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
     slices = Slices(f"unix:{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}")
-    servicer = Servicer(WatchedCatalogue(StoreSettings().home / contract.MODELS_PATH).current, slices)
+    servicer = Servicer(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, slices)
+    heard = Heard()
+    Reconciliation(
+        url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds
+    ).start()
     serve_streams(
-        contract.SOCKETS[contract.CLUSTER_METERING], METHOD, servicer.process, wire.ProcessingRequest
+        settings.socket,
+        {
+            METHOD: (servicer.process, wire.ProcessingRequest),
+            ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.StreamAccessLogsMessage),
+        },
     )

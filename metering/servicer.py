@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Answer Envoy's ext_proc, of which two filters ask here, each only where it must.
+Answer Envoy's ext_proc, of which two filters ask here, each only where it must, and hear its gRPC access log.
 
 *metering* sends the buffered body of a request that needs shaping: one message, and the answer never
 comes here. If this service is away the request passes as it was (failure_mode_allow: true in envoy.yaml):
@@ -15,23 +15,31 @@ not be stopped where its budget ends.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, Final
 
 import grpc
 import structlog
+from google.protobuf.struct_pb2 import Struct
 
 from chassis import contract
 from chassis.errors import Unavailable
 from chassis.models import ModelCatalogue, supports_continuous_usage
+from chassis.wire import access_log_entry_pb2 as entry_wire
+from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
 from metering.adapters.slices import Slices
+from metering.adapters.witness import Heard
+from metering.core.journal import Malformed
 from metering.core.shape import Running, ask_for_usage
 from metering.core.valve import Stop, Valve
+from metering.core.witness import Sighting, sighting
 
 log = structlog.get_logger()
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+ACCESS_LOG_METHOD = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 
 #: What neither filter sends as it is configured; an Envoy that is configured otherwise goes on.
 _UNREAD: Final = {
@@ -199,3 +207,55 @@ def _handed_back(body: bytes, *, is_last: bool) -> wire.ProcessingResponse:
     piece = answer.response_body.response.body_mutation.streamed_response
     piece.body, piece.end_of_stream = body, is_last
     return answer
+
+
+class Witness:
+    """Hears what Envoy's gRPC access log says of exchanges that ended; answers nothing while it lasts."""
+
+    def __init__(self, heard: Heard, clock: Callable[[], datetime]) -> None:
+        self._heard = heard
+        self._clock = clock
+
+    async def hear(
+        self, messages: AsyncIterator[log_wire.StreamAccessLogsMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[log_wire.StreamAccessLogsResponse]:
+        """Keep each entry to be compared; one that is none of ours is logged and left out."""
+        del context
+        async for message in messages:
+            now = self._clock()
+            for entry in message.http_logs.log_entry:
+                if entry.common_properties.intermediate_log_entry:
+                    continue
+                try:
+                    self._heard.add(_sighting(entry, now))
+                except Malformed as exc:
+                    log.error("sighting_malformed", reason=str(exc))
+        yield log_wire.StreamAccessLogsResponse()
+
+
+def _sighting(entry: entry_wire.HTTPAccessLogEntry, now: datetime) -> Sighting:
+    common = entry.common_properties
+    spaces = common.metadata.filter_metadata
+    return sighting(
+        common.stream_id, identity=_values(spaces[contract.NS_IDENTITY], _OF_IDENTITY),
+        request=_values(spaces[contract.NS_REQUEST], _OF_REQUEST), usage=_values(spaces[contract.NS_USAGE], _OF_USAGE),
+        heard_at=now,
+    )
+
+
+#: What a sighting needs of the twenty values that an entry has: reading all of them costs twice as much.
+_OF_IDENTITY = (contract.ID_TENANT,)
+_OF_REQUEST = (contract.REQ_STARTED_AT,)
+_OF_USAGE = (contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT)
+
+
+def _values(namespace: Struct, names: Sequence[str]) -> dict[str, Any]:
+    """Those of its plain values that have one of *names*."""
+    fields = namespace.fields
+    found = {}
+    for name in names:
+        if name in fields:
+            value = fields[name]
+            kind = value.WhichOneof("kind")
+            found[name] = getattr(value, kind) if kind else None
+    return found

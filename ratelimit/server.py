@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,14 +16,18 @@ from chassis.models import WatchedCatalogue
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import tokenizers
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.rule_counters import RuleCounters
+from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
 from ratelimit.core.estimate import Estimates
+from ratelimit.generic import GenericServicer, Options, WhenUnavailable, by_domain
 from ratelimit.servicer import METHOD, Servicer
 
 
@@ -31,6 +36,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PEAJE_RATELIMIT_", frozen=True)
 
+    #: Unix socket, relative to the state directory; each process has its own.
+    socket: str = contract.SOCKETS[contract.CLUSTER_RATELIMIT]
     #: Threads: each waits for one round trip to the store.
     workers: int = 4
     #: Postgres connections per process: limits are read whole by one thread, seeds by the others.
@@ -46,6 +53,26 @@ class Settings(BaseSettings):
     slice_tokens: int = Field(default=256, ge=0)
     #: Also answer with RateLimit and RateLimit-Policy (draft 10, not a standard yet).
     draft_headers: bool = False
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = 0
+    #: Directory of the operators' own rules (docs/ratelimit-rls.md), looked for in PEAJE_HOME.
+    config: Path = Path(DIRECTORY)
+    #: What their requests are told while the counter store is away; "error" leaves it to the asking Envoy.
+    rls_when_unavailable: WhenUnavailable = WhenUnavailable.ERROR
+    #: Refuse nobody by these rules, only measure.
+    rls_shadow_mode: bool = False
+    #: Tell their callers ratelimit-limit, -remaining and -reset.
+    rls_headers: bool = False
+    #: Tell the asking Envoy what was asked and which rules' metadata passed.
+    rls_dynamic_metadata: bool = False
+
+    @property
+    def generic(self) -> Options:
+        """What holds for all rules that operators bring."""
+        return Options(
+            when_unavailable=self.rls_when_unavailable, shadow_mode=self.rls_shadow_mode, headers=self.rls_headers,
+            dynamic_metadata=self.rls_dynamic_metadata,
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -55,7 +82,10 @@ def main() -> None:
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
     limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
-    stored = StoredCounters(connect(stores.require_redis(), cluster=settings.cluster))
+    store = connect(stores.require_redis(), cluster=settings.cluster)
+    stored = StoredCounters(store)
+    rules = RuleFiles(stores.home / settings.config)
+    rules.watch()
 
     def probe() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
@@ -76,8 +106,11 @@ def main() -> None:
         slice_tokens=settings.slice_tokens,
         draft_headers=settings.draft_headers,
     )
+    generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
     serve_unary(
-        contract.SOCKETS[contract.CLUSTER_RATELIMIT],
-        {METHOD: (servicer.should_rate_limit, wire.RateLimitRequest)},
+        settings.socket,
+        {METHOD: (by_domain(servicer.should_rate_limit, generic.should_rate_limit), wire.RateLimitRequest)},
         workers=settings.workers,
     )

@@ -29,7 +29,8 @@ from ratelimit.core import answer
 from ratelimit.core.decide import Outcome, Renewal, Verdict
 from ratelimit.core.demand import Demand, Kind, demand
 from ratelimit.core.estimate import Estimates
-from ratelimit.core.limits import Ask
+from ratelimit.core.lease import Lease, Wish, offer, wish
+from ratelimit.core.limits import Ask, Unit
 from ratelimit.core.usage import Report
 
 log = structlog.get_logger()
@@ -83,7 +84,7 @@ class Servicer:
                 if ask is None:
                     log.error("descriptor_refused", keys=sorted(entries))
                     raise Invalid("incomplete descriptor")
-                return self._admit(ask)
+                return self._admit(ask, wish(entries[contract.DESC_LEASE]))
             case contract.PHASE_RENEW:
                 return self._renew(entries)
             case contract.PHASE_SETTLE:
@@ -91,7 +92,7 @@ class Servicer:
                 return wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
         raise Invalid("unknown phase")
 
-    def _admit(self, ask: Ask) -> wire.RateLimitResponse:
+    def _admit(self, ask: Ask, wished: Wish) -> wire.RateLimitResponse:
         asked = demand(
             ask,
             self._limits.current.match(ask),
@@ -105,22 +106,27 @@ class Servicer:
             response = _admitted({}, asked, None)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
             return response
-        outcome = self._take(asked)
+        # The draft's headers tell of every limit: only an answer of this service has them.
+        lease = None if self._draft_headers else offer(asked, wished.requests)
+        outcome = self._take(asked, lease, wished.back)
         if outcome.over:
             over = sorted({c.limit_id for c in asked.counters if c.name in outcome.over})
             log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
         headers = answer.draft_headers(outcome.readings) if self._draft_headers else {}
         if outcome.admitted:
-            return _admitted(answer.headers(outcome.readings) | headers, asked, outcome)
+            response = _admitted(answer.headers(outcome.readings) | headers, asked, outcome)
+            if lease is not None and outcome.leased:
+                _lend(response, lease, asked, choices=max(ask.choices, 1))
+            return response
         refusal, told = answer.refusal(outcome.readings)
         log.info("limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, unit=refusal.type)
         body = render(refusal, dialect=ask.dialect, request_id=ask.request_id)
         return _refused(refusal.status, told | headers, body)
 
-    def _take(self, asked: Demand) -> Outcome:
+    def _take(self, asked: Demand, lease: Lease | None, back: Lease | None) -> Outcome:
         if not self._breaker.is_open:
             try:
-                outcome = self._take_stored(asked)
+                outcome = self._take_stored(asked, lease, back)
             except StoreRefused as exc:
                 log.error("store_refused", tenant=asked.tenant_id, reason=exc.message)
             except Unavailable:
@@ -131,9 +137,9 @@ class Servicer:
                 return outcome
         return self._local.take(asked, now_us=_now_us(), away_seconds=self._breaker.away_seconds)
 
-    def _take_stored(self, asked: Demand) -> Outcome:
+    def _take_stored(self, asked: Demand, lease: Lease | None, back: Lease | None) -> Outcome:
         try:
-            return self._stored.take(asked, {})
+            return self._stored.take(asked, {}, lease=lease, back=back)
         except Unseeded:
             # A new period, or a store that came back empty: the ledger says what was used.
             return self._stored.take(asked, self._seeds(asked))
@@ -277,6 +283,15 @@ def _admitted(headers: Mapping[str, str], asked: Demand, outcome: Outcome | None
     if cap is not None:
         fields[contract.ADM_OUTPUT_CAP].number_value = cap
     return response
+
+
+def _lend(response: wire.RateLimitResponse, lease: Lease, asked: Demand, *, choices: int) -> None:
+    fields = response.dynamic_metadata.fields
+    fields[contract.ADM_LEASE_REQUESTS].number_value = lease.requests
+    if any(counter.unit is Unit.TOKENS for counter in asked.counters):
+        fields[contract.ADM_LEASE_TOKENS].number_value = lease.tokens
+    fields[contract.ADM_LEASE_INPUT].number_value = asked.lean.input
+    fields[contract.ADM_LEASE_OUTPUT].number_value = asked.lean.output // choices
 
 
 def _refused(status: int, headers: Mapping[str, str], body: str) -> wire.RateLimitResponse:

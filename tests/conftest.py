@@ -16,7 +16,8 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from tests.dataplane.installation import Installation, Tenant, running
+from bench.revocation import SEVERAL
+from tests.dataplane.installation import Installation, Tenant, free_ports, running
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
@@ -37,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peaje")
     for name, what in ON_REQUEST.items():
         group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
+    group.addoption("--storm-requests", type=int, default=1_000_000, help="requests of the longest kill storm")
+    group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,12 +75,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
-    with running(tmp_path_factory.mktemp("road"), "--engine", "fake") as installation:
+    # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
+    settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1"}
+    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR"), free_ports(4), strict=True))
+    settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
+    with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
+        installation.metrics_ports = tuple(ports.values())
         yield installation
         # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
         assert [] == installation.leaks()
         verified = installation.cli("ledger", "verify")
         assert verified["ok"], verified
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """As `road`, with several processes of each service that decides, and two Envoy workers."""
+    home = tmp_path_factory.mktemp("fleet")
+    with running(home, "--engine", "fake", "--concurrency", "2", environment=SEVERAL) as installation:
+        yield installation
+        assert [] == installation.leaks()
 
 
 @pytest.fixture(scope="session")

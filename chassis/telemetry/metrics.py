@@ -40,6 +40,55 @@ KEY_WRITES_LOST: Final = Counter(
     "peaje_extauth_key_uses_lost_total", "Uses of keys that were not written down: Postgres was away too long."
 )
 
+#: The descriptor is as the operators' files have it; with callers' values in it only where a file asks for
+#: that, and then only the first of them (ratelimit/adapters/rule_metrics.py).
+RULE_HITS: Final = Counter(
+    "peaje_ratelimit_rule_hits_total", "Hits of generic rules; the stats are envoyproxy/ratelimit's.",
+    ["domain", "descriptor", "stat"],
+)  # fmt: skip
+RULE_RELOADS: Final = Counter(
+    "peaje_ratelimit_rule_reloads_total", "New generic rules, by whether they were taken.", ["outcome"]
+)
+RULES_CURRENT: Final = Gauge("peaje_ratelimit_rules_current", "1 if the generic rules in force are those of the files, else 0.")
+RULE_DOMAIN_UNKNOWN: Final = Counter(
+    "peaje_ratelimit_rule_domain_unknown_total", "Requests of a domain that no file has: all of them pass."
+)
+RULE_SHADOWED: Final = Counter(
+    "peaje_ratelimit_rule_global_shadow_total", "Requests that passed because all rules are in shadow mode."
+)
+RULE_STORE_ERRORS: Final = Counter(
+    "peaje_ratelimit_rule_store_errors_total", "Requests that were answered without the counter store.", ["answer"]
+)
+
+SIGHTINGS: Final = Counter("peaje_metering_sightings_total", "Exchanges that the second witness has told of.")
+SIGHTINGS_DROPPED: Final = Counter(
+    "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."
+)
+
+#: Journals have operators' own names, of which a collector has a bounded number.
+LAG_BYTES: Final = Gauge("peaje_collector_lag_bytes", "Bytes of a journal that are not read yet.", ["journal"])
+LAG_SECONDS: Final = Gauge(
+    "peaje_collector_lag_seconds", "Since a journal was last read to its end; under a second if all is well.", ["journal"]
+)
+DISK_USED_PERCENT: Final = Gauge("peaje_collector_disk_used_percent", "Of the disk that holds a journal.", ["journal"])
+ROAD_CLOSED: Final = Gauge("peaje_collector_road_closed", "1 while new requests are refused because the disk is full.", ["journal"])
+ROWS: Final = Counter("peaje_collector_rows_total", "New rows of the ledger.", ["basis", "outcome"])
+DUPLICATES_ABSORBED: Final = Counter("peaje_collector_duplicates_absorbed_total", "Records of exchanges that had their row.")
+DEFECTS: Final = Counter("peaje_collector_defects_total", "Runs of bytes in a journal that are no record.", ["journal"])
+ORPHANS_CLOSED: Final = Counter(
+    "peaje_collector_orphans_closed_total", "Exchanges that were closed without an end record.", ["journal"]
+)
+#: Buckets around the promise of five seconds.
+ROW_DELAY_SECONDS: Final = Histogram(
+    "peaje_collector_row_delay_seconds", "From the end of an exchange to its row; closed orphans left out.",
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600, 3600),
+)
+EXCEPTIONS_OPEN: Final = Gauge("peaje_reconciliation_exceptions_open", "Disagreements that nobody has explained or signed for.")
+#: Models are the operator's own names.
+DRIFT_TOKENS: Final = Gauge(
+    "peaje_conservation_drift_tokens", "Ledger less engine, in the newest interval that could be compared.", ["model", "kind"]
+)
+
 
 @lru_cache(maxsize=512)
 def denial(code: str, phase: str, rule: str) -> tuple[Counter, Counter]:

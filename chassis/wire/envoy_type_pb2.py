@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hassis/wire/envoy_type.proto\x12\renvoy.type.v3\"5\n\nHttpStatus\x12\'\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x19.envoy.type.v3.StatusCode*\xa8\x01\n\nStatusCode\x12\t\n\x05\x45mpty\x10\x00\x12\x07\n\x02OK\x10\xc8\x01\x12\x0f\n\nBadRequest\x10\x90\x03\x12\x11\n\x0cUnauthorized\x10\x91\x03\x12\x0e\n\tForbidden\x10\x93\x03\x12\r\n\x08NotFound\x10\x94\x03\x12\x14\n\x0fPayloadTooLarge\x10\x9d\x03\x12\x14\n\x0fTooManyRequests\x10\xad\x03\x12\x17\n\x12ServiceUnavailable\x10\xf7\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hassis/wire/envoy_type.proto\x12\renvoy.type.v3\"5\n\nHttpStatus\x12\'\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x19.envoy.type.v3.StatusCode*\xa8\x01\n\nStatusCode\x12\t\n\x05\x45mpty\x10\x00\x12\x07\n\x02OK\x10\xc8\x01\x12\x0f\n\nBadRequest\x10\x90\x03\x12\x11\n\x0cUnauthorized\x10\x91\x03\x12\x0e\n\tForbidden\x10\x93\x03\x12\r\n\x08NotFound\x10\x94\x03\x12\x14\n\x0fPayloadTooLarge\x10\x9d\x03\x12\x14\n\x0fTooManyRequests\x10\xad\x03\x12\x17\n\x12ServiceUnavailable\x10\xf7\x03*\\\n\rRateLimitUnit\x12\x0b\n\x07UNKNOWN\x10\x00\x12\n\n\x06SECOND\x10\x01\x12\n\n\x06MINUTE\x10\x02\x12\x08\n\x04HOUR\x10\x03\x12\x07\n\x03\x44\x41Y\x10\x04\x12\t\n\x05MONTH\x10\x05\x12\x08\n\x04YEAR\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUSCODE']._serialized_start=104
   _globals['_STATUSCODE']._serialized_end=272
+  _globals['_RATELIMITUNIT']._serialized_start=274
+  _globals['_RATELIMITUNIT']._serialized_end=366
   _globals['_HTTPSTATUS']._serialized_start=48
   _globals['_HTTPSTATUS']._serialized_end=101
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,16 @@ class StatusCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PayloadTooLarge: _ClassVar[StatusCode]
     TooManyRequests: _ClassVar[StatusCode]
     ServiceUnavailable: _ClassVar[StatusCode]
+
+class RateLimitUnit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNKNOWN: _ClassVar[RateLimitUnit]
+    SECOND: _ClassVar[RateLimitUnit]
+    MINUTE: _ClassVar[RateLimitUnit]
+    HOUR: _ClassVar[RateLimitUnit]
+    DAY: _ClassVar[RateLimitUnit]
+    MONTH: _ClassVar[RateLimitUnit]
+    YEAR: _ClassVar[RateLimitUnit]
 Empty: StatusCode
 OK: StatusCode
 BadRequest: StatusCode
@@ -25,6 +35,13 @@ NotFound: StatusCode
 PayloadTooLarge: StatusCode
 TooManyRequests: StatusCode
 ServiceUnavailable: StatusCode
+UNKNOWN: RateLimitUnit
+SECOND: RateLimitUnit
+MINUTE: RateLimitUnit
+HOUR: RateLimitUnit
+DAY: RateLimitUnit
+MONTH: RateLimitUnit
+YEAR: RateLimitUnit
 
 class HttpStatus(_message.Message):
     __slots__ = ("code",)

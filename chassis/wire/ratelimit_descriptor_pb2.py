@@ -22,18 +22,21 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from chassis.wire import envoy_type_pb2 as chassis_dot_wire_dot_envoy__type__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'chassis/wire/ratelimit_descriptor.proto\x12$envoy.extensions.common.ratelimit.v3\x1a\x1egoogle/protobuf/wrappers.proto\"\xbf\x01\n\x13RateLimitDescriptor\x12P\n\x07\x65ntries\x18\x01 \x03(\x0b\x32?.envoy.extensions.common.ratelimit.v3.RateLimitDescriptor.Entry\x12\x31\n\x0bhits_addend\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt64Value\x1a#\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'chassis/wire/ratelimit_descriptor.proto\x12$envoy.extensions.common.ratelimit.v3\x1a\x1d\x63hassis/wire/envoy_type.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\x91\x03\n\x13RateLimitDescriptor\x12P\n\x07\x65ntries\x18\x01 \x03(\x0b\x32?.envoy.extensions.common.ratelimit.v3.RateLimitDescriptor.Entry\x12Z\n\x05limit\x18\x02 \x01(\x0b\x32K.envoy.extensions.common.ratelimit.v3.RateLimitDescriptor.RateLimitOverride\x12\x31\n\x0bhits_addend\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt64Value\x12\x18\n\x10is_negative_hits\x18\x04 \x01(\x08\x1a#\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x1aZ\n\x11RateLimitOverride\x12\x19\n\x11requests_per_unit\x18\x01 \x01(\r\x12*\n\x04unit\x18\x02 \x01(\x0e\x32\x1c.envoy.type.v3.RateLimitUnitb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chassis.wire.ratelimit_descriptor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RATELIMITDESCRIPTOR']._serialized_start=114
-  _globals['_RATELIMITDESCRIPTOR']._serialized_end=305
-  _globals['_RATELIMITDESCRIPTOR_ENTRY']._serialized_start=270
-  _globals['_RATELIMITDESCRIPTOR_ENTRY']._serialized_end=305
+  _globals['_RATELIMITDESCRIPTOR']._serialized_start=145
+  _globals['_RATELIMITDESCRIPTOR']._serialized_end=546
+  _globals['_RATELIMITDESCRIPTOR_ENTRY']._serialized_start=419
+  _globals['_RATELIMITDESCRIPTOR_ENTRY']._serialized_end=454
+  _globals['_RATELIMITDESCRIPTOR_RATELIMITOVERRIDE']._serialized_start=456
+  _globals['_RATELIMITDESCRIPTOR_RATELIMITOVERRIDE']._serialized_end=546
 # @@protoc_insertion_point(module_scope)

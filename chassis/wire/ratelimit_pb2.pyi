@@ -33,15 +33,44 @@ class RateLimitResponse(_message.Message):
     UNKNOWN: RateLimitResponse.Code
     OK: RateLimitResponse.Code
     OVER_LIMIT: RateLimitResponse.Code
+    class RateLimit(_message.Message):
+        __slots__ = ("requests_per_unit", "unit", "name")
+        class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+            __slots__ = ()
+            UNKNOWN: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            SECOND: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            MINUTE: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            HOUR: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            DAY: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            MONTH: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            YEAR: _ClassVar[RateLimitResponse.RateLimit.Unit]
+            WEEK: _ClassVar[RateLimitResponse.RateLimit.Unit]
+        UNKNOWN: RateLimitResponse.RateLimit.Unit
+        SECOND: RateLimitResponse.RateLimit.Unit
+        MINUTE: RateLimitResponse.RateLimit.Unit
+        HOUR: RateLimitResponse.RateLimit.Unit
+        DAY: RateLimitResponse.RateLimit.Unit
+        MONTH: RateLimitResponse.RateLimit.Unit
+        YEAR: RateLimitResponse.RateLimit.Unit
+        WEEK: RateLimitResponse.RateLimit.Unit
+        REQUESTS_PER_UNIT_FIELD_NUMBER: _ClassVar[int]
+        UNIT_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        requests_per_unit: int
+        unit: RateLimitResponse.RateLimit.Unit
+        name: str
+        def __init__(self, requests_per_unit: _Optional[int] = ..., unit: _Optional[_Union[RateLimitResponse.RateLimit.Unit, str]] = ..., name: _Optional[str] = ...) -> None: ...
     class DescriptorStatus(_message.Message):
-        __slots__ = ("code", "limit_remaining", "duration_until_reset")
+        __slots__ = ("code", "current_limit", "limit_remaining", "duration_until_reset")
         CODE_FIELD_NUMBER: _ClassVar[int]
+        CURRENT_LIMIT_FIELD_NUMBER: _ClassVar[int]
         LIMIT_REMAINING_FIELD_NUMBER: _ClassVar[int]
         DURATION_UNTIL_RESET_FIELD_NUMBER: _ClassVar[int]
         code: RateLimitResponse.Code
+        current_limit: RateLimitResponse.RateLimit
         limit_remaining: int
         duration_until_reset: _duration_pb2.Duration
-        def __init__(self, code: _Optional[_Union[RateLimitResponse.Code, str]] = ..., limit_remaining: _Optional[int] = ..., duration_until_reset: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+        def __init__(self, code: _Optional[_Union[RateLimitResponse.Code, str]] = ..., current_limit: _Optional[_Union[RateLimitResponse.RateLimit, _Mapping]] = ..., limit_remaining: _Optional[int] = ..., duration_until_reset: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
     OVERALL_CODE_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_HEADERS_TO_ADD_FIELD_NUMBER: _ClassVar[int]

@@ -45,6 +45,8 @@ class Settings(StoreSettings):
     control_issuer: str = ""
     #: File with a secret-scanning partner's public keys, in GitHub's form. None: every alert is refused.
     secret_scanning_keys: Path | None = None
+    #: Webhooks may go to this machine's loopback, by http too: for trying things out, never beside other services.
+    events_loopback_allowed: bool = False
 
     @property
     def issuer(self) -> str:
@@ -72,6 +74,7 @@ def main() -> None:
         bootstrap_token_path=secrets_directory / BOOTSTRAP_TOKEN_NAME,
         scanning_keys_path=settings.secret_scanning_keys,
         identity_path=settings.home / contract.IDENTITY_PATH,
+        loopback_allowed=settings.events_loopback_allowed,
     )
     services.issuer.keys.all(now=utc_now())  # makes the first key, or refuses one that others can read
     if not _open_bootstrap(services):

@@ -70,6 +70,14 @@ def act_as(request: Request, actor: str) -> Act:
 CurrentAct = Annotated[Act, Depends(act_of)]
 
 
+def operator_of(request: Request) -> Operator:
+    """Who is calling."""
+    return _operator(request)
+
+
+CurrentOperator = Annotated[Operator, Depends(operator_of)]
+
+
 async def raw_body(request: Request) -> bytes:
     """The body as it came; its size was checked before."""
     return await request.body()

@@ -17,6 +17,7 @@ from chassis.errors import PeajeError
 from control.api import (
     audit,
     bootstrap,
+    credits,  # noqa: A004 - the noun; nobody uses the interpreter's own
     explain_decision,
     invoices,
     keys,
@@ -26,11 +27,14 @@ from control.api import (
     operators,
     prices,
     projects,
+    reconciliation,
     reports,
+    reratings,
     secret_scanning,
     service_accounts,
     signing_keys,
     tenants,
+    webhooks,
 )
 from control.api.access import Unauthenticated, authenticate, check_declared, public, public_paths
 from control.api.errors import add_errors, error, from_error, nobody, request_id
@@ -43,7 +47,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings, reconciliation,
 )
 
 

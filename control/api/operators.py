@@ -22,7 +22,7 @@ class NewOperator(Body):
     """An operator to make; without a tenant, on all of them (an operator of a tenant: on its own)."""
 
     name: str
-    role: Literal["platform-admin", "tenant-admin", "developer", "billing-reader", "auditor"]
+    role: Literal["platform-admin", "tenant-admin", "developer", "billing-reader", "billing-admin", "auditor"]
     tenant: str | None = None
     expires: str | None = None
 

@@ -29,3 +29,5 @@ class Services:
     scanning_keys_path: Path | None
     #: The identity document, whose policies explanations ask; None: there is none.
     identity_path: Path | None = None
+    #: Webhooks may go to this machine's loopback, by http too.
+    loopback_allowed: bool = False

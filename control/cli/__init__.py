@@ -15,6 +15,7 @@ import typer
 from chassis.errors import PeajeError
 from control.cli import (
     audit,
+    credits,  # noqa: A004 - the noun; nobody uses the interpreter's own
     invoices,
     journal,
     keys,
@@ -23,10 +24,13 @@ from control.cli import (
     operators,
     prices,
     projects,
+    reconcile,
     reports,
+    reratings,
     service_accounts,
     signing_keys,
     tenants,
+    webhooks,
 )
 from control.cli.options import Json
 from control.laptop import commands as laptop
@@ -46,7 +50,11 @@ app.add_typer(signing_keys.app, name="signing-keys")
 app.add_typer(prices.app, name="prices")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(journal.app, name="journal")
+app.add_typer(credits.app, name="credits")
+app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(reconcile.app, name="reconcile")
 invoices.register(app)
+reratings.register(app)
 reports.register(app)
 laptop.register(app)
 

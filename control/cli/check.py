@@ -2,7 +2,8 @@
 """
 `peaje check`: what would silently do nothing, or the wrong thing, before it is live.
 
-Envoy's own validation, our lint, the models and identity documents, tokenizers, and limits that can never act.
+Envoy's own validation, our lint, the models and identity documents, tokenizers, generic rules, and limits that can never
+act.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from control.laptop.envoy import SOURCE, TLS_EXAMPLE, TLS_PATH, validate
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
 from extauth.adapters.document import load_whole as load_identity
+from ratelimit.adapters.rule_files import DIRECTORY as RULES_DIRECTORY
+from ratelimit.adapters.rule_files import load as load_rules
 from ratelimit.adapters.tokenizers import bytes_per_token
 
 _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0.1:1"]}]\n'
@@ -33,7 +36,7 @@ _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0
 def check(directory: str | None, *, as_json: bool) -> int:
     """Print findings, one line each; 0 if there are none."""
     source = Path(directory) if directory else SOURCE
-    findings = [*_envoy(source), *_tokenizers(), *_identity(), *_limits()]
+    findings = [*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits()]
     if as_json:
         print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
     else:
@@ -94,6 +97,16 @@ def _identity() -> list[str]:
     except PeajeError as exc:
         return [str(exc)]
     return []
+
+
+def _rules() -> list[str]:
+    """What is wrong with the rules that ratelimit would read, and what in them does nothing."""
+    named = os.environ.get("PEAJE_RATELIMIT_CONFIG")
+    directory = read_home(os.environ) / (named or RULES_DIRECTORY)
+    if not named and not directory.exists():
+        return []
+    loaded = load_rules(directory)
+    return [str(remark) for remark in (*loaded.faults, *loaded.remarks)]
 
 
 def _limits() -> list[str]:

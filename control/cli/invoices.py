@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +18,15 @@ from control.cli.show import show
 
 period_app = typer.Typer(no_args_is_help=True, help="Months: close for good, verify.")
 
+class Format(StrEnum):
+    """What an invoice is written as."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    PARQUET = "parquet"
+
+
 Month = Annotated[str, typer.Argument(help="Such as 2026-11.")]
 _SHOWN = (
     "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens",
@@ -24,22 +37,32 @@ _SHOWN = (
 def show_invoice(
     tenant: Annotated[str, typer.Option("--tenant", help="Id or name.")],
     month: Annotated[str, typer.Option("--month", help="Such as 2026-11.")],
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, amounts as exact decimals.")] = False,
+    format_: Annotated[Format | None, typer.Option("--format", help="Amounts are exact decimals in each.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file; parquet needs one.", show_default=False)] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As --format csv.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a tenant owes for a month."""
-    if as_csv and as_json:
-        raise Invalid("--csv and --json exclude each other.")
+    asked = {*([format_] if format_ else []), *([Format.CSV] if as_csv else []), *([Format.JSON] if as_json else [])}
+    if len(asked) > 1:
+        raise Invalid("--csv, --json and --format exclude each other.")
+    chosen = asked.pop() if asked else Format.TABLE
+    if chosen is Format.PARQUET and out is None:
+        raise Invalid("A Parquet file is not for the screen.", mend="Name a file with --out.")
+    if chosen is Format.TABLE and out is not None:
+        raise Invalid("A table is for the screen.", mend="Use --format csv, json or parquet with --out.")
     document = call("GET", at("/v1/tenants/{}/invoices/{}", tenant, month))
-    if as_csv:
-        from control.invoices import as_csv as text_of
-
-        print(text_of(document), end="")
+    if chosen is Format.TABLE:
+        _print(document)
         return
-    if as_json:
-        show(document, as_json=True)
+    data = _encoded(document, chosen)
+    if out is None:
+        sys.stdout.write(data.decode())
         return
-    _print(document)
+    try:
+        out.write_bytes(data)
+    except OSError as exc:
+        raise Invalid(f"{out} cannot be written: {exc.strerror}.") from exc
 
 
 @period_app.command("list")
@@ -70,6 +93,18 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("invoice")(show_invoice)
     app.add_typer(period_app, name="period")
+
+
+def _encoded(document: dict[str, Any], chosen: Format) -> bytes:
+    from control import invoices  # noqa: PLC0415 - the use cases are most of a command's start-up time
+
+    match chosen:
+        case Format.PARQUET:
+            return invoices.as_parquet(document)
+        case Format.CSV:
+            return invoices.as_csv(document).encode()
+        case _:
+            return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def _print(document: dict[str, Any]) -> None:

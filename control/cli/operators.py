@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="People and programs that use the c
 def create_operator(
     name: str,
     role: Annotated[
-        str, typer.Option("--role", help="platform-admin, tenant-admin, developer, billing-reader or auditor.")
+        str, typer.Option("--role", help="platform-admin, tenant-admin, developer, billing-reader, billing-admin or auditor.")
     ],
     tenant: AnyTenant = None,
     expires: Expires = None,

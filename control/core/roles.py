@@ -31,9 +31,15 @@ class Permission(StrEnum):
     PRICES_READ = "prices:read"
     PRICES_WRITE = "prices:write"
     INVOICES_READ = "invoices:read"
+    RERATE = "prices:rerate"
     PERIODS_READ = "periods:read"
     PERIODS_CLOSE = "periods:close"
     LEDGER_VERIFY = "ledger:verify"
+    CREDITS_READ = "credits:read"
+    CREDITS_WRITE = "credits:write"
+    USAGE_WRITE = "usage:write"
+    WEBHOOKS_READ = "webhooks:read"
+    WEBHOOKS_WRITE = "webhooks:write"
     OPERATORS_READ = "operators:read"
     OPERATORS_WRITE = "operators:write"
     AUDIT_READ = "audit:read"
@@ -49,6 +55,7 @@ class Role(StrEnum):
     TENANT_ADMIN = "tenant-admin"
     DEVELOPER = "developer"
     BILLING_READER = "billing-reader"
+    BILLING_ADMIN = "billing-admin"
     AUDITOR = "auditor"
 
 
@@ -57,7 +64,7 @@ _P = Permission
 #: Never an operator's of a tenant, whatever its role.
 PLATFORM_ONLY: Final = frozenset({
     _P.TENANTS_WRITE, _P.LIMITS_WRITE, _P.LIMITS_CHECK, _P.AUDIT_VERIFY, _P.SIGNING_KEYS_READ, _P.SIGNING_KEYS_WRITE,
-    _P.PRICES_WRITE, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY,
+    _P.PRICES_WRITE, _P.RERATE, _P.CREDITS_WRITE, _P.USAGE_WRITE, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY,
 })
 
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
@@ -69,6 +76,12 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     }),
     Role.BILLING_READER: frozenset({
         _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.PRICES_READ, _P.INVOICES_READ, _P.PERIODS_READ,
+        _P.CREDITS_READ, _P.WEBHOOKS_READ,
+    }),
+    Role.BILLING_ADMIN: frozenset({
+        _P.TENANTS_READ, _P.PROJECTS_READ, _P.LIMITS_READ, _P.USAGE_READ, _P.REQUESTS_READ, _P.PRICES_READ, _P.PRICES_WRITE, _P.RERATE,
+        _P.INVOICES_READ, _P.PERIODS_READ, _P.PERIODS_CLOSE, _P.LEDGER_VERIFY, _P.CREDITS_READ, _P.CREDITS_WRITE,
+        _P.USAGE_WRITE, _P.WEBHOOKS_READ, _P.WEBHOOKS_WRITE,
     }),
     Role.AUDITOR: frozenset(
         {permission for permission in Permission if permission.endswith(":read")}
@@ -77,7 +90,9 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
 }
 
 #: Roles that make sense without a tenant; the schema holds the same.
-_ON_ALL_TENANTS: Final = frozenset({Role.PLATFORM_ADMIN, Role.BILLING_READER, Role.AUDITOR})
+_ON_ALL_TENANTS: Final = frozenset({Role.PLATFORM_ADMIN, Role.BILLING_READER, Role.BILLING_ADMIN, Role.AUDITOR})
+#: Roles whose work is the platform's.
+_ON_ALL_TENANTS_ONLY: Final = frozenset({Role.PLATFORM_ADMIN, Role.BILLING_ADMIN})
 
 
 def may(role: Role, permission: Permission, *, tenant_id: str | None) -> bool:
@@ -96,4 +111,4 @@ def may(role: Role, permission: Permission, *, tenant_id: str | None) -> bool:
 
 def can_be_held(role: Role, *, tenant_id: str | None) -> bool:
     """Tell whether *role* exists on *tenant_id* (None: on all tenants)."""
-    return role in _ON_ALL_TENANTS if tenant_id is None else role is not Role.PLATFORM_ADMIN
+    return role in _ON_ALL_TENANTS if tenant_id is None else role not in _ON_ALL_TENANTS_ONLY

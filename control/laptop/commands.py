@@ -44,7 +44,7 @@ def up(
 ) -> int:
     """Start everything and stay until asked to stop; with *detach*, return once it is ready. The exit status."""
     # Late: `status` is asked often, and none of this is small.
-    from control.laptop import daemon, envoy, runner  # noqa: PLC0415
+    from control.laptop import daemon, envoy, runner, scale  # noqa: PLC0415
 
     environ = os.environ
     if environ.get("PEAJE_IDENTITY"):  # `run` changes the working directory
@@ -65,6 +65,7 @@ def up(
         models_document=Path(os.path.abspath(models)) if models else None,
         restarts_max=restarts,
         concurrency=concurrency or envoy.default_concurrency(),
+        scale=scale.read_scale(environ),
         in_background=detach,
     )
     out = reporter.Printer()

@@ -2,7 +2,8 @@
 """
 Render the repository's `envoy/` into the state directory, have Envoy judge it, and run it.
 
-Only ports are changed. What SREs edit stays `envoy/`; the rendered copy is made anew by each `up`.
+Only ports are changed, and the endpoints of services with several processes. What SREs edit stays `envoy/`;
+the rendered copy is made anew by each `up`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
 from control.laptop.places import REPOSITORY, Places, Ports, write_private
 from control.laptop.probes import http_client, http_ok
+from control.laptop.scale import SERVICES, Scale
 
 SOURCE = REPOSITORY / "envoy"
 #: A second door, with TLS, where this file is in the state directory.
@@ -43,8 +45,8 @@ _COMPLAINT = re.compile(r"error initializing configuration '[^']*':([^\n]*)")
 _ACTIVE_REQUESTS = "http.tenants.downstream_rq_active"
 
 
-def render(places: Places, ports: Ports, *, source: Path = SOURCE) -> None:
-    """Write the bootstrap with this installation's ports, and the Lua files, into the state directory."""
+def render(places: Places, ports: Ports, scale: Scale, *, source: Path = SOURCE) -> None:
+    """Write the bootstrap with this installation's ports and processes, and the Lua files, into the state directory."""
     for path in sorted(source.rglob("*.lua")):
         target = places.envoy / path.relative_to(source)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,6 +54,7 @@ def render(places: Places, ports: Ports, *, source: Path = SOURCE) -> None:
         os.chmod(target, 0o600)
     bootstrap = _load(source / "envoy.yaml")
     _set_ports(bootstrap, ports)
+    _set_endpoints(bootstrap, scale)
     _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
 
@@ -177,6 +180,23 @@ def _set_ports(bootstrap: dict[str, Any], ports: Ports) -> None:
             f"{SOURCE / 'envoy.yaml'} has no admin address, or no listener named {_TENANTS_LISTENER}.",
             mend="`up` sets their ports; put them back.",
         ) from exc
+
+
+def _set_endpoints(bootstrap: dict[str, Any], scale: Scale) -> None:
+    """Give each service's cluster an endpoint a process; it keeps all else that envoy.yaml says of it."""
+    for service in SERVICES:
+        endpoints = [
+            {"endpoint": {"address": {"pipe": {"path": process.socket}}}} for process in scale.processes(service)
+        ]
+        try:
+            clusters = bootstrap["static_resources"]["clusters"]
+            cluster = next(cluster for cluster in clusters if cluster["name"] == service)
+            cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = endpoints
+        except (KeyError, IndexError, TypeError, StopIteration) as exc:
+            raise Trouble(
+                f"{SOURCE / 'envoy.yaml'} has no cluster named {service} with endpoints.",
+                mend="`up` sets them, one a process; put it back.",
+            ) from exc
 
 
 def _new_epoch() -> Mapping[str, str]:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chassis.contract import CHANGES_PATH, CLUSTER_EXTAUTH, CLUSTER_METERING, CLUSTER_RATELIMIT, SOCKETS
+from chassis.contract import CHANGES_PATH
 from control.laptop.places import REPOSITORY, Places, Ports
 from control.laptop.probes import Probe, file_exists, grpc_serving, http_ok
+from control.laptop.scale import SERVICES, Scale, ServiceProcess
 
 #: Written by the collector once it reads the journal, relative to the state directory.
 COLLECTOR_READY = "run/collector.ready"
+#: Written by the delivery process once it looks at the outbox.
+EVENTS_READY = "run/events.ready"
 
 #: What a part inherits from the environment of `up`; all else is left behind.
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -97,7 +100,7 @@ def service_environment(
     }
 
 
-def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ...]) -> list[Part]:
+def service_parts(env: Mapping[str, str], ports: Ports, scale: Scale, *, stores: tuple[str, ...]) -> list[Part]:
     """The schema's migrations and Peaje's own processes; *stores* are the parts that hold their data."""
     migrations = Part(
         name="migrations",
@@ -110,10 +113,7 @@ def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ..
     needs = (*stores, migrations.name)
     return [
         migrations,
-        *(
-            _on_socket(cluster, env, needs)
-            for cluster in (CLUSTER_EXTAUTH, CLUSTER_RATELIMIT, CLUSTER_METERING)
-        ),
+        *(_on_socket(process, env, needs) for service in SERVICES for process in scale.processes(service)),
         Part(
             name="collector",
             argv=_module("metering.collector"),
@@ -123,6 +123,14 @@ def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ..
             before_start=lambda: _remove(COLLECTOR_READY),
             # Reads what Envoy wrote last, into a Postgres that may be busy.
             stop_grace_seconds=20.0,
+        ),
+        Part(
+            name="events",
+            argv=_module("metering.events"),
+            env=env,
+            needs=needs,
+            ready=file_exists(Path(EVENTS_READY)),
+            before_start=lambda: _remove(EVENTS_READY),
         ),
         Part(
             name="beacon",
@@ -143,15 +151,15 @@ def service_parts(env: Mapping[str, str], ports: Ports, *, stores: tuple[str, ..
     ]
 
 
-def _on_socket(cluster: str, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
-    socket = SOCKETS[cluster]
+def _on_socket(process: ServiceProcess, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
-        name=cluster,
-        argv=_module(cluster),
-        env=env,
+        name=process.name,
+        argv=_module(process.service),
+        env={**env, **process.settings()},
         needs=needs,
-        ready=grpc_serving(socket),
-        before_start=lambda: _remove(socket),
+        ready=grpc_serving(process.socket),
+        before_start=lambda: _remove(process.socket),
+        ports={"metrics": process.metrics_port} if process.metrics_port else {},
     )
 
 

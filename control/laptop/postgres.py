@@ -48,7 +48,8 @@ _INITDB_SECONDS = 120
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
-    "max_connections": "100",
+    # 16 processes of each service, and people; a slot that nobody uses costs little.
+    "max_connections": "300",
     "fsync": "on",
     "password_encryption": "scram-sha-256",
     "logging_collector": "off",

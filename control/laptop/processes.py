@@ -139,7 +139,14 @@ def is_free(port: int) -> bool:
 
 def check_ports(needs: Iterable[PortNeed]) -> None:
     """Raise `Trouble` that names the first port that cannot be had, and who holds it."""
+    wanted: dict[int, str] = {}
     for need in needs:
+        if need.number in wanted:
+            raise Trouble(
+                f"Port {need.number} is wanted twice: for {wanted[need.number]} and for {need.purpose}.",
+                mend=f"Choose another one with {need.option}.",
+            )
+        wanted[need.number] = need.purpose
         try:
             if is_free(need.number):
                 continue

@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from control.laptop.errors import Trouble
 from control.laptop.parts import Part, service_environment, service_parts
 from control.laptop.places import Places, Ports
 from control.laptop.processes import PortNeed, check_ports, end, identify
+from control.laptop.scale import SERVICES, Scale
 from control.laptop.supervisor import Supervisor
 from extauth.adapters import document as identity_document
 
@@ -47,6 +48,7 @@ class Options:
     models_document: Path | None
     restarts_max: int
     concurrency: int
+    scale: Scale = field(default_factory=Scale)
     in_background: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Options:
                 **document,
                 "home": Path(document["home"]),
                 "ports": Ports(**document["ports"]),
+                "scale": Scale(**document["scale"]),
                 "engine": EngineChoice(chosen) if chosen else None,
                 "models_document": Path(kept) if kept else None,
             }
@@ -122,7 +125,7 @@ def prepare(
             "parts": [],
         },
     )
-    check_ports(_port_needs(options.ports))
+    check_ports(_port_needs(options.ports, options.scale))
     own_postgres = not environ.get("PEAJE_POSTGRES_URL")
     own_redis = not environ.get("PEAJE_REDIS_URL")
     stores.check(environ.get("PEAJE_POSTGRES_URL"), environ.get("PEAJE_REDIS_URL"))
@@ -131,7 +134,7 @@ def prepare(
     engine.publish_document(chosen, place)
     _publish_identity(place, environ)
     publish(place.home / MODELS_PATH, place.envoy)
-    envoy.render(place, options.ports)
+    envoy.render(place, options.ports, options.scale)
     envoy.validate(programs.envoy, place)
 
     notes = list(chosen.notes)
@@ -154,7 +157,7 @@ def prepare(
     env = service_environment(
         environ, place, options.ports, postgres_url=postgres_url, redis_url=redis_url
     )
-    parts += [*chosen.parts, *service_parts(env, options.ports, stores=own_stores)]
+    parts += [*chosen.parts, *service_parts(env, options.ports, options.scale, stores=own_stores)]
     parts.append(
         envoy.envoy_part(
             programs.envoy,
@@ -285,11 +288,19 @@ def _publish_identity(place: Places, environ: Mapping[str, str]) -> None:
     identity_document.load_whole(path, home=place.home)
 
 
-def _port_needs(ports: Ports) -> tuple[PortNeed, ...]:
+def _port_needs(ports: Ports, scale: Scale) -> tuple[PortNeed, ...]:
     return (
         PortNeed(number=ports.tenants, purpose="the tenants' endpoint", option="--port"),
         PortNeed(number=ports.control, purpose="the control API", option="--control-port"),
         PortNeed(number=ports.admin, purpose="Envoy's admin interface", option="--admin-port"),
+        *(
+            PortNeed(
+                number=process.metrics_port, purpose=f"{process.name}'s metrics", option=f"PEAJE_{service.upper()}_METRICS_PORT"
+            )
+            for service in SERVICES
+            for process in scale.processes(service)
+            if process.metrics_port
+        ),
     )
 
 

@@ -56,6 +56,8 @@ local function follow(handle, reader, told)
       end
     end
   end
+  -- Read to its end without a word: that is told as well.
+  if reader.seen == 'none' and frames == 0 then publish(handle, reader, told) end
 end
 
 -- Read the answer of an admitted request; nil for any other. Returns the tokens read, at its end.

@@ -47,57 +47,94 @@ local function kept(request_id)
   return what
 end
 
--- Let the request pass if this worker remembers that it may; else note what is to be remembered.
+local function recognise(metadata, entry, request_id)
+  metadata:set(IDENTITY, 'tenant', entry.tenant)
+  metadata:set(IDENTITY, 'project', entry.project)
+  metadata:set(IDENTITY, 'key_id', entry.key_id)
+  metadata:set(REQUEST, 'recognised', request_id)
+end
+
+-- Do what this worker can do by what it remembers: let the request pass, or spare it extauth, or note what
+-- is to be remembered of the answer.
 function M.try(handle, facts, credential, request_id, now_ms, body, text)
   if not IS_ON or not credential or #credential > lane.CREDENTIAL_BYTES_MAX or facts.shape == 'service' then return end
   listen(now_ms)
   local key = lane.key(credential, facts.dialect, facts.model)
-  local tokens = lane.tokens(facts)
-  local entry, left = lane.take(cache, key, tokens, now_ms)
+  local entry, charged, wish = lane.take(cache, key, request_id, facts, now_ms)
   local metadata = handle:streamInfo():dynamicMetadata()
-  if not entry then
-    metadata:set(REQUEST, 'asked', request_id)
-    if left then
-      metadata:set(REQUEST, 'lease_requests', tostring(left.requests))
-      metadata:set(REQUEST, 'lease_tokens', tostring(left.tokens))
+  if not charged then
+    if wish ~= '0' then metadata:set(REQUEST, 'lease', wish) end
+    if entry then recognise(metadata, entry, request_id) end
+    if not entry or wish ~= '0' then
+      metadata:set(REQUEST, 'asked', request_id)
+      keep(request_id, {
+        key = key, prompt_bytes = facts.prompt_bytes, now_ms = now_ms, sequence = cache.sequence, known = entry ~= nil,
+      })
     end
-    keep(request_id, { key = key, sequence = cache.sequence, asked_ms = now_ms })
     return
   end
-  metadata:set(IDENTITY, 'tenant', entry.tenant)
-  metadata:set(IDENTITY, 'project', entry.project)
-  metadata:set(IDENTITY, 'key_id', entry.key_id)
+  recognise(metadata, entry, request_id)
   metadata:set(ADMISSION, 'admitted', true)
   metadata:set(USAGE, 'seen', 'none')
-  if entry.lease then keep(request_id, { entry = entry, charged = tokens }) end
+  if entry.lease then keep(request_id, { key = key, charged = charged, entry = entry }) end
   if not record.start(handle, request_id, entry, facts, { admitted = true }) then return end
   if record.needs_shape(facts) then
     handle:clearRouteCache()
     record.shape(body, text, facts, handle:metadata():get('running_usage'))
   end
-  -- Last: a script that fails before this leaves a request that is asked about as any other.
+  -- Last: a script that fails before this leaves a request that ratelimit is asked about.
   metadata:set(REQUEST, 'express', request_id)
 end
 
+local LIMIT_HEADERS = {
+  'x-ratelimit-limit-requests', 'x-ratelimit-reset-requests', 'x-ratelimit-limit-tokens', 'x-ratelimit-reset-tokens',
+}
+
+-- What the answer that brought the lease says of limits; it counts the lease as held.
+local function told_by(headers)
+  local told = { requests = tonumber(headers:get('x-ratelimit-remaining-requests')),
+                 tokens = tonumber(headers:get('x-ratelimit-remaining-tokens')) }
+  for _, name in ipairs(LIMIT_HEADERS) do told[name] = headers:get(name) end
+  return told
+end
+
 -- The answer has begun: remember what was answered for this request, if it may be.
-function M.remember(request, metadata)
+function M.remember(handle, request, metadata)
   local asked = request.asked and kept(request.asked)
   if not asked then return end
-  local identity, admission = metadata:get(IDENTITY), metadata:get(ADMISSION)
-  local for_ms = identity and identity.cache_ms
-  if not for_ms or for_ms <= 0 or not admission or not admission.admitted then return end
-  local lease = nil
-  if not admission.unlimited then
-    if not admission.lease_requests then return end
-    lease = { requests = admission.lease_requests, tokens = admission.lease_tokens }
+  local identity, admission = metadata:get(IDENTITY), metadata:get(ADMISSION) or {}
+  local lease = admission.lease_requests and lane.lease(
+    request.asked, admission.lease_requests, admission.lease_tokens, admission.lease_input, admission.lease_output,
+    asked.prompt_bytes)
+  local entry
+  if asked.known then
+    entry = lane.lent(cache, asked.key, request.asked, lease)
+  else
+    local for_ms = identity and identity.cache_ms
+    if not for_ms or for_ms <= 0 or not admission.admitted then return end
+    entry = lane.remember(cache, asked.key, identity, admission.unlimited, lease, asked.now_ms + for_ms, asked.sequence,
+      asked.now_ms)
   end
-  lane.remember(cache, asked.key, identity, lease, asked.asked_ms + for_ms, asked.sequence)
+  if entry then entry.told = told_by(handle:headers()) end
+end
+
+-- What ratelimit would say of limits to a request that passed on a lease: what is left of it is the caller's.
+function M.tell(handle, request)
+  local passed = newer[request.express] or older[request.express]
+  local told, lease = passed and passed.entry.told, passed and passed.entry.lease
+  if not told or not lease then return end
+  local headers = handle:headers()
+  for _, name in ipairs(LIMIT_HEADERS) do
+    if told[name] then headers:add(name, told[name]) end
+  end
+  if told.requests then headers:add('x-ratelimit-remaining-requests', tostring(told.requests + lease.requests)) end
+  if told.tokens then headers:add('x-ratelimit-remaining-tokens', tostring(math.max(0, told.tokens + lease.tokens))) end
 end
 
 -- The answer is over: what it used replaces what it was charged.
 function M.settle(request, used)
   local passed = request.express and kept(request.express)
-  if passed then lane.settle(passed.entry, passed.charged, used) end
+  if passed then lane.settle(cache, passed.key, passed.charged, used) end
 end
 
 return M

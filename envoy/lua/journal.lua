@@ -3,11 +3,12 @@
 --
 -- Envoy's own log leaves its buffer every 50 ms; what is in the buffer dies with a killed Envoy.
 -- This record is one write(2) to the page cache, so from the moment a model server can have seen
--- a request, the journal knows whose it is. Appends of one write each do not interleave.
+-- a request, the journal knows whose it is. The file is the workers' own: appends of one write each do
+-- not interleave, and Envoy flushes its log in slices, in whose middle a record of ours could land.
 
 local M = {}
 
-local PATH = 'journal/journal.jsonl'
+local PATH = 'journal/starts.jsonl'
 -- While this file exists nothing is admitted: the collector makes it when the disk is nearly full,
 -- so that there is room for the end records of what is under way.
 local CLOSED_PATH = 'journal/closed'

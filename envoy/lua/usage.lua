@@ -120,11 +120,27 @@ local function read_running(self, data)
   return true, sub(data, 1, at - 1) .. (self.wants == 'final' and ',"usage":null}' or '}')
 end
 
+-- Members whose text was generated, in a chunk and in a typed delta. Quotes inside JSON strings are
+-- escaped, so these can only match members, and one that holds at least a character.
+local CHUNK_TEXT = {
+  '"content":%s*"[^"]', '"text":%s*"[^"]', '"reasoning_content":%s*"[^"]', '"reasoning":%s*"[^"]', '"arguments":%s*"[^"]',
+}
+local DELTA_TEXT = { '"delta":%s*"[^"]', '"text":%s*"[^"]', '"thinking":%s*"[^"]', '"partial_json":%s*"[^"]' }
+
+-- Whether a frame carried generated text: not a role, an end, a ping, or a summary of frames before it.
+local function carries(data)
+  local members = find(data, '"choices"', 1, true) and CHUNK_TEXT or find(data, '[._]delta"') and DELTA_TEXT
+  for _, member in ipairs(members or {}) do
+    if find(data, member) then return true end
+  end
+  return false
+end
+
 -- Read one event's data. Returns: nil to leave it as it is, false to drop it, or its new text.
 local function read_event(self, data)
   if not find(data, '"usage"', 1, true) then
     -- Nothing that follows the terminator is read, so it passes, whether it comes with it or later.
-    if data == '[DONE]' then self.passing = true else self.frames = self.frames + 1 end
+    if data == '[DONE]' then self.passing = true elseif carries(data) then self.frames = self.frames + 1 end
     return nil
   end
   if self.hides then
@@ -138,12 +154,12 @@ local function read_event(self, data)
   end
   local span = usage_span(data, members)
   if not span then
-    self.frames = self.frames + 1
+    if carries(data) then self.frames = self.frames + 1 end
     return nil
   end
   local choices = members.choices
   local usage_only = choices and find(sub(data, choices[1], choices[2]), '^%[%s*%]$') ~= nil
-  if not usage_only then self.frames = self.frames + 1 end
+  if not usage_only and carries(data) then self.frames = self.frames + 1 end
   local counted, decreased = merge(self.counts, data, span[1])
   if counted then
     -- Anthropic's message_start holds an estimate that message_delta corrects: no anomaly there.

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, LiteralString, TypeVar
 
-from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
-from chassis.stores.postgres import fetch_all, listen
+from chassis.stores.postgres import ReadPool, fetch_all, listen
 from chassis.telemetry import metrics
 from extauth.core.cache import Remembered
 from extauth.core.identity import AccountState, Identity, KeyState, Standing
@@ -57,7 +56,7 @@ Value = TypeVar("Value")
 class Directory:
     """Looks up who exists; safe to call from several threads."""
 
-    def __init__(self, pool: ConnectionPool, *, clock: Callable[[], datetime]) -> None:
+    def __init__(self, pool: ReadPool, *, clock: Callable[[], datetime]) -> None:
         self._pool = pool
         self._clock = clock
         self._lock = threading.Lock()

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 import psycopg
 import structlog
 
 from chassis.models import Model, ModelCatalogue
+from chassis.telemetry import metrics
 from metering.adapters.engines import fetch
 from metering.core.conservation import Counters, Interval, State, Watch
 
@@ -74,7 +76,7 @@ class Conservation:
             if interval is not None:
                 self.waiting.append((model, interval))
 
-    def keep(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
+    def keep(self, connection: psycopg.Connection[Any]) -> None:
         """Write the intervals whose rows are all in the ledger."""
         still = []
         for model, interval in self.waiting:
@@ -88,6 +90,9 @@ class Conservation:
                     "state": interval.state.value, "input": interval.input_tokens, "output": interval.output_tokens,
                 },
             ).fetchone()
+            if drift is not None and interval.state is State.COMPARED:
+                metrics.DRIFT_TOKENS.labels(model, "input").set(drift[0])
+                metrics.DRIFT_TOKENS.labels(model, "output").set(drift[1])
             if drift is not None and drift != (0, 0) and interval.state is State.COMPARED:
                 log.warning("ledger_drift", model=model, input_tokens=drift[0], output_tokens=drift[1])
         self.waiting = still

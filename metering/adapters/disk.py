@@ -22,13 +22,14 @@ class Disk:
     closed_mark: Path
     when_full: WhenFull
     level: Level = Level.FINE
+    used_percent: float = 0.0
 
     def look(self) -> Level:
         """Measure, tell of a change, and make or remove the mark."""
-        used_percent = measure(self.directory)
-        now = level(used_percent, self.level)
+        self.used_percent = measure(self.directory)
+        now = level(self.used_percent, self.level)
         if now is not self.level:
-            log.warning("journal_disk", level=now.value, used_percent=round(used_percent, 1))
+            log.warning("journal_disk", level=now.value, used_percent=round(self.used_percent, 1))
         self.level = now
         if now is Level.ACT and self.when_full is WhenFull.REFUSE:
             self.closed_mark.touch(mode=0o600)

@@ -34,7 +34,8 @@ class Names:
     running: tuple[str, ...]
 
 
-#: "openai" stands for any other server and has no page that we know.
+#: "openai" stands for any other server and has no page that we know. vLLM's and Dynamo's names are from their
+#: own pages; TensorRT-LLM's are from its documentation, and no page of it has been read yet.
 NAMES: Final = {
     "vllm": Names(
         path="/metrics", label="model_name", input_tokens="vllm:prompt_tokens_total",

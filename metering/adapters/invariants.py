@@ -81,6 +81,25 @@ _INVARIANTS: Final = (
         """,
     ),
     (
+        "what the second witness saw is in the ledger with its tenant and tokens, or is an exception",
+        """
+        with excepted as (
+            select date_trunc('hour', started_at, 'UTC') as hour, count(*) as n from reconciliation_exception
+            where kind <> 'conflict' group by 1
+        )
+        select to_char(coalesce(w.hour, e.hour) at time zone 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC'
+        from witness_hour w full join excepted e using (hour)
+        where coalesce(w.disagreed_count, 0) <> coalesce(e.n, 0)
+        """,
+    ),
+    (
+        "a record that contradicts a row is an exception",
+        """
+        select c.request_id from usage_conflict c
+        where not exists (select from reconciliation_exception e where e.request_id = c.request_id and e.kind = 'conflict')
+        """,
+    ),
+    (
         "cached tokens are part of the input, reasoning tokens of the output, and none means none",
         """
         select request_id from usage_event
@@ -109,12 +128,57 @@ _INVARIANTS: Final = (
                      + u.reasoning_tokens::numeric * c.reasoning_nano) + 1000000, 2000000)) end, false)
         """,
     ),
+    (
+        "the entries of each credit transaction sum to 0, and so do all together",
+        """
+        select 'transaction ' || t.transaction_id from credit_transaction t left join credit_entry e using (transaction_id)
+        group by t.transaction_id having count(e) < 2 or sum(e.amount_nano) <> 0
+        union all
+        select 'all' from credit_entry having sum(amount_nano) <> 0
+        """,
+    ),
+    (
+        "no grant of credits is overdrawn, and what was granted is its first entry",
+        """
+        select g.grant_id from credit_grant g left join credit_account a using (grant_id) left join credit_entry e using (account_id)
+            left join credit_transaction t using (transaction_id)
+        group by g.grant_id
+        having coalesce(sum(e.amount_nano), -1) < 0
+            or sum(e.amount_nano) filter (where t.kind = 'grant') is distinct from g.amount_nano
+        """,
+    ),
+    (
+        "a re-rating's lines are the sums of its rows, and each row goes on from the amount before it",
+        """
+        (select concat_ws(' ', 'rerating', rerating_id) from
+            (select rerating_id, tenant_id, count(*) as rows, sum(after_nano - coalesce(before_nano, 0)) as amount
+             from rerated_row group by 1, 2) r
+            full join (select rerating_id, tenant_id, sum(request_count) as rows, sum(amount_nano) as amount
+                       from rerating_line group by 1, 2) l using (rerating_id, tenant_id)
+         where (r.rows, r.amount) is distinct from (l.rows, l.amount))
+        union all
+        (select request_id from (
+            select request_id, before_nano, lag(after_nano) over same as previous, row_number() over same as number
+            from rerated_row window same as (partition by request_id order by rerating_id)
+         ) chained where number > 1 and before_nano is distinct from previous)
+        union all
+        (select r.request_id from (select distinct on (request_id) * from rerated_row order by request_id, rerating_id) r
+            join usage_event u using (started_at, request_id)
+         where r.before_nano is distinct from u.amount_nano)
+        """,
+    ),
 )
 
 #: Nothing is broken by these, and a person should know of them.
 _NOTES: Final = {
     "journal_defects": "select count(*) from journal_defect",
     "usage_conflicts": "select count(*) from usage_conflict",
+    "exceptions_open": "select count(*) from reconciliation_exception where state = 'open'",
+    # The witness may miss any number; all of them, hour after hour, is a witness that is not there.
+    "requests_not_witnessed": (
+        "select coalesce(sum(greatest(h.requests - coalesce(w.agreed_count + w.disagreed_count, 0), 0)), 0)::bigint "
+        "from (select hour, sum(request_count) as requests from usage_hour group by 1) h left join witness_hour w using (hour)"
+    ),
     "open_exchanges": "select count(*) from open_exchange",
     "engine_drifts": (
         "select count(*) from conservation_check where state = 'compared' "

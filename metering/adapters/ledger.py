@@ -8,7 +8,7 @@ A crash at any moment repeats the batch, and the repeat changes nothing: rows co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, fields
 from datetime import datetime
 from operator import attrgetter
@@ -22,6 +22,7 @@ from metering.adapters.tail import Alarm, Piece, Place
 from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
 from metering.core.lines import Defect
+from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.rating import RateCard, RateCards, amount_nano
 
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
@@ -32,6 +33,8 @@ _TAKEOVER_TIMEOUT: Final = "2s"
 #: Shared by every transaction that charges; whoever changes prices or closes a period takes it alone,
 #: so that a change is in no transaction's past and future at once.
 CHARGING_LOCK: Final = 0x7065616A_65000003
+#: Held by every transaction that writes to the outbox, from before its first row until its commit.
+OUTBOX_LOCK: Final = 0x7065616A_65000004
 
 _EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
 _event_values = attrgetter(*_EVENT_FIELDS)
@@ -89,6 +92,19 @@ with fresh as (
 select request_id from fresh
 """
 
+#: Asked once a batch: a row of the outbox for each new row is only written where somebody wants it.
+_ROWS_WANTED: Final = "select exists (select from webhook where 'usage.recorded' = any(kinds))"
+_TELL_ROWS: Final = """
+insert into outbox (event_id, kind, tenant_id, at, data)
+select request_id::uuid, 'usage.recorded', tenant_id, started_at, jsonb_build_object(
+    'request_id', request_id, 'tenant', tenant_id, 'project', project_id, 'key_id', key_id, 'model', model,
+    'dialect', dialect, 'started_at', to_char(started_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+    'ended_at', to_char(ended_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), 'status', status, 'outcome', outcome,
+    'input_tokens', input_tokens, 'output_tokens', output_tokens, 'cached_tokens', cached_tokens,
+    'reasoning_tokens', reasoning_tokens, 'basis', basis, 'currency', currency, 'amount_nano', amount_nano)
+from incoming where request_id = any(%s) order by started_at, request_id
+"""
+
 #: Absorbed rows whose numbers differ from what stands, or that can no longer be compared: kept for a
 #: person, never applied.
 _CONFLICTS: Final = """
@@ -110,10 +126,16 @@ where excluded.seen_at >= open_exchange.seen_at
 
 _ORPHANS: Final = """
 select entry from open_exchange
-where journal = %(journal)s and ((%(epoch)s <> '' and epoch <> %(epoch)s) or (%(silent)s and marked_at is not null))
+where journal = %(journal)s and (epoch = any(%(ended)s) or (%(silent)s and marked_at is not null))
 order by started_at
 limit %(limit)s
 for update skip locked
+"""
+
+#: A contradiction is something to be explained, like what the second witness says.
+_KEEP_EXCEPTION: Final = """
+insert into reconciliation_exception (kind, request_id, started_at, tenant_id, found_at)
+values ('conflict', %s, %s, %s, %s) on conflict do nothing
 """
 
 _KEEP_PLACE: Final = """
@@ -128,8 +150,6 @@ class Ledger:
 
     def __init__(self, url: str, journal: str) -> None:
         self._journal = journal
-        #: Envoy lives that are known to the database to have written this journal.
-        self._lives: set[str] = set()
         self._connection = psycopg.connect(
             url, application_name="collector", connect_timeout=3, options="-c statement_timeout=60000 -c timezone=UTC",
             keepalives_idle=5, keepalives_interval=2, keepalives_count=3,
@@ -166,8 +186,20 @@ class Ledger:
             ).fetchall()
         return {row[0]: Place(*row) for row in rows}
 
-    def write(self, batch: Batch, piece: Piece, now: datetime) -> int:
-        """Commit *batch* and the place behind *piece* together; returns how many rows were new."""
+    def lives(self) -> Lives:
+        """What is known of the lives of Envoy that write the journal."""
+        with self._connection.transaction():
+            last = self._connection.execute("select stream, epoch from journal_life where journal = %s", (self._journal,)).fetchall()
+            ended = self._connection.execute(
+                "select epoch from ended_life where journal = %s order by ended_at desc limit %s", (self._journal, ENDED_LIVES_MAX)
+            ).fetchall()
+        return Lives(last=dict(last), ended=tuple(epoch for (epoch,) in reversed(ended)))
+
+    def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
+        """
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
+        rows that were new.
+        """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
             absorbed = [request_id for request_id in batch.events if request_id not in added]
@@ -180,36 +212,30 @@ class Ledger:
             if batch.events:
                 self._forget_open(list(batch.events))
             self._keep_refusals(batch)
-            self._keep_defects(batch.defects, piece.place, now)
-            if piece.alarm is not None:
-                self._keep_alarm(piece.alarm, now)
-            self._keep_place(piece.place, now)
-            self._keep_lives(batch.epochs, now)
-        self._lives |= batch.epochs
-        return len(added)
+            for piece in pieces:
+                self._keep_defects(batch.defects.get(piece.place.file_id, ()), piece.place, now)
+                if piece.alarm is not None:
+                    self._keep_alarm(piece.alarm, now)
+                self._keep_place(piece.place, now)
+            if lives is not None:
+                self._keep_lives(lives, now)
+        return added
 
-    def close_orphans(self, *, epoch: str, silent: bool, now: datetime) -> int:
+    def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
         """
-        Give a row to each open exchange whose Envoy is gone: of another life than *epoch* (if that is
-        known), or, if *silent*, not heard of since `mark_open` although a live stream reports each second.
+        Give a row to each open exchange whose Envoy is gone: of one of the *ended* lives or, if *silent*,
+        not heard of since `mark_open` although a live stream reports each second.
         """
         with self._connection.transaction():
             rows = self._connection.execute(
                 _ORPHANS,
-                {"journal": self._journal, "epoch": epoch, "silent": silent, "limit": _ORPHANS_PER_STEP_MAX},
+                {"journal": self._journal, "ended": list(ended), "silent": silent, "limit": _ORPHANS_PER_STEP_MAX},
             ).fetchall()
             entries = [parse(orjson.dumps(row[0])) for row in rows]
             if entries:
                 self._add([lost_event(entry) for entry in entries], now)
                 self._forget_open([entry.request_id for entry in entries])
         return len(rows)
-
-    def _keep_lives(self, epochs: set[str], now: datetime) -> None:
-        for epoch in epochs - self._lives:
-            self._connection.execute(
-                "insert into journal_life (epoch, journal, seen_at) values (%s, %s, %s) on conflict do nothing",
-                (epoch, self._journal, now),
-            )
 
     def mark_open(self, now: datetime) -> None:
         """Mark all open exchanges; whatever is heard of one takes its mark away."""
@@ -239,6 +265,14 @@ class Ledger:
         with self._connection.transaction():
             self._connection.execute("delete from refusal where started_at < %s", (before,))
 
+    def exceptions_open(self) -> int:
+        """How many disagreements nobody has explained or signed for."""
+        with self._connection.transaction():
+            [(count,)] = self._connection.execute(
+                "select count(*) from reconciliation_exception where state = 'open'"
+            ).fetchall()
+        return int(count)
+
     def close(self) -> None:
         """Close the connection; the lock goes with it."""
         self._connection.close()
@@ -254,7 +288,15 @@ class Ledger:
             with cursor.copy(_COPY_EVENTS) as copy:
                 for event in events:
                     copy.write_row((*_event_values(event), *_charge(event, cards), now))
-            return {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
+            added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
+        self._tell(added)
+        return added
+
+    def _tell(self, added: set[str]) -> None:
+        """Tell of new rows, if a webhook wants each of them, in the transaction that writes them."""
+        if added and self._connection.execute(_ROWS_WANTED).fetchone() == (True,):
+            self._connection.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
+            self._connection.execute(_TELL_ROWS, (list(added),))
 
     def _rate_cards(self, events: Sequence[UsageEvent]) -> RateCards:
         moments = [event.started_at for event in events]
@@ -274,6 +316,7 @@ class Ledger:
     def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
         if entries:
             with self._connection.cursor() as cursor:
+                cursor.executemany(_KEEP_EXCEPTION, [(e.request_id, e.started_at, e.tenant_id, now) for e in entries])
                 cursor.executemany(
                     "insert into usage_conflict (request_id, started_at, recorded_at, entry) values (%s, %s, %s, %s) "
                     "on conflict do nothing",
@@ -314,6 +357,18 @@ class Ledger:
                         for d in defects
                     ],
                 )
+
+    def _keep_lives(self, lives: Lives, now: datetime) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "insert into journal_life (journal, stream, epoch) values (%s, %s, %s) "
+                "on conflict (journal, stream) do update set epoch = excluded.epoch",
+                [(self._journal, stream, epoch) for stream, epoch in lives.last.items()],
+            )
+            cursor.executemany(
+                "insert into ended_life (journal, epoch, ended_at) values (%s, %s, %s) on conflict do nothing",
+                [(self._journal, epoch, now) for epoch in lives.ended],
+            )
 
     def _keep_place(self, place: Place, now: datetime) -> None:
         self._connection.execute(_KEEP_PLACE, (self._journal, place.file_id, place.name, place.offset, now))

@@ -64,6 +64,9 @@ with charge as (
            sum(cached_tokens), sum(reasoning_tokens), sum(amount_nano)
     from adjustment where period = %(period)s
     group by 2, 3, 4, 5
+    union all
+    select 'rerating ' || rerating_id, tenant_id, project_id, model, currency, request_count, 0, 0, 0, 0, amount_nano
+    from rerating_line where period = %(period)s
 )
 select * from charge
 order by kind collate "C", tenant_id collate "C", project_id collate "C", model collate "C", currency collate "C"
@@ -80,13 +83,15 @@ _OBSTACLES: Final = (
         " where started_at < %(end)s having count(*) > 0"
     ),
     (
-        "select count(*) || ' conflicts of its exchanges are in usage_conflict' from usage_conflict"
-        " where started_at >= %(start)s and started_at < %(end)s having count(*) > 0"
+        "select count(*) || ' of its exchanges are told differently by two sources (see peaje reconcile list)'"
+        " from reconciliation_exception where state = 'open' and started_at >= %(start)s and started_at < %(end)s"
+        " having count(*) > 0"
     ),
     (
-        "select count(*) || ' of its exchanges used tokens and have no price' from usage_event"
+        "select count(*) || ' of its exchanges used tokens and have no price' from usage_event u"
         " where started_at >= %(start)s and started_at < %(end)s and amount_nano is null"
-        " and input_tokens + output_tokens > 0 having count(*) > 0"
+        " and input_tokens + output_tokens > 0"
+        " and not exists (select from rerated_row r where r.request_id = u.request_id) having count(*) > 0"
     ),
 )
 

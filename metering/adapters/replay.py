@@ -14,8 +14,9 @@ from chassis.errors import Conflict, NotFound
 from metering.adapters.invariants import sums_digest
 from metering.adapters.ledger import Ledger
 from metering.adapters.reading import Reader
-from metering.adapters.tail import Piece, Place, look, next_piece, torn_tail
+from metering.adapters.tail import Piece, Place, look, next_piece, starts_of, torn_tail
 from metering.core import lines
+from metering.core.lives import Lives
 
 #: The journal's name in a replayed ledger.
 _JOURNAL = "replay"
@@ -49,9 +50,10 @@ def examine(live: Path) -> Found:
     """Read every line of the journal; changes nothing."""
     found = Found()
     places: dict[str, Place] = {}
-    while (piece := next_piece(live, places)) is not None:
-        places[piece.place.file_id] = piece.place
-        _count(piece, found)
+    for first in (starts_of(live), live):
+        while (piece := next_piece(first, places)) is not None:
+            places[piece.place.file_id] = piece.place
+            _count(piece, found)
     for file in look(live):
         found.files.append(file.path.name)
         found.byte_count += file.size
@@ -93,13 +95,14 @@ def replay(live: Path, into: str, *, prices_from: str | None, now: datetime) -> 
 
 def _write(live: Path, ledger: Ledger, now: datetime) -> None:
     places: dict[str, Place] = {}
-    reader, epoch = Reader(), ""
-    while (piece := next_piece(live, places)) is not None:
-        batch = reader.read(piece)
-        ledger.write(batch, piece, now)
-        places[piece.place.file_id] = piece.place
-        epoch = batch.epoch or epoch
-    while ledger.close_orphans(epoch=epoch, silent=False, now=now):
+    reader, lives = Reader(), Lives()
+    while (reading := reader.next(live, places)).pieces:
+        ledger.write(reading.batch, reading.pieces, now)
+        for piece in reading.pieces:
+            places[piece.place.file_id] = piece.place
+        for stream, epochs in reading.batch.lives.items():
+            lives = lives.after(stream, epochs)
+    while ledger.close_orphans(ended=lives.ended, silent=False, now=now):
         pass
 
 
@@ -122,5 +125,5 @@ def _count(piece: Piece, found: Found) -> None:
         entries, defects, _ = lines.read(piece.data, offset=piece.start)
         found.records.update(entry.type for entry in entries)
     else:
-        defects = Reader().read(piece).defects
+        defects = Reader().read(piece).defects.get(piece.place.file_id, [])
     found.defects += [(piece.place.name, defect.offset, defect.reason) for defect in defects]

@@ -6,6 +6,9 @@ The collector rotates, because only it knows what has been read. It renames the 
 Envoy to open it anew; the tap does so by itself every two seconds. Until they have, they write on
 to the renamed file, which loses nothing: every file is read on for as long as it is there, and none
 is removed before Envoy has confirmed, it is read to its end and it has been quiet.
+
+The start records follow under the same number, once Envoy has let go of its own renamed file: then no
+start of a newer file has its end in an older one, and old files can go together.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from metering.adapters.tail import JournalFile, Place, list_files, look
+from metering.adapters.tail import JournalFile, Place, list_files, look, starts_of
 
 log = structlog.get_logger()
 
@@ -39,13 +42,16 @@ class Rotation:
 
     live: Path
     bytes_max: int
-    reopen: Callable[[], bool]
+    #: None: Envoy cannot be asked from here, so whoever can rotates, and removes what is old.
+    reopen: Callable[[], bool] | None
     #: Envoy has confirmed since the last rename. At the start that is not known.
     released: bool = False
     _quiet: dict[str, Quiet] = field(default_factory=dict)
 
     def rotate(self) -> None:
         """Rename the live file if it has grown to its bound; have Envoy let go of renamed ones."""
+        if self.reopen is None:
+            return
         size = self.live.stat().st_size if self.live.exists() else 0
         if size >= self.bytes_max:
             target = self._next_name()
@@ -56,10 +62,12 @@ class Rotation:
             self.released = self.reopen()
             if not self.released:
                 log.warning("journal_not_reopened")
+        if self.released:
+            self._rotate_starts()
 
     def done(self, monotonic: float) -> list[JournalFile]:
         """Old files that nobody writes to any more, oldest first; each may still have a torn tail."""
-        old = [found for found in look(self.live) if found.path != self.live]
+        old = [found for found in look(self.live) if found.path not in (self.live, starts_of(self.live))]
         for found in old:
             known = self._quiet.get(found.file_id)
             if known is None or known.size != found.size:
@@ -71,14 +79,43 @@ class Rotation:
         ]
 
     def superfluous(self, done: list[JournalFile], places: Mapping[str, Place], *, kept_files: int) -> list[JournalFile]:
-        """Of the *done* files those that are read to their end, beyond the *kept_files* newest."""
+        """
+        Of the *done* files those that are read to their end: Envoy's beyond the *kept_files* newest, and
+        the start records that belong to none that stays.
+        """
         read = [f for f in done if f.file_id in places and places[f.file_id].offset == f.size]
-        return read[: max(0, len(read) - kept_files)]
+        starts = {path.name for path in list_files(starts_of(self.live))}
+        ends = [f for f in read if f.path.name not in starts]
+        gone = ends[: max(0, len(ends) - kept_files)]
+        staying = [_number(path) for path in self.old_files() if path not in {f.path for f in gone}]
+        return gone + [
+            f for f in read if f.path.name in starts and all(_number(f.path) < number for number in staying)
+        ]
 
     def old_files(self) -> list[Path]:
-        """All files but the live one."""
+        """Envoy's files but the live one."""
         return [path for path in list_files(self.live) if path != self.live]
 
+    def _rotate_starts(self) -> None:
+        starts = starts_of(self.live)
+        number = _newest(self.old_files())
+        if starts.exists() and number > _newest(list_files(starts)):
+            starts.rename(_numbered(starts, number))
+
     def _next_name(self) -> Path:
-        numbers = [int(found[1]) for path in self.old_files() if (found := re.search(r"-([0-9]+)\.jsonl$", path.name))]
-        return self.live.with_name(f"{self.live.stem}-{max(numbers, default=0) + 1:06d}.jsonl")
+        number = 1 + max(_newest(self.old_files()), _newest(list_files(starts_of(self.live))))
+        return _numbered(self.live, number)
+
+
+def _numbered(live: Path, number: int) -> Path:
+    return live.with_name(f"{live.stem}-{number:06d}.jsonl")
+
+
+def _newest(paths: list[Path]) -> int:
+    return max(map(_number, paths), default=0)
+
+
+def _number(path: Path) -> int:
+    """Its number by our rotation; 0 for the live file and for names that somebody else gave."""
+    found = re.search(r"-([0-9]+)\.jsonl$", path.name)
+    return int(found[1]) if found else 0

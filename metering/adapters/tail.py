@@ -12,13 +12,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from chassis.contract import STARTS_PATH
+
 #: One batch: large enough for COPY to pay, small enough to hold in memory many times over.
 BATCH_BYTES_MAX = 1 << 22
+#: Start records are taken in smaller pieces, so that they are hardly ever ahead of the ends that they are read with.
+STARTS_BYTES_MAX = 1 << 18
 #: A record has a few hundred bytes; a longer run without a newline is corruption.
 LINE_BYTES_MAX = 1 << 16
 #: Old files by our own rotation, and by a rotation of somebody else's that appends a number or a date.
@@ -54,6 +59,8 @@ class Piece:
     alarm: Alarm | None = None
     #: No line end in more than a line's length: *data* is no lines, however it ends.
     endless: bool = False
+    #: When it was read, no whole line followed it, in its file or a newer one.
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,11 @@ class JournalFile:
     path: Path
     file_id: str
     size: int
+
+
+def starts_of(live: Path) -> Path:
+    """The live file of start records that belongs to the journal at *live*."""
+    return live.with_name(Path(STARTS_PATH).name)
 
 
 def list_files(live: Path) -> list[Path]:
@@ -81,25 +93,27 @@ def list_files(live: Path) -> list[Path]:
 
 
 def look(live: Path) -> list[JournalFile]:
-    """The journal's files that hold at least one whole line, in reading order."""
-    return [found for found in map(_identified, list_files(live)) if found is not None]
+    """The journal's files that hold at least one whole line, in reading order: start records first."""
+    paths = [*list_files(starts_of(live)), *list_files(live)]
+    return [found for found in map(_identified, paths) if found is not None]
 
 
-def next_piece(live: Path, places: Mapping[str, Place]) -> Piece | None:
+def next_piece(live: Path, places: Mapping[str, Place], *, bytes_max: int = BATCH_BYTES_MAX) -> Piece | None:
     """
-    The next unread lines, from the oldest file that has any; None at the end of the journal.
+    The next unread lines, from the oldest of the files whose newest is at *live*; None if there are none.
 
     A torn last line stays for later. A file that is shorter than its place, or no longer has a
     line end before it, was changed under us: it is read again from its start, with an alarm.
     """
-    for path in list_files(live):
+    paths = list_files(live)
+    for path in paths:
         file = _open(path)
         if file is None:
             continue
         with file:
-            piece = _piece(file, path, places)
+            piece = _piece(file, path, places, bytes_max)
         if piece is not None:
-            return piece
+            return replace(piece, is_last=piece.is_last and path == paths[-1])
     return None
 
 
@@ -119,7 +133,7 @@ def torn_tail(file: JournalFile, place: Place) -> Piece | None:
     return Piece(start=place.offset, data=data, place=Place(file.file_id, file.path.name, file.size), endless=True)
 
 
-def _piece(file: BinaryIO, path: Path, places: Mapping[str, Place]) -> Piece | None:
+def _piece(file: BinaryIO, path: Path, places: Mapping[str, Place], bytes_max: int) -> Piece | None:
     file_id = _identity(file)
     if file_id is None:
         return None
@@ -130,11 +144,11 @@ def _piece(file: BinaryIO, path: Path, places: Mapping[str, Place]) -> Piece | N
     elif place and offset and os.pread(file.fileno(), 1, offset - 1) != b"\n":
         offset, alarm = 0, Alarm(reason="the file was rewritten", place=place)
     file.seek(offset)
-    data = file.read(BATCH_BYTES_MAX)
+    data = file.read(bytes_max)
     last = data.rfind(b"\n")
     if last >= 0:
         behind = Place(file_id, path.name, offset + last + 1)
-        return Piece(start=offset, data=data[:last], place=behind, alarm=alarm)
+        return Piece(start=offset, data=data[:last], place=behind, alarm=alarm, is_last=len(data) < bytes_max)
     if len(data) > LINE_BYTES_MAX:
         end = _line_end(file, offset + len(data))
         if end is not None:
@@ -173,9 +187,9 @@ def _identified(path: Path) -> JournalFile | None:
 
 
 def _open(path: Path) -> BinaryIO | None:
-    """A file that may be renamed or removed at this very moment; None if it just was."""
+    """A file that may be renamed or removed at this very moment; None if it just was, or is no regular file."""
     try:
-        return path.open("rb")
+        return path.open("rb") if stat.S_ISREG(path.stat().st_mode) else None
     except FileNotFoundError:
         return None
 

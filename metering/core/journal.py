@@ -23,6 +23,10 @@ TOKENS_MAX = 100_000_000
 #: Bytes per token where neither the engine nor the chunks told: the usual figure for English text.
 ESTIMATE_BYTES_PER_TOKEN = 4
 
+#: Engine kinds that send one token in each frame with content: a conformance suite holds their recorded
+#: shapes to it, and Dynamo itself. Others may put several into one, or none.
+TOKEN_A_FRAME = frozenset({"vllm", "dynamo"})
+
 _TYPES = frozenset({c.JOURNAL_START, c.JOURNAL_PERIODIC, c.JOURNAL_END})
 #: Envoy mints the id; anything else in its place is damage.
 _REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -126,14 +130,12 @@ def parse(line: bytes) -> Entry:
             if not isinstance(fields.setdefault(nested, {}), dict):
                 raise TypeError(nested)
         # The gate's stamp is in every record; Envoy's own start is not seen by the start record.
-        stamp = fields[c.J_REQUEST].get(c.REQ_STARTED_AT) or fields[c.J_STARTED_AT]
-        seconds, _, micros = stamp.partition(".")
-        started_at = datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
+        started_at = moment(fields[c.J_REQUEST].get(c.REQ_STARTED_AT) or fields[c.J_STARTED_AT])
         # Absent while the exchange has just begun (Envoy omits what it does not know yet).
         duration_ms = fields.get(c.J_DURATION_MS)
         seen_at = started_at + timedelta(milliseconds=duration_ms) if duration_ms else started_at
         kind, request_id = fields[c.J_TYPE], fields[c.J_REQUEST_ID]
-        if kind not in _TYPES or not _REQUEST_ID.fullmatch(request_id):
+        if kind not in _TYPES or not is_request_id(request_id):
             raise ValueError(c.J_TYPE)
         _refuse_odd_values(fields)
         return Entry(
@@ -144,13 +146,24 @@ def parse(line: bytes) -> Entry:
         raise Malformed(f"{type(exc).__name__} in a journal line of {len(line)} bytes") from exc
 
 
+def moment(stamp: str) -> datetime:
+    """Seconds since 1970 with microseconds, as the gate writes them; raises what `datetime` raises for what is none."""
+    seconds, _, micros = stamp.partition(".")
+    return datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
+
+
+def is_request_id(text: str) -> bool:
+    """Whether it looks like an id of Envoy's."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def _refuse_odd_values(fields: dict[str, Any]) -> None:
     for name in (c.J_STATUS, c.J_BYTES_SENT):
         if type(fields.get(name, 0)) is not int or fields.get(name, 0) < 0:
             raise ValueError(name)
     if fields.get(c.J_STATUS, 0) > _STATUS_MAX:
         raise ValueError(c.J_STATUS)
-    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM):
+    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE):
         if type(fields.get(name, "")) is not str:
             raise ValueError(name)
     if int(fields[c.J_REQUEST].get(c.REQ_PROMPT_BYTES) or 0) < 0:
@@ -185,9 +198,10 @@ def refused(entry: Entry) -> Refused:
 
 def judge(entry: Entry, outcome: str) -> Usage:
     """
-    Tokens and basis of an exchange that ended: reported > running > estimated > none.
+    Tokens and basis of an exchange that ended: reported > running > counted > estimated > none.
 
-    Zero stays zero when the engine said zero. An exchange that failed before a token has none.
+    Counted are frames that carried content, of engines that send one token in each: the content is kept
+    nowhere, so no tokenizer can read it afterwards. The prompt is an estimate even then. Zero stays zero when the engine said zero. An exchange that failed before a token has none.
     """
     stopped = entry.fields[c.J_USAGE].get(c.USE_STOPPED)
     if stopped in _STOPPED_BASES:
@@ -199,9 +213,12 @@ def judge(entry: Entry, outcome: str) -> Usage:
     if seen == "running":
         return _counted(entry, basis="running")
     anomaly = entry.fields[c.J_USAGE].get(c.USE_ANOMALY)
-    frames = _whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
+    counted = whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES))
+    frames, sends_tokens = counted or 0, entry.fields.get(c.J_ENGINE) in TOKEN_A_FRAME
     dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
-    nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine")
+    # Read to its end, a stream without any text is one that failed within: an error as its only event.
+    streamed_nothing = counted == 0 and anomaly is None and sends_tokens and bool(entry.fields[c.J_REQUEST].get(c.REQ_STREAM))
+    nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine") or streamed_nothing
     if nothing or (frames == 0 and outcome != "ok"):
         return Usage(
             input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, basis="none", anomaly=anomaly
@@ -209,7 +226,9 @@ def judge(entry: Entry, outcome: str) -> Usage:
     return Usage(
         input_tokens=_prompt_estimate(entry),
         output_tokens=frames or _answer_estimate(entry, dialect),
-        cached_tokens=0, reasoning_tokens=0, basis="estimated", anomaly=anomaly,
+        cached_tokens=0, reasoning_tokens=0,
+        basis="counted" if frames and sends_tokens else "estimated",
+        anomaly=anomaly,
     )
 
 
@@ -218,14 +237,14 @@ def _counted(entry: Entry, *, basis: str) -> Usage:
     anomaly = usage.get(c.USE_ANOMALY)
     counts: dict[str, int] = {}
     for name in (c.USE_INPUT, c.USE_OUTPUT, c.USE_CACHED, c.USE_REASONING):
-        count = _whole(usage.get(name, 0))
+        count = whole(usage.get(name, 0))
         if count is None:
             # An impossible count is never billed: what we counted ourselves stands in, flagged.
             anomaly = "impossible_count"
             count = _own_count(entry, name)
         counts[name] = count
     if usage.get(c.USE_SEEN, "none") == "none":
-        counts[c.USE_OUTPUT] = _whole(usage.get(c.USE_FRAMES)) or 0
+        counts[c.USE_OUTPUT] = whole(usage.get(c.USE_FRAMES)) or 0
     return Usage(
         input_tokens=counts[c.USE_INPUT],
         output_tokens=counts[c.USE_OUTPUT],
@@ -240,7 +259,7 @@ def _own_count(entry: Entry, name: str) -> int:
     if name == c.USE_INPUT:
         return _prompt_estimate(entry)
     if name == c.USE_OUTPUT:
-        return _whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
+        return whole(entry.fields[c.J_USAGE].get(c.USE_FRAMES)) or 0
     return 0
 
 
@@ -255,7 +274,8 @@ def _answer_estimate(entry: Entry, dialect: str | None) -> int:
     return math.ceil(int(entry.fields.get(c.J_BYTES_SENT) or 0) / ESTIMATE_BYTES_PER_TOKEN)
 
 
-def _whole(count: object) -> int | None:
+def whole(count: object) -> int | None:
+    """A count of tokens; None for what cannot be one."""
     if isinstance(count, float) and count.is_integer():
         count = int(count)
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= TOKENS_MAX:

@@ -9,12 +9,17 @@ place and digest, and the rest goes on. Must not know files, Postgres or the tim
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from metering.core.journal import Entry, Malformed, parse
 
 #: Records that may be looked for behind a torn one in the same line; each look reads the line again.
 _SALVAGE_TRIES_MAX = 64
+
+#: How journal.lua begins a start record; the request's id follows.
+_START = b'{"type":"Start","request_id":"'
+_REQUEST_ID_LENGTH = 36
 
 #: Bytes. Half a record that is kept to be put together with its other half.
 TORN_BYTES_MAX = 1 << 16
@@ -37,15 +42,17 @@ def defect(data: bytes, *, offset: int, reason: str) -> Defect:
     return Defect(offset=offset, byte_count=len(data), digest=hashlib.sha256(data).hexdigest(), reason=reason)
 
 
-def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], list[Defect], bytes]:
+def read(
+    data: bytes, *, offset: int, torn: bytes = b"", is_over: Callable[[str], bool] | None = None
+) -> tuple[list[Entry], list[Defect], bytes]:
     """
     Entries and defects of *data*, which are whole lines that begin at *offset* of their file, and what
     to give as *torn* with the lines that follow.
 
     A writer that died within a record leaves a piece without a line end, and the next writer's record
     follows in the same line: the piece is a defect, the record counts. Envoy writes its buffer in
-    slices, so a start record of the tap may also stand within one of its records, whose other half
-    then is a line of its own: the halves are put together again.
+    slices; in a journal of one file, from before the starts had their own, a start record may also
+    stand within one of Envoy's, whose other half then is a line of its own: the halves are put together.
 
     >>> entries, [found], _ = read(b'{"type":"Sta\\n\\n', offset=100)
     >>> entries, found.offset, found.byte_count
@@ -53,10 +60,16 @@ def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], l
     """
     entries: list[Entry] = []
     defects: list[Defect] = []
-    for line in data.split(b"\n"):
+    rows = data.split(b"\n")
+    life = None
+    for number, line in enumerate(rows):
         if line:
+            if is_over is not None and number + 1 < len(rows) and _is_dull(line, life, is_over):
+                offset += len(line) + 1
+                continue
             try:
                 entries.append(parse(line))
+                life = entries[-1].epoch.encode()
             except Malformed as exc:
                 whole = _joined(torn, line)
                 if whole is not None:
@@ -73,6 +86,14 @@ def read(data: bytes, *, offset: int, torn: bytes = b"") -> tuple[list[Entry], l
                         entries.append(entry)
         offset += len(line) + 1
     return entries, defects, torn
+
+
+def _is_dull(line: bytes, life: bytes | None, is_over: Callable[[str], bool]) -> bool:
+    """Whether *line* is a whole start record of the same *life* as the one before, of a request that is over."""
+    if life is None or not line.startswith(_START) or not line.endswith(b"}"):
+        return False
+    id_end = len(_START) + _REQUEST_ID_LENGTH
+    return b'"epoch":"%b"' % life in line and is_over(line[len(_START) : id_end].decode("ascii", "replace"))
 
 
 def _joined(torn: bytes, line: bytes) -> Entry | None:

@@ -2,16 +2,37 @@
 -- Take all that one request asks, or nothing, and note what was taken.
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
--- ARGV[1]  the demand as JSON: r request, e the life of its Envoy, s whether it settles, d lease in microseconds, in estimated
---          input tokens, o output tokens of all choices together {least, lean, full}, w how many times over
---          the full ask has to fit into a hard counter to be taken, c counters
+-- ARGV[1]  the demand as JSON: r request, e the life of its Envoy, s whether it settles, d lease in microseconds,
+--          in estimated input tokens, o output tokens of all choices together {least, lean, full}, w how many
+--          times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
+--          workers spend by themselves: b a lease that is given back (i its id, n requests and t tokens that
+--          are left), g one that is asked for (i, n, t, d its length in microseconds)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, output tokens granted, then per counter its level, what of that is held, and 1 if it
---         had room, else 0}
+-- Answer: {verdict, now, 1 if the lease was given, else 0, output tokens granted, then per counter its level, what
+--         of that is held, and 1 if it had room, else 0}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
-local levels, helds, rooms = {}, {}, {}
+local levels, helds, rooms, given = {}, {}, {}, 0
+
+local function in_unit(counter, lease) return counter.u == 'requests' and lease.n or lease.t end
+
+-- What was spent of a lease stays, as of now; a lease that is not there was ended or given back before.
+if demand.b then
+  for _, counter in ipairs(demand.c) do
+    local hits = counter.k == 'bucket' and redis.call('HGET', counter.n, 'l:' .. demand.b.i)
+    if hits then
+      local debt = debt_of(counter, now)
+      -- It may just have ended.
+      if redis.call('HDEL', counter.n, 'l:' .. demand.b.i) == 1 then
+        redis.call('ZREM', counter.n .. ':leases', demand.b.i)
+        leased[counter.n] = leased[counter.n] - hits * counter.p
+        redis.call('HINCRBY', counter.n, 'leased', whole(-hits))
+        put_debt(counter, debt - math.min(in_unit(counter, demand.b), hits) * counter.p, now)
+      end
+    end
+  end
+end
 
 for i, counter in ipairs(demand.c) do
   if counter.k == 'bucket' then
@@ -22,7 +43,7 @@ for i, counter in ipairs(demand.c) do
     levels[i], helds[i] = quota_of(counter, now)
     if not levels[i] then
       local seed = seeds[counter.n]
-      if not seed then return { -1, whole(now) } end
+      if not seed then return { -1, whole(now), 0 } end
       redis.call('HSETNX', counter.n, 'used', whole(seed))
       keep(counter, counter.n)
       levels[i] = seed
@@ -49,13 +70,30 @@ local function fits(output)
 end
 
 local function answer(verdict, output)
-  local said = { verdict, whole(now), whole(output) }
+  local said = { verdict, whole(now), given, whole(output) }
   for i in ipairs(demand.c) do
     said[#said + 1] = exact(levels[i])
     said[#said + 1] = whole(helds[i] or 0)
     said[#said + 1] = rooms[i] == false and 0 or 1
   end
   return said
+end
+
+-- Far from every limit: after it, at least half of each bucket is left to those who ask.
+local function lease()
+  for i, counter in ipairs(demand.c) do
+    if (levels[i] + in_unit(counter, demand.g) * counter.p) * 2 > counter.b * counter.p then return 0 end
+  end
+  for i, counter in ipairs(demand.c) do
+    local hits = in_unit(counter, demand.g)
+    levels[i] = levels[i] + hits * counter.p
+    leased[counter.n] = leased[counter.n] + hits * counter.p
+    redis.call('HINCRBY', counter.n, 'leased', whole(hits))
+    redis.call('HSET', counter.n, 'l:' .. demand.g.i, whole(hits))
+    redis.call('ZADD', counter.n .. ':leases', whole(now + demand.g.d), demand.g.i)
+    put_debt(counter, levels[i], now)
+  end
+  return 1
 end
 
 -- Asked again (a call that was repeated): the same answer, and nothing more is taken.
@@ -101,4 +139,5 @@ if demand.s then
   redis.call('ZADD', KEYS[2], whole(now), demand.r)
   redis.call('PEXPIRE', KEYS[2], whole(demand.d / 1000 + 1000))
 end
+if demand.g then given = lease() end
 return answer(verdict, output or demand.o[3])

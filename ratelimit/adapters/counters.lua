@@ -3,7 +3,8 @@
 -- The arithmetic is that of ratelimit/core (bucket.py, decide.py); tests run the two side by side.
 -- Redis 7.0 features only. The store's own time is the only clock, in microseconds.
 --
---   bucket   hash {debt, at}
+--   bucket   hash {debt, at, leased, and "l:ID" -> hits of each lease} and, beside it, the sorted set
+--            NAME:leases of lease ids by end
 --   quota    hash {used, held} and, beside it, the sorted set NAME:held of "hits:request" by end
 --   leases   sorted set of request by end
 --   reservation   text: verdict, then per counter 1 if it was taken from, then of a lean one "=" the output
@@ -17,6 +18,8 @@
 local DAYS_400_MS = 34560000000
 -- Leases purged in one call; more wait for the next, and until then count as held.
 local PURGED_MAX = 100
+-- No lease is longer: a bucket with one is kept until it has ended and drained.
+local LEASED_MS_MAX = 60000
 
 local function clock()
   local time = redis.call('TIME')
@@ -27,20 +30,59 @@ end
 local function whole(n) return string.format('%.0f', n + 0) end
 local function exact(n) return string.format('%.17g', n) end
 
-local function debt_of(counter, now)
-  local stored = redis.call('HMGET', counter.n, 'debt', 'at')
-  if not stored[1] then return 0 end
-  return math.max(0, tonumber(stored[1]) - math.max(0, now - tonumber(stored[2])) * counter.a)
+local function drained(counter, debt, from, till)
+  return math.max(0, debt - math.max(0, till - from) * counter.a)
 end
 
+-- Debt that was leased, by counter: what `debt_of` found and `put_debt` must not store twice.
+local leased = {}
+
+-- Leased hits do not drain. A lease that was not given back counts, from its end on, as spent at that moment:
+-- later than any of its requests, so never too little.
+local function end_leases(counter, debt, at, held, now, till)
+  local over = redis.call('ZRANGEBYSCORE', counter.n .. ':leases', '-inf', till, 'WITHSCORES', 'LIMIT', 0, PURGED_MAX)
+  for i = 1, #over, 2 do
+    local ends = math.min(tonumber(over[i + 1]), now)
+    local hits = tonumber(redis.call('HGET', counter.n, 'l:' .. over[i]) or '0')
+    debt, at, held = drained(counter, debt, at, ends) + hits * counter.p, math.max(at, ends), held - hits
+    redis.call('HDEL', counter.n, 'l:' .. over[i])
+    redis.call('ZREM', counter.n .. ':leases', over[i])
+  end
+  if #over > 0 then
+    redis.call('HSET', counter.n, 'debt', exact(debt), 'at', whole(at), 'leased', whole(math.max(0, held)))
+  end
+  return debt, at, math.max(0, held)
+end
+
+local function debt_of(counter, now)
+  local stored = redis.call('HMGET', counter.n, 'debt', 'at', 'leased')
+  local debt, at, held = tonumber(stored[1] or '0'), tonumber(stored[2] or '0'), tonumber(stored[3] or '0')
+  local till = whole(now)
+  if at > now then
+    -- The clock went back: the debt counts from what it shows now, or nothing would drain until it has caught up.
+    redis.call('HSET', counter.n, 'at', whole(now))
+    at, till = now, '+inf'
+  end
+  if held > 0 then debt, at, held = end_leases(counter, debt, at, held, now, till) end
+  leased[counter.n] = held * counter.p
+  return drained(counter, debt, at, now) + leased[counter.n]
+end
+
+-- debt: as `debt_of` gives it, with what is leased.
 local function put_debt(counter, debt, now)
-  if debt <= 0 then
+  local held = leased[counter.n]
+  local own = math.max(0, debt - held)
+  if own <= 0 and held <= 0 then
     redis.call('DEL', counter.n)
     return
   end
-  redis.call('HSET', counter.n, 'debt', exact(debt), 'at', whole(now))
-  local life = math.ceil(debt / math.max(counter.a, 1) / 1000) + 1000
-  redis.call('PEXPIRE', counter.n, whole(math.min(life, DAYS_400_MS)))
+  redis.call('HSET', counter.n, 'debt', exact(own), 'at', whole(now))
+  local life = math.min(math.ceil((own + held) / math.max(counter.a, 1) / 1000) + 1000, DAYS_400_MS)
+  if held > 0 then
+    life = life + LEASED_MS_MAX
+    redis.call('PEXPIRE', counter.n .. ':leases', whole(life))
+  end
+  redis.call('PEXPIRE', counter.n, whole(life))
 end
 
 local function keep(counter, key)

@@ -23,6 +23,7 @@ from redis.retry import Retry
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.lease import LENGTH_US, Lease
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
 
@@ -71,18 +72,23 @@ class StoredCounters:
             _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle")
         )
 
-    def take(self, demand: Demand, seeds: Mapping[str, int]) -> Outcome:
+    def take(
+        self, demand: Demand, seeds: Mapping[str, int], *, lease: Lease | None = None, back: Lease | None = None
+    ) -> Outcome:
         """
         Take all of *demand* or nothing; raises `Unseeded` for a quota that neither the store nor *seeds* know.
 
-        A seed is only for a quota that the store does not know: one that it knows stays.
+        A seed is only for a quota that the store does not know: one that it knows stays. *back* is what is
+        left of a lease, given back whatever the verdict; *lease* is taken on top if there is plenty.
         """
-        answer = self._call(self._admit, _keys(demand), [_document(demand), orjson.dumps(dict(seeds))])
+        answer = self._call(self._admit, _keys(demand), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, held, rooms = [float(level) for level in answer[3::3]], [int(part) for part in answer[4::3]], answer[5::3]
+        values, held, rooms = [float(level) for level in answer[4::3]], [int(part) for part in answer[5::3]], answer[6::3]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
-        return outcome(demand, Verdict(answer[0]), values, int(answer[1]), held=held, output=int(answer[2]), over=over)
+        return outcome(
+            demand, Verdict(answer[0]), values, int(answer[1]), leased=bool(answer[2]), output=int(answer[3]), held=held, over=over
+        )
 
     def renew(self, *, tenant_id: str, request_id: str, renewal: Renewal) -> int:
         """Output tokens held for a stream after *renewal*, as `ratelimit.core.decide.renew` has it."""
@@ -156,17 +162,22 @@ def _keys(demand: Demand) -> list[str]:
         keys.append(counter.name)
         if counter.kind is Kind.QUOTA:
             keys.append(f"{counter.name}:held")
+        elif counter.kind is Kind.BUCKET:
+            keys.append(f"{counter.name}:leases")
     return keys
 
 
-def _document(demand: Demand) -> bytes:
-    return orjson.dumps(
-        {
-            "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch, "w": demand.room_for,
-            "o": [demand.output_least, demand.lean.output, demand.full.output],
-            "c": [_counter_document(counter) for counter in demand.counters],
-        }  # fmt: skip
-    )
+def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
+    document: dict[str, Any] = {
+        "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch, "w": demand.room_for,
+        "o": [demand.output_least, demand.lean.output, demand.full.output],
+        "c": [_counter_document(counter) for counter in demand.counters],
+    }  # fmt: skip
+    if lease is not None:
+        document["g"] = {"i": lease.lease_id, "n": lease.requests, "t": lease.tokens, "d": LENGTH_US}
+    if back is not None:
+        document["b"] = {"i": back.lease_id, "n": back.requests, "t": back.tokens}
+    return orjson.dumps(document)
 
 
 def _counter_document(counter: Counter) -> dict[str, Any]:

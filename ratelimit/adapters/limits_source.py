@@ -16,10 +16,9 @@ from datetime import UTC, datetime
 from typing import Final, LiteralString
 
 import structlog
-from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
-from chassis.stores.postgres import fetch_all, listen
+from chassis.stores.postgres import ReadPool, fetch_all, listen
 from ratelimit.core.demand import Counter
 from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Unit
 from ratelimit.core.usage import Price
@@ -63,7 +62,7 @@ PriceList = Mapping[tuple[str, str | None], Price]
 class LimitsSource:
     """Holds the current tables; reading them never blocks."""
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    def __init__(self, pool: ReadPool) -> None:
         self._pool = pool
         self._changed = threading.Event()
         self._prices: PriceList = {}

@@ -31,7 +31,7 @@ LOCAL_COUNT_MAX: Final = 100_000
 BUDGET_LOCAL_SECONDS: Final = 60.0
 #: Consecutive failures after which the store is left alone.
 FAILURES_TO_OPEN: Final = 3
-_PROBE_EVERY_SECONDS: Final = 1.0
+PROBE_EVERY_SECONDS: Final = 1.0
 
 
 class LocalCounters:
@@ -146,8 +146,8 @@ class Breaker:
             self._failures, self._failed_at = 0, None
 
 
-def probe_until_back(breaker: Breaker, probe: Callable[[], bool]) -> None:
+def probe_until_back(breaker: Breaker, probe: Callable[[], bool], *, sleep: Callable[[float], object] = time.sleep) -> None:
     """Ask once a second, on a thread of its own, until the store takes a write again."""
     while not probe():
-        time.sleep(_PROBE_EVERY_SECONDS)
+        sleep(PROBE_EVERY_SECONDS)
     breaker.close()

@@ -17,10 +17,9 @@ from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 import structlog
-from psycopg_pool import ConnectionPool
 
 from chassis.errors import Unavailable
-from chassis.stores.postgres import fetch_all
+from chassis.stores.postgres import ReadPool, fetch_all
 from ratelimit.core.usage import Report
 
 log = structlog.get_logger()
@@ -41,7 +40,11 @@ _UNDER_WAY: Final = "select request_id from open_exchange where request_id = any
 #: collector; one whose collector is away may hold a start record unread, and only what its own Envoy admitted waits
 #: for it, at most until the lease ends. Not by the places in its files: one that was rotated is never read again.
 _READ_UNTIL: Final = """
-select epoch, read_until from journal_life join journal_state using (journal) where epoch = any(%s)
+select epoch, min(read_until)
+from (select epoch, journal from journal_life union select epoch, journal from ended_life) life
+join journal_state using (journal)
+where epoch = any(%s)
+group by epoch
 """
 #: For what does not know its Envoy: any journal may tell of it.
 _ALL_READ_UNTIL: Final = "select min(read_until) from journal_state"
@@ -63,7 +66,7 @@ class Counters(Protocol):
 class Sweep:
     """One pass over the open reservations of all tenants with limits."""
 
-    def __init__(self, counters: Counters, pool: ConnectionPool, tenants: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, counters: Counters, pool: ReadPool, tenants: Callable[[], Sequence[str]]) -> None:
         self._counters = counters
         self._pool = pool
         self._tenants = tenants

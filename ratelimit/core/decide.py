@@ -50,6 +50,9 @@ class Level:
     def value(self, counter: Counter, now_us: int) -> float:
         """The level as `read` takes it."""
         if counter.kind is Kind.BUCKET:
+            # After a clock went back the debt counts from what it shows now: waiting for it to
+            # catch up would lock everybody out for as long as it jumped.
+            self.at_us = min(self.at_us, now_us)
             return bucket.drained(counter, debt=self.debt, at_us=self.at_us, now_us=now_us)
         for request_id in [name for name, (_, ends) in self.held.items() if ends <= now_us]:
             del self.held[request_id]
@@ -106,6 +109,8 @@ class Outcome:
     output: int = 0
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
+    #: Whether the lease that was asked for was taken as well.
+    leased: bool = False
 
     @property
     def admitted(self) -> bool:
@@ -240,6 +245,7 @@ def outcome(
     held: Sequence[int] = (),
     output: int = 0,
     over: frozenset[str] = frozenset(),
+    leased: bool = False,
 ) -> Outcome:
     """
     The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least.
@@ -251,7 +257,7 @@ def outcome(
     for counter, value, part in zip(demand.counters, values, held or [0] * len(values), strict=True):
         least = asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0
         readings.append(read(counter, value, held=part, hits=least, now_us=now_us))
-    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over)
+    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over, leased=leased)
 
 
 def seeded(memory: Memory, used: Mapping[str, int]) -> None:

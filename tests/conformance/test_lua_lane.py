@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from chassis.beacon import CHANGES_MAX, News
-from ratelimit.core.demand import demand
-from ratelimit.core.estimate import Estimates
-from ratelimit.core.limits import Ask
-from tests.conformance.road import module, runtime, table
+from tests.conformance.road import module, runtime
 
 IDENTITY = {"tenant": "acme", "project": "default", "key_id": "KEY1"}
 UNTIL = 5000
@@ -24,22 +20,41 @@ class Lane:
     def __init__(self) -> None:
         self.lua = module("lane")
         self.state = self.lua[b"new"]()
+        self.asks = 0
 
-    def remember(self, key: str = "k", *, lease: tuple[int, int] | None = None, sequence: int = 0, **identity: str) -> None:
-        """Remember an admission until `UNTIL`."""
-        held = None if lease is None else runtime().table_from({b"requests": lease[0], b"tokens": lease[1]})
+    def remember(
+        self, key: str = "k", *, lease: tuple[int, int | None] | None = None, limited: bool = False, sequence: int = 0,
+        until: int = UNTIL, **identity: str,
+    ) -> Any:
+        """Remember an admission: without limits, or with a lease, or (limited) without one."""
         who = {name.encode(): value.encode() for name, value in (IDENTITY | identity).items()}
-        self.lua[b"remember"](self.state, key.encode(), runtime().table_from(who), held, UNTIL, sequence)
+        unlimited = lease is None and not limited
+        held = None if lease is None else self.lease(*lease)
+        return self.lua[b"remember"](self.state, key.encode(), runtime().table_from(who), unlimited, held, until, sequence, 0)
 
-    def take(self, key: str = "k", *, tokens: int = 1, now: int = 0) -> tuple[Any, dict[str, Any] | None]:
-        """Give the entry that lets the request pass, and what an ended lease left."""
-        answer = self.lua[b"take"](self.state, key.encode(), tokens, now)
-        entry, left = answer if isinstance(answer, tuple) else (answer, None)
-        return entry, (table(left) if left is not None else None)
+    def lease(self, requests: int, tokens: int | None, *, name: str = "L", output: int = 512, prompt_bytes: int = 5) -> Any:
+        """A lease, by a request whose prompt was 2 tokens."""
+        return self.lua[b"lease"](name.encode(), requests, tokens, 2, output, prompt_bytes)
+
+    def lent(self, request_id: str, lease: Any, key: str = "k") -> Any:
+        """The answer to a request that asked for a lease."""
+        return self.lua[b"lent"](self.state, key.encode(), request_id.encode(), lease)
+
+    def take(self, key: str = "k", *, output: int = 1, now: int = 0, prompt_bytes: int = 0) -> tuple[bool, int | None, str | None, str]:
+        """Give whether the caller is known, what the lease was charged (None: ask), what to say, and the request's id."""
+        self.asks += 1
+        request_id = f"request-{self.asks}"
+        facts = {b"prompt_bytes": prompt_bytes, b"output_tokens_max": output, b"choices": 1}
+        entry, charged, said = (*self.lua[b"take"](self.state, key.encode(), request_id.encode(), runtime().table_from(facts), now), None)[:3]
+        return entry is not None, charged, said and said.decode(), request_id
 
     def passes(self, key: str = "k", **how: int) -> bool:
-        """Tell whether a request passes without asking."""
-        return self.take(key, **how)[0] is not None
+        """Tell whether a request passes without asking ratelimit."""
+        return self.take(key, **how)[1] is not None
+
+    def knows(self, key: str = "k", **how: int) -> bool:
+        """Tell whether extauth need not be asked."""
+        return self.take(key, **how)[0]
 
     def hear(self, news: News | str) -> None:
         """Hear the beacon."""
@@ -72,32 +87,120 @@ def test_another_credential_dialect_or_model_is_another_entry(lane: Lane) -> Non
 
 
 def test_a_lease_is_spent_request_by_request(lane: Lane) -> None:
-    """Exactly its requests pass; what is left goes to whoever is asked next, once."""
+    """Exactly its requests pass; the next one asks for twice as many, and gives back what is left, once."""
     lane.remember(lease=(2, 100))
 
-    assert [True, True] == [lane.passes(tokens=10), lane.passes(tokens=10)]
-    assert (None, {"requests": 0, "tokens": 80}) == lane.take(tokens=10)
-    assert (None, None) == lane.take(tokens=10)
+    assert [True, True] == [lane.passes(output=10), lane.passes(output=10)]
+    assert (True, None, "6 L 0 80") == lane.take(output=10)[:3]
+    assert (True, None, "0") == lane.take(output=10)[:3]
 
 
 def test_a_request_larger_than_what_is_left_asks(lane: Lane) -> None:
-    """One that fits to the last token passes."""
+    """One that fits to the last token passes; prompts are charged at the ratio of the request that brought the lease."""
     lane.remember(lease=(9, 100))
 
-    assert lane.passes(tokens=100)
-    assert (None, {"requests": 8, "tokens": 0}) == lane.take(tokens=1)
+    assert 100 == lane.take(output=60, prompt_bytes=100)[1]
+    assert "4 L 8 0" == lane.take(output=1)[2]
+
+
+def test_who_names_no_output_or_more_is_charged_what_ratelimit_holds(lane: Lane) -> None:
+    """The usual, as learned there."""
+    lane.remember()
+    lane.remember("limited", lease=(9, 10_000))
+
+    assert [512, 512, 511] == [lane.take("limited", output=output)[1] for output in (0, 4000, 511)]
+    assert 0 == lane.take("k")[1]
+
+
+def test_where_no_limit_counts_tokens_only_requests_are_spent(lane: Lane) -> None:
+    """However large the requests are."""
+    lane.remember(lease=(2, None))
+
+    assert [0, 0, None] == [lane.take(output=1_000_000)[1] for _ in range(3)]
 
 
 def test_settling_gives_back_or_leaves_a_debt(lane: Lane) -> None:
     """Tokens that were not used can be spent again; tokens beyond the lease are owed."""
     lane.remember(lease=(9, 100))
-    entry, _ = lane.take(tokens=60)
+    charged = lane.take(output=60)[1]
+    settle = lane.lua[b"settle"]
 
-    lane.lua[b"settle"](entry, 60, 10)
+    settle(lane.state, b"k", charged, 10)
 
-    assert lane.passes(tokens=90)
-    lane.lua[b"settle"](entry, 90, 300)
-    assert (None, {"requests": 7, "tokens": -210}) == lane.take(tokens=1)
+    assert lane.passes(output=90)
+    settle(lane.state, b"k", 90, 300)
+    assert "6 L 7 -210" == lane.take(output=1)[2]
+
+
+def test_what_settles_while_there_is_no_lease_goes_to_the_next_one(lane: Lane) -> None:
+    """A stream that outlived its lease: its refund can be spent, its debt is paid."""
+    lane.remember(lease=(1, 100))
+    lane.take(output=50)
+    request_id = lane.take(output=1)[3]
+    lane.lua[b"settle"](lane.state, b"k", 50, 80)
+
+    lane.lent(request_id, lane.lease(5, 100, name="M"))
+
+    assert not lane.passes(output=71)
+    lane.lent(f"request-{lane.asks}", lane.lease(5, 100, name="N"))
+    assert lane.passes(output=100)
+
+
+def test_a_caller_without_a_lease_is_known_and_asked_for(lane: Lane) -> None:
+    """Extauth is spared; ratelimit decides each request, and one at a time asks for a lease."""
+    lane.remember(limited=True)
+
+    assert (True, None, "2") == lane.take()[:3]
+    assert (True, None, "0") == lane.take()[:3]
+    asking = int(lane.lua[b"ASKING_MS"])
+    known, charged, said, request_id = lane.take(now=asking)
+    assert (True, None, "4") == (known, charged, said)
+    assert lane.lent("request-1", lane.lease(5, 100)) is None
+    assert lane.lent(request_id, lane.lease(5, 100)) is not None
+    assert lane.passes()
+
+
+def test_an_answer_without_a_lease_lets_the_next_one_ask(lane: Lane) -> None:
+    """Near a limit each request is asked for, and wishes for what it needs itself and one more."""
+    lane.remember(limited=True)
+    for _ in range(3):
+        _, charged, said, request_id = lane.take()
+        assert (None, "2") == (charged, said)
+        lane.lent(request_id, None)
+
+
+def test_what_lives_is_not_replaced(lane: Lane) -> None:
+    """Two first requests at once: the second answer must not throw the first one's lease away, nor lengthen its time."""
+    lane.remember(lease=(5, 100), until=1000)
+
+    lane.remember(limited=True)
+    lane.remember(lease=(9, 100))
+
+    assert [True] * 5 == [lane.passes() for _ in range(5)]
+    assert not lane.passes()
+    assert not lane.knows(now=1000)
+
+
+def test_an_entry_whose_time_is_over_gives_its_lease_back(lane: Lane) -> None:
+    """And wishes for as much as was needed in that time: nothing, if nobody came."""
+    lane.remember(lease=(9, 100))
+    assert [True, True] == [lane.passes(output=10), lane.passes(output=10)]
+
+    assert (False, None, "2 L 7 80") == lane.take(now=UNTIL)[:3]
+    assert (False, None, "0") == lane.take(now=UNTIL)[:3]
+
+    lane.remember("idle", lease=(9, 100))
+    assert (False, None, "0 L 9 100") == lane.take("idle", now=UNTIL)[:3]
+
+
+def test_a_wish_is_bounded(lane: Lane) -> None:
+    """At the bound and above."""
+    most = int(lane.lua[b"WANTED_MAX"])
+    lane.remember(lease=(most, None))
+    for _ in range(most):
+        assert lane.passes()
+
+    assert f"{most} L 0 0" == lane.take()[2]
 
 
 @pytest.mark.parametrize("who", ["KEY1", "acme"])
@@ -195,17 +298,3 @@ def test_news_are_bounded_too(lane: Lane) -> None:
         lane.hear(news)
 
     assert len(list(lane.state[b"changed"])) <= int(lane.lua[b"HALF_MAX"])
-
-
-@pytest.mark.parametrize("dialect", ["openai.chat", "openai.completions", "openai.embeddings", "openai.responses", "anthropic.messages"])
-@pytest.mark.parametrize(("prompt_bytes", "output", "choices"), [(0, 0, 1), (1, 0, 1), (5, 16, 1), (100, 16, 2), (999, 4096, 1), (12345, 4097, 3), (10, 0, 128)])
-def test_a_lease_is_charged_what_ratelimit_would_reserve(dialect: str, prompt_bytes: int, output: int, choices: int) -> None:
-    """One sum in two languages, as long as nothing is learned."""
-    ask = Ask(
-        request_id="r", tenant_id="t", project_id="p", key_id="k", model="m", dialect=dialect,
-        prompt_bytes=prompt_bytes, output_tokens_max=output, choices=choices,
-    )  # fmt: skip
-    facts = {b"dialect": dialect.encode(), b"prompt_bytes": prompt_bytes, b"output_tokens_max": output, b"choices": choices}
-
-    asked = demand(ask, (), estimates=Estimates(), price=None, output_cap=16_384, now=datetime(2026, 1, 1, tzinfo=UTC)).lean
-    assert asked.input + asked.output == module("lane")[b"tokens"](runtime().table_from(facts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.conformance.road import bytewise, first_difference, read_answer
 from tests.conformance.streams import PROMPT_TOKENS, documents, events, stream
 from tests.fake_engine.asks import Path
 from tests.fake_engine.faults import Faults
+from tests.fake_engine.server import encode_event
 
 KINDS = ("vllm", "dynamo", "trtllm")
 #: Dialects in which a caller can ask for usage, so in which it may have to be hidden.
@@ -141,14 +143,54 @@ def test_several_choices_count_together() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_are_counted_when_the_engine_never_says(kind: str) -> None:
-    """Without usage nothing is seen, and the frames are there to estimate by."""
+    """Without usage nothing is seen; each frame with content is a token, roles and ends are none."""
     answer = stream(kind, Path.CHAT, usage="no", tokens=6)
 
     reading = read_answer("events", "no", [answer.body])
 
     assert (None, "none", 0) == (reading.output, reading.seen, reading.total)
-    assert 6 <= reading.frames <= 8
+    assert 6 == reading.frames
     assert answer.body == reading.sent
+
+
+@pytest.mark.parametrize("bend", BENT)
+@pytest.mark.parametrize(("kind", "path"), list(itertools.product(KINDS, (*ASKING, Path.RESPONSES))))
+def test_of_a_stream_that_is_cut_before_any_usage_the_frames_are_its_tokens(kind: str, path: str, bend: str) -> None:
+    """Cut after each event: what was delivered is what is counted, however it was spelled."""
+    faults = replace(BENT[bend], reasoning=2)
+    answer = stream(kind, path, usage="no", tokens=6, faults=faults)
+    delivered, body = 0, b""
+    for frame in answer.frames:
+        if frame.usage is not None:
+            break
+        body, delivered = body + encode_event(frame, faults), delivered + frame.tokens
+
+        assert delivered == read_answer("events", "no", [body]).frames
+    assert 6 == delivered
+
+
+@pytest.mark.parametrize(
+    ("data", "frames"),
+    [
+        ({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, 0),
+        ({"choices": [{"delta": {}, "finish_reason": "stop"}]}, 0),
+        ({"choices": [{"delta": {"content": None}}]}, 0),
+        ({"choices": [{"delta": {"content": '"'}}]}, 1),
+        ({"choices": [{"delta": {"tool_calls": [{"function": {"arguments": "{"}}]}}]}, 1),
+        ({"choices": [{"delta": {"reasoning": "hm"}}]}, 1),
+        ({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "hi"}}, 1),
+        ({"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}}, 1),
+        ({"type": "content_block_start", "content_block": {"type": "text", "text": ""}}, 0),
+        ({"type": "ping"}, 0),
+        ({"type": "response.output_text.delta", "delta": "hi"}, 1),
+        ({"type": "response.output_text.done", "text": "hi there"}, 0),
+        ({"error": {"message": "no", "content": "no"}}, 0),
+    ],
+)
+def test_only_frames_with_generated_text_count(data: dict, frames: int) -> None:
+    """A role, an end, a ping and a summary of what came before are none."""
+    for spelled in (json.dumps(data), json.dumps(data, separators=(",", ":")), json.dumps(data | {"usage": None})):
+        assert frames == read_answer("events", "no", [f"data: {spelled}\n\n".encode()]).frames
 
 
 @pytest.mark.parametrize(
@@ -210,7 +252,8 @@ def test_what_looks_like_usage_is_not_usage(name: str, delta: dict) -> None:
 
     reading = read_answer("events", "no", [frame])
 
-    assert (None, "none", 1, frame) == (reading.output, reading.seen, reading.frames, reading.sent)
+    frames = 0 if "extra" in delta else 1
+    assert (None, "none", frames, frame) == (reading.output, reading.seen, reading.frames, reading.sent)
 
 
 @pytest.mark.parametrize(

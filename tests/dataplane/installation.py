@@ -18,6 +18,7 @@ from typing import Any, LiteralString
 
 import httpx
 import psycopg
+import redis
 from psycopg.rows import dict_row
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,6 +47,8 @@ class Installation:
     control_port: int
     admin_port: int
     _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
+    #: Where its services show metrics.
+    metrics_ports: tuple[int, ...] = ()
     #: Every key that tests were given, to be looked for at the end where it must not be.
     issued: list[str] = field(default_factory=list, repr=False)
 
@@ -121,15 +124,45 @@ class Installation:
         return httpx.post(f"{self.url}{path}", headers=headers, timeout=60, **arguments)
 
     def leaks(self) -> list[tuple[str, str]]:
-        """Files below log, journal, run and envoy that hold a key that was issued or one of the installation's secrets."""
+        """
+        Where a key that was issued or one of the installation's secrets can be read, with its first letters.
+
+        Looked at: files below log, journal, run and envoy; every table; everything in Valkey; what Envoy's
+        admin interface and the services' metrics show.
+        """
         secrets = [*self.issued, *(path.read_text().strip() for path in (self.home / "secrets").iterdir())]
         wanted = re.compile(b"|".join(re.escape(secret.encode()) for secret in secrets))
         found = []
+        for where, text in self._texts():
+            found += [(where, match[:16].decode()) for match in set(wanted.findall(text))]
+        return found
+
+    def _texts(self) -> Iterator[tuple[str, bytes]]:
         for directory in ("log", "journal", "run", "envoy"):
             for path in (self.home / directory).rglob("*"):
                 if path.is_file():
-                    found += [(path.name, match[:16].decode()) for match in set(wanted.findall(path.read_bytes()))]
-        return found
+                    yield path.name, path.read_bytes()
+        with self.database() as connection:
+            tables = connection.execute(
+                "select c.oid::regclass::text as name from pg_class c join pg_namespace n on n.oid = c.relnamespace "
+                "where c.relkind = 'r' and n.nspname = 'public'"
+            ).fetchall()
+            for table in tables:
+                with connection.cursor().copy(f"copy {table['name']} to stdout") as copy:  # type: ignore[arg-type]
+                    yield f"table {table['name']}", b"".join(map(bytes, copy))
+        store = redis.Redis(
+            unix_socket_path=str(self.home / "run/valkey.sock"),
+            password=(self.home / "secrets/valkey-password").read_text().strip(),
+        )
+        read = {b"string": store.get, b"hash": store.hgetall, b"zset": lambda key: store.zrange(key, 0, -1), b"list": lambda key: store.lrange(key, 0, -1)}
+        for key in store.scan_iter(count=1000):
+            kind = store.type(key)
+            # A kind that is not read here would be one that nobody looks at.
+            yield "valkey", key + repr(read[kind](key) if kind != b"none" else b"").encode()
+        for path in ("stats?usedonly", "config_dump", "clusters", "certs", "server_info"):
+            yield f"envoy {path}", httpx.get(f"http://127.0.0.1:{self.admin_port}/{path}", timeout=30).content
+        for port in self.metrics_ports:
+            yield f"metrics on {port}", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).raise_for_status().content
 
     @contextmanager
     def database(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
@@ -171,10 +204,17 @@ class Installation:
         return next(int(entry["pid"]) for entry in self.status()["parts"] if entry["name"] == part)
 
     def kill(self, part: str) -> int:
-        """End a part without warning (SIGKILL); returns the pid that was."""
-        pid = self.pid(part)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        """End a part without warning (SIGKILL), one that was just killed when it is back; returns the pid that was."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            pid = self.pid(part)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                assert time.monotonic() < deadline, f"{part} did not come back"
+                time.sleep(0.1)
+            else:
+                return pid
 
     def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
         """Wait until the supervisor has a new, ready process for *part*, and Envoy sees it."""
@@ -196,6 +236,13 @@ class Installation:
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.1)
             answer = self.post(newcomer, json=chat())
+
+    def asked_extauth(self) -> int:
+        """How often Envoy has asked extauth."""
+        answer = httpx.get(
+            f"http://127.0.0.1:{self.admin_port}/stats", params={"filter": "^http.tenants.ext_authz.(ok|denied)$"}
+        )
+        return sum(int(line.rpartition(" ")[2]) for line in answer.text.splitlines())
 
     def is_healthy(self) -> bool:
         """Whether Envoy would take requests: it looks at extauth and ratelimit itself, a little after they are ready."""

@@ -9,24 +9,41 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pyarrow.parquet as pq
 import pytest
+from standardwebhooks.webhooks import Webhook
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
+from tests.receivers import receiving
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """An installation whose journal is rotated at 20 kB, so that a few requests fill several files."""
-    settings = {"PEAJE_COLLECTOR_ROTATE_BYTES": "20000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1"}
+    """An installation whose journal is rotated at 10 kB, so that a few requests fill several files."""
+    settings = {
+        "PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
+        "PEAJE_COLLECTOR_SILENT_SECONDS": "5", "PEAJE_METERING_RECONCILE_SECONDS": "1",
+        "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
+    }
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
 
 
-def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
+def until(condition: Callable[[], object]) -> None:
+    """Wait for *condition*, as long as a row may take and a restarted process."""
+    deadline = time.monotonic() + 2 * VISIBLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.05)
+
+
+def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
     """Set by the command line, charged by the collector, read by the billing team."""
     tenant = road.new_tenant("money")
     made = road.cli(
@@ -47,6 +64,13 @@ def test_a_price_becomes_an_amount_and_an_invoice(road: Installation) -> None:
     [line] = csv.DictReader(io.StringIO(road.run("invoice", "--tenant", tenant.tenant_id, "--month", month, "--csv").stdout))
     assert ("3", "15", "0.00001035") == (line["request_count"], line["output_tokens"], line["amount"])
     assert "total USD 0.00001035" in road.run("invoice", "--tenant", tenant.tenant_id, "--month", month).stdout
+    written = tmp_path / "invoice.parquet"
+    of_month = ("invoice", "--tenant", tenant.tenant_id, "--month", month)
+    assert 0 == road.run(*of_month, "--format", "parquet", "--out", str(written)).returncode
+    assert [10_350] == [it["amount_nano"] for it in pq.read_table(written).to_pylist()]
+    assert [(1, ""), (1, "")] == [
+        (it.returncode, it.stdout) for it in (road.run(*of_month, "--format", "parquet"), road.run(*of_month, "--format", "csv", "--json"))
+    ]
     assert made["rate_card_id"] in [it["rate_card_id"] for it in road.cli("prices", "list", "--in-force")["prices"]]
     refused = road.run("prices", "set", "--model", "tiny", "--input", "1e3", "--output", "1")
     assert (1, 1) == (refused.returncode, len(refused.stderr.splitlines()))
@@ -69,8 +93,11 @@ def test_rotation_under_load_loses_no_row_and_the_replay_has_the_same_sums(small
     assert {answer.headers["x-request-id"] for answer in sent} == {row["request_id"] for row in rows}
     old = [path for path in (small.home / "journal").iterdir() if path.name.startswith("journal-")]
     assert len(old) >= 3
+    starts = {path.name for path in (small.home / "journal").iterdir() if path.name.startswith("starts-")}
+    assert starts <= {path.name.replace("journal", "starts") for path in old}
+    assert len(starts) >= 2
     live = (small.home / "journal/journal.jsonl").read_text().splitlines()
-    last = {"Start", "DownstreamEnd"}
+    last = {"DownstreamEnd"}
     small.post(tenant, json=chat())
     small.rows(tenant, len(sent) + 1)
     written = [json.loads(line)["type"] for line in (small.home / "journal/journal.jsonl").read_text().splitlines()[len(live):]]
@@ -114,6 +141,75 @@ def test_the_ledger_has_what_the_engine_counted(small: Installation) -> None:
         ), row
 
 
+def test_a_start_that_cannot_be_written_refuses_the_request(small: Installation) -> None:
+    """The disk is full: 503 in the caller's dialect, the engine is not asked, and all is well once there is room."""
+    tenant = small.new_tenant("full")
+    before = small.post(tenant, json=chat())
+
+    with _full(small.home / "journal/starts.jsonl"):
+        assert 503 == _last_status(small, tenant, 503)
+        refused = [small.post(tenant, json=chat()) for _ in range(3)]
+        streamed = small.post(tenant, json=chat(stream=True))
+    assert 200 == _last_status(small, tenant, 200)
+
+    assert {(503, "service_unavailable")} == {(it.status_code, it.json()["error"]["code"]) for it in (*refused, streamed)}
+    rows = {row["request_id"]: row for row in small.rows(tenant, 2)}
+    assert before.headers["x-request-id"] in rows
+    ids = {it.headers["x-request-id"] for it in (*refused, streamed)}
+    assert set() == ids & small.truth().keys()
+    assert {(0, 0, "none")} >= {(rows[i]["input_tokens"], rows[i]["output_tokens"], rows[i]["basis"]) for i in ids & rows.keys()}
+
+
+def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_tells(small: Installation) -> None:
+    """Envoy drops what it cannot write without a word: the starts keep the row, the second witness knows its tokens."""
+    tenant = small.new_tenant("endless")
+    whole = small.post(tenant, json=chat(max_tokens=3)).headers["x-request-id"]
+    small.rows(tenant, 1)
+
+    with _full(small.home / "journal/journal.jsonl"):
+        _reopen(small)
+        # Its log is opened anew with the next record.
+        small.post(tenant, json=chat())
+        time.sleep(0.3)
+        cut = {small.post(tenant, json=chat(max_tokens=7)).headers["x-request-id"] for _ in range(3)}
+    _reopen(small)
+    assert 200 == small.post(tenant, json=chat()).status_code
+
+    deadline = time.monotonic() + 60
+    told: dict[str, dict[str, Any]] = {}
+    while time.monotonic() < deadline and not cut <= told.keys():
+        time.sleep(0.5)
+        told = {row["request_id"]: row for row in small.sql("select * from billing_reconciliation_v1 where tenant = %s", tenant.tenant_id)}
+    rows = {row["request_id"]: row for row in small.rows(tenant, 6)}
+    assert cut <= told.keys()
+    assert {("usage_differs", "open", 7)} == {(told[i]["kind"], told[i]["state"], told[i]["output_tokens"]) for i in cut}
+    assert {("lost", "checkpoint", 0)} == {(rows[i]["outcome"], rows[i]["basis"], rows[i]["output_tokens"]) for i in cut}
+    assert "reported" == rows[whole]["basis"]
+    assert whole not in told
+    listed = small.cli("reconcile", "list", "--state", "open")
+    for row in listed["exceptions"]:
+        assert "signed" == small.cli("reconcile", "sign", str(row["exception_id"]), "--note", "the disk was full")["state"]
+    listed = small.cli("reconcile", "list")
+    assert 0 == listed["counts"]["open"]
+    assert listed["witness"]["agreed"] >= 100
+    assert small.cli("ledger", "verify")["ok"]
+
+
+@contextmanager
+def _full(path: Path) -> Iterator[None]:
+    """Have every write to *path* fail as on a full disk; what is there already stays to be read."""
+    path.rename(path.with_name(f"{path.name}.{time.time_ns()}"))
+    path.symlink_to("/dev/full")
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _reopen(small: Installation) -> None:
+    httpx.post(f"http://127.0.0.1:{small.admin_port}/reopen_logs", timeout=10).raise_for_status()
+
+
 def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:
     """The status of the last request, sent again and again until it is the *wanted* one or the time is over."""
     deadline = time.monotonic() + VISIBLE_SECONDS
@@ -137,3 +233,51 @@ def _sibling(installation: Installation, database: str) -> str:
     password = (installation.home / "secrets/postgres-password").read_text().strip()
     url = state["postgres_url"]
     return f"{url.rpartition('/')[0].replace('@', f':{password}@', 1)}/{database}"
+
+
+def test_credits_are_what_a_tenant_may_spend(road: Installation) -> None:
+    """402 once they are used up, 200 with the next grant; the books have what the ledger charged."""
+    tenant = road.new_tenant("prepaid")
+    asked = ("--tenant", tenant.tenant_id)
+    # A request costs 0.008 and may cost a little more: the second one does not fit.
+    road.cli("prices", "set", "--model", "tiny", *asked, "--input", "1000", "--output", "1000")
+    road.cli("credits", "grant", "0.06", *asked, "--reason", "first payment")
+    assert 402 == _last_status(road, tenant, 402)
+    road.cli("credits", "grant", "1000", *asked, "--reason", "second payment", "--expires", "365d")
+    assert 200 == _last_status(road, tenant, 200)
+
+    def agree() -> bool:
+        query = "select coalesce(sum(amount_nano), 0)::bigint as nano from billing_usage_v1 where tenant = %s"
+        [charged] = road.sql(query, tenant.tenant_id)
+        return charged["nano"] > 0 and 1_000_060_000_000 - charged["nano"] == road.cli("credits", "show", *asked)["available_nano"]
+
+    until(agree)
+
+
+def test_events_reach_a_receiver_through_the_death_of_their_process(small: Installation) -> None:
+    """Each request as a CloudEvent, a key, a budget; killed between two of them, nothing is lost and ids tell repeats."""
+    tenant = small.new_tenant("heard")
+    with receiving() as receiver:
+        asked = ("--tenant", tenant.tenant_id, "--format", "cloudevents", "--events", "usage.recorded,budget.threshold,key.created")
+        webhook = small.cli("webhooks", "add", receiver.url, *asked)
+        small.cli("limits", "set", "--tenant", tenant.tenant_id, "--monthly-tokens", "40", "--soft")
+        sent = [small.post(tenant, json=chat()).headers["x-request-id"]]
+        until(lambda: receiver.got)
+        small.wait_restarted("events", small.kill("events"))
+        sent += [small.post(tenant, json=chat()).headers["x-request-id"] for _ in range(2)]
+        key = small.cli("keys", "create", "--tenant", tenant.tenant_id)
+
+        def heard(kind: str) -> list[dict[str, Any]]:
+            events = [json.loads(it.body) for it in receiver.got]
+            return [it for it in events if it["type"] == f"peaje.{kind}"]
+
+        until(lambda: {it["id"] for it in heard("usage.recorded")} >= set(sent) and heard("key.created") and heard("budget.threshold"))
+        assert key["key_id"] == heard("key.created")[0]["data"]["key_id"]
+        assert 50 == heard("budget.threshold")[0]["data"]["percent"]
+        verified = Webhook(webhook["secret"])
+        for got in receiver.got:
+            verified.verify(got.body, got.headers)
+        shown = small.cli("webhooks", "show", webhook["webhook_id"])
+        assert ("active", 0) == (shown["state"], shown["failure_count"])
+        assert {"delivered"} == {it["outcome"] for it in small.cli("webhooks", "deliveries", webhook["webhook_id"])["deliveries"]}
+        small.cli("webhooks", "remove", webhook["webhook_id"])

@@ -183,6 +183,21 @@ def test_a_stalled_collector_delays_rows_and_loses_none(road: Installation, tena
     assert passed <= {row["request_id"] for row in settled_rows(road, tenant)}
 
 
+def test_a_stalled_witness_holds_up_nothing(road: Installation, tenant: Tenant) -> None:
+    """Its receiver takes no byte: Envoy drops what it has for it and goes on; the rows are all there."""
+    assert 200 == road.post(tenant, json=chat()).status_code
+    pid = road.pid("metering")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = hammer(road, tenant, 1.5)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert {200} == {status for _, status in found}
+    assert len(found) > 20
+    assert {request_id for request_id, _ in found} <= {row["request_id"] for row in settled_rows(road, tenant)}
+
+
 def test_a_revoked_key_is_dead_within_a_second(road: Installation, tenant: Tenant) -> None:
     """Pushed to the services, not waited for."""
     assert 200 == road.post(tenant, json=chat()).status_code

@@ -92,6 +92,8 @@ class Tenant:
     key: dict[str, Any]
     account: dict[str, Any]
     operator: dict[str, Any]
+    #: Only where a test has made one: it would be sent to.
+    webhook: dict[str, Any] | None = None
 
     @property
     def admin(self) -> str:

@@ -30,6 +30,12 @@ def with_clock(store: Any) -> StoredCounters:
     return made
 
 
+def set_clock(store: Any, now_us: int) -> None:
+    """Set what `with_clock` reads."""
+    with store.pipeline() as pipeline:
+        pipeline.delete("test:clock").rpush("test:clock", *divmod(now_us, 1_000_000)).execute()
+
+
 def lives(store: Any) -> type[Lives]:
     """The machine on *store*."""
     stored = with_clock(store)
@@ -58,9 +64,7 @@ def lives(store: Any) -> type[Lives]:
                 store.delete(adapter.reservation_key(self.tenant, request_id))
 
         def _set_clock(self) -> None:
-            seconds, micros = divmod(self.now, 1_000_000)
-            with store.pipeline() as pipeline:
-                pipeline.delete("test:clock").rpush("test:clock", seconds, micros).execute()
+            set_clock(store, self.now)
 
     return Stored
 

@@ -22,6 +22,7 @@ from control.laptop.binaries import find_envoy
 from control.laptop.engine import ask_model_server
 from control.laptop.errors import Trouble
 from control.laptop.places import Places, Ports
+from control.laptop.scale import Scale
 from tests.dataplane.installation import REPOSITORY, free_ports
 from tests.integration.laptop import assert_nothing_started, attempt, check, copy_repository, processes_of, status_of
 
@@ -316,7 +317,7 @@ def test_what_up_renders_is_what_envoy_is_asked_about(tmp_path: Path) -> None:
     place = Places(tmp_path)
     for name in ("run", "journal", "envoy"):
         (tmp_path / name).mkdir()
-    envoy.render(place, Ports(tenants=20000, control=20001, admin=20002))
+    envoy.render(place, Ports(tenants=20000, control=20001, admin=20002), Scale(counts={"ratelimit": 3}))
     for name in ("clusters", "routes"):
         (tmp_path / f"envoy/{name}.yaml").write_text("resources: []\n")
 
@@ -325,6 +326,8 @@ def test_what_up_renders_is_what_envoy_is_asked_about(tmp_path: Path) -> None:
     text = (tmp_path / "envoy/envoy.yaml").read_text()
     assert "port_value: 20000" in text
     assert "port_value: 20002" in text
+    sockets = ["run/extauth.sock", "run/ratelimit.sock", "run/ratelimit-2.sock", "run/ratelimit-3.sock", "run/metering.sock"]
+    assert sockets == re.findall(r"path: (run/\S+\.sock)", text)
     sources = {path.relative_to(REPOSITORY / "envoy") for path in (REPOSITORY / "envoy").rglob("*.lua")}
     assert sources == {path.relative_to(tmp_path / "envoy") for path in (tmp_path / "envoy").rglob("*.lua")}
     assert {0o600} == {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "envoy").rglob("*.lua")}

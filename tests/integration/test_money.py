@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow.parquet as pq
 import pytest
 
-from chassis.errors import Conflict, Invalid, NotFound
+from chassis.errors import Conflict, Invalid, NotFound, Unavailable
 from chassis.models import ModelCatalogue
 from chassis.schema.migrate import migrate
 from chassis.schema.partitions import ensure_partitions
@@ -238,7 +242,7 @@ def test_closing_under_load_puts_each_request_into_exactly_one_month(store: Stor
     ("lines", "words"),
     [
         ([start(1, at=THEN)], "1 exchanges that began before its end are still open"),
-        ([end(1, at=THEN), end(1, at=THEN, output=6)], "1 conflicts"),
+        ([end(1, at=THEN), end(1, at=THEN, output=6)], "1 of its exchanges are told differently"),
         ([end(1, at=THEN, model="large")], "1 of its exchanges used tokens and have no price"),
     ],
     ids=["open", "conflict", "no price"],
@@ -360,6 +364,29 @@ def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_u
     assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open" == line
 
 
+def test_an_invoice_as_parquet_is_exact_and_typed(store: Store, ledger_url: str, live: Path) -> None:
+    """Read by the official library: integers, decimals, a date; null where there is no price."""
+    set_price(store, input="0.000000001", output="0.15")
+    write(live, [end(1, at=THEN, input=3, output=5), end(2, at=THEN, model="large")])
+    collect(ledger_url, live, now=THEN)
+
+    data = invoices.as_parquet(invoices.invoice(store, act(NEXT_MONTH), "acme", OCTOBER))
+
+    table = pq.read_table(io.BytesIO(data))
+    assert ["date32[day]", "int64", "decimal128(38, 9)"] == [str(table.schema.field(it).type) for it in ("period", "input_tokens", "amount")]
+    assert [("tiny", OCTOBER, Decimal("0.00000075"), 750), ("large", OCTOBER, None, None)] == sorted(
+        ((it["model"], it["period"], it["amount"], it["amount_nano"]) for it in table.to_pylist()), reverse=True
+    )
+
+
+def test_without_its_library_parquet_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    with pytest.raises(Unavailable, match="Install the extra `parquet`"):
+        invoices.as_parquet({"lines": []})
+
+
 @pytest.mark.parametrize("text", ["2026", "2026-13", "2026-1", "26-01", "2026-00", "0000-01", "2026-11-01"])
 def test_a_month_is_written_in_one_way(text: str) -> None:
     """Nothing is guessed."""
@@ -374,9 +401,7 @@ def test_a_journal_replayed_into_an_empty_database_gives_the_same_sums(
     set_price(store)
     write(live.with_name("journal-000001.jsonl"), [*exchanges(300, at=THEN), start(900, at=THEN), end(901, at=THEN)[:99]])
     write(live, [*exchanges(300, at=NEXT_MONTH, first=300), *exchanges(10, at=THEN), end(902, at=THEN, epoch="f" * 32)])
-    with collecting(ledger_url, live) as collector:
-        while collector.step(NEXT_MONTH, 0.0):
-            pass
+    collect(ledger_url, live, now=NEXT_MONTH)
     into = empty_database()
     migrate(into, NEXT_MONTH.date())
 

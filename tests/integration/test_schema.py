@@ -19,7 +19,8 @@ from chassis.schema.migrate import connect, migrate
 from chassis.schema.partitions import DAYS_AHEAD, ensure_partitions
 
 ROOT = Path(__file__).resolve().parents[2]
-NEWEST = max(path.name[:4] for path in (ROOT / "chassis/schema/versions").glob("[0-9]*.py"))
+#: The newest version.
+HEAD = max(path.name[:4] for path in (ROOT / "chassis/schema/versions").glob("[0-9]*.py"))
 
 INSERT_USAGE = """
 insert into usage_event (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, status,
@@ -57,14 +58,14 @@ def test_two_migrations_at_once_leave_one_schema(empty_database: Callable[[], st
     lines = sorted(process.communicate(timeout=60)[0] for process in both)
 
     assert [0, 0] == [process.returncode for process in both]
-    assert [f"schema {NEWEST} already, 0 partitions made\n", f"schema nothing -> {NEWEST}, 17 partitions made\n"] == lines
+    assert [f"schema {HEAD} already, 0 partitions made\n", f"schema nothing -> {HEAD}, 17 partitions made\n"] == lines
 
 
 def test_migrating_again_changes_nothing(postgres_url: str) -> None:
     """A restart runs the migration each time."""
     again = migrate(postgres_url, utc_now().date())
 
-    assert (NEWEST, NEWEST, 0) == (again.before, again.after, again.partition_count)
+    assert (HEAD, HEAD, 0) == (again.before, again.after, again.partition_count)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ Settle = Callable[[Demand, Report, int], bool]
 
 
 class Lives(RuleBasedStateMachine):
-    """Subclasses say which limiter is compared; time only moves by rule."""
+    """Subclasses say which limiter is compared; time only moves by rule, also back."""
 
     requests = Bundle("requests")
 
@@ -132,10 +132,17 @@ class Lives(RuleBasedStateMachine):
         """Up to some minutes."""
         self.now += us
 
+    @rule(us=st.integers(1, 200_000_000))
+    def jump_back(self, us: int) -> None:
+        """As a store's clock may, at a failover; not behind the end of a lease that was seen to be over."""
+        over = [ends for leases in self.model.held.values() for _, ends in leases.values() if ends <= self.now]
+        self.now = max(self.now - us, *over, BEGIN_US - LEASE_US)
+
     @rule()
     def pass_a_lease(self) -> None:
         """Whatever was not settled by now is given back."""
-        self.now += LEASE_US
+        ends = [ends for leases in self.model.held.values() for _, ends in leases.values()]
+        self.now = max(self.now + LEASE_US, *ends, 0)
         self.expire()
         self.open.clear()
         self.model.taken.clear()

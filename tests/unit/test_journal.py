@@ -7,17 +7,20 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metering.adapters.disk import Disk
+from metering.adapters.reading import Reader, Reading
 from metering.adapters.rotation import Rotation
-from metering.adapters.tail import BATCH_BYTES_MAX, Place, list_files, look, next_piece
+from metering.adapters.tail import BATCH_BYTES_MAX, STARTS_BYTES_MAX, Piece, Place, list_files, look, next_piece
 from metering.core import lines
 from metering.core.fold import fold
-from metering.core.journal import TEXT_LENGTH_MAX, Malformed, parse, usage_event
+from metering.core.journal import TEXT_LENGTH_MAX, Malformed, lost_event, parse, usage_event
+from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.watermark import Level, WhenFull
-from tests.journals import end, exchanges, periodic, request_id, start, write
+from tests.journals import end, exchanges, periodic, request_id, start, write, write_apart
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ ODD: dict[str, bytes] = {
     "status that is true": end(1, status=True),
     "bytes that are a text": end(1, bytes_sent="many"),
     "details that are an object": end(1, details={}),
+    "an engine that is a list": end(1, engine=["vllm"]),
     "no moment": end(1, request={}, started_at=None),
     "a moment that is none": end(1, request={"started_at": "soon.0"}),
     "a moment beyond the calendar": end(1, request={"started_at": "99999999999999.0"}),
@@ -96,6 +100,98 @@ def test_a_record_that_another_writer_broke_in_two_is_put_together_again() -> No
         assert (length, [], b"") == (half.byte_count, defects, left)
 
 
+def read_on(live: Path, places: dict[str, Place], reader: Reader | None = None) -> list[Reading]:
+    """Readings to the journal's end, each committed; by a collector that has just been started unless it is given."""
+    reader, found = reader or Reader(), []
+    while True:
+        found.append(reader.next(live, places))
+        places |= {piece.place.file_id: piece.place for piece in found[-1].pieces}
+        if found[-1].is_last:
+            return found
+
+
+def test_a_collector_killed_between_two_slices_of_envoy_finds_every_record(live: Path) -> None:
+    """Cut after any byte, starts written meanwhile: the next life of the collector needs to remember nothing."""
+    whole = end(2) + end(3)
+    for length in range(len(whole) + 1):
+        for path in live.parent.iterdir():
+            path.unlink()
+        places: dict[str, Place] = {}
+        write_apart(live, [start(1), end(1), start(2), start(3)])
+        write(live, [whole[:length]])
+        read_on(live, places)
+        write_apart(live, [start(4)])
+        [between] = read_on(live, places)
+        write(live, [whole[length:]])
+        [after] = read_on(live, places)
+
+        assert {request_id(4)} == set(between.batch.open)
+        assert {request_id(2), request_id(3)} >= set(after.batch.events)
+        assert ({}, {}) == (between.batch.defects, after.batch.defects)
+        assert sum(path.stat().st_size for path in live.parent.iterdir()) == sum(place.offset for place in places.values())
+
+
+def test_an_end_is_read_with_or_after_its_start(live: Path) -> None:
+    """However far behind the reader is: ends that come in any piece find their starts in it or before it."""
+    exchange_count = 2 * BATCH_BYTES_MAX // len(start(1) + end(1))
+    write_apart(live, exchanges(exchange_count))
+
+    readings = read_on(live, {})
+
+    known: set[str] = set()
+    for reading in readings:
+        ended = set(reading.batch.events)
+        known |= {request_id for piece in reading.pieces for request_id in started_in(piece)}
+        assert ended <= known
+        # And hardly any waits for its end: those under way, and what one small piece was ahead.
+        assert len(reading.batch.open) < exchange_count / 5 + STARTS_BYTES_MAX / len(start(1))
+    assert len(readings) > 1
+    assert exchange_count == len(known) == sum(len(reading.batch.events) for reading in readings)
+
+
+def started_in(piece: Piece) -> set[str]:
+    return {entry.request_id for entry in map(parse, piece.data.split(b"\n")) if entry.type == "Start"}
+
+
+def test_starts_are_looked_for_after_the_ends_were_cut(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange that begins and ends while the reader is between the two files is not torn apart."""
+    write_apart(live, [start(1), end(1)])
+    looks: list[str] = []
+
+    def look_and_write(path: Path, *arguments: Any, **named: Any) -> Piece | None:
+        piece = next_piece(path, *arguments, **named)
+        looks.append(path.name)
+        if looks == [live.name]:
+            write_apart(live, [start(2), end(2)])
+        return piece
+
+    monkeypatch.setattr("metering.adapters.reading.next_piece", look_and_write)
+    reading = Reader().next(live, {})
+
+    assert [live.name, "starts.jsonl"] == looks
+    assert ({request_id(1)}, {request_id(2)}) == (set(reading.batch.events), set(reading.batch.open))
+
+
+def test_lives_end_in_the_order_of_their_records_in_one_stream() -> None:
+    """Another stream that lags behind brings no life back and ends none."""
+    lives = Lives().after("starts", ["a", "b"]).after("journal", ["a"])
+    assert ("a",) == lives.ended
+
+    lives = lives.after("journal", ["b", "c"]).after("starts", ["b"])
+    assert ("a", "b") == lives.ended
+    assert lives is lives.after("starts", ["b"])
+    assert ("a", "b") == lives.after("starts", ["c"]).ended
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_lives_that_are_over_are_remembered_up_to_a_bound(beyond: int) -> None:
+    """The oldest are forgotten first."""
+    count = ENDED_LIVES_MAX + beyond
+    lives = Lives().after("starts", [str(number) for number in range(count + 1)])
+
+    assert tuple(str(number) for number in range(max(0, beyond), count)) == lives.ended
+
+
 def test_a_line_that_opens_a_thousand_braces_is_one_defect() -> None:
     """Looking for a record in it ends."""
     entries, [found], _ = lines.read(b"{" * 5000, offset=0)
@@ -115,6 +211,49 @@ def test_the_last_word_of_each_exchange_is_kept_and_the_first_end_stands() -> No
     assert [(request_id(3), 429)] == [(refused.request_id, refused.status) for refused in batch.refusals]
 
 
+FINAL = {"seen": "final", "input": 3, "output": 5}
+RUNNING = {"seen": "running", "input": 3, "output": 4}
+FRAMES = {"seen": "none", "frames": 4}
+NOTHING = {"seen": "none", "frames": 0}
+STREAM = {"dialect": "openai.chat", "model": "tiny", "prompt_bytes": "77", "started_at": "1.0", "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"usage": FINAL | {"frames": 9}}, ("reported", 3, 5)),
+        ({"usage": RUNNING | {"frames": 9}}, ("running", 3, 4)),
+        ({"usage": FRAMES, "engine": "vllm"}, ("counted", 20, 4)),
+        ({"usage": FRAMES, "engine": "dynamo", "flags": "DC"}, ("counted", 20, 4)),
+        # Nothing to count: bytes are all there is.
+        ({"usage": {"seen": "none"}, "engine": "vllm"}, ("estimated", 20, 90)),
+        ({"usage": FRAMES, "engine": "trtllm"}, ("estimated", 20, 4)),
+        ({"usage": FRAMES, "engine": "openai"}, ("estimated", 20, 4)),
+        # A stream that held an error and nothing else; of an engine whose text may look otherwise, or unread, bytes count.
+        ({"usage": NOTHING, "request": STREAM, "engine": "dynamo"}, ("none", 0, 0)),
+        ({"usage": NOTHING, "request": STREAM, "engine": "openai"}, ("estimated", 20, 90)),
+        ({"usage": NOTHING | {"anomaly": "encoded"}, "request": STREAM, "engine": "dynamo"}, ("estimated", 20, 90)),
+        ({"usage": NOTHING, "engine": "dynamo"}, ("estimated", 20, 90)),
+        # Records from before the engine was in them.
+        ({"usage": FRAMES}, ("estimated", 20, 4)),
+        ({"usage": {"seen": "none"}, "flags": "UF", "status": 503, "engine": "vllm"}, ("none", 0, 0)),
+    ],
+)
+def test_each_basis_goes_before_the_next(facts: dict[str, Any], expected: tuple[str, int, int]) -> None:
+    """reported > running > counted > estimated > none."""
+    event = usage_event(parse(end(1, **facts).rstrip()))
+
+    assert expected == (event.basis, event.input_tokens, event.output_tokens)
+
+
+@pytest.mark.parametrize("usage", [RUNNING, FRAMES])
+def test_what_was_heard_of_a_lost_exchange_is_a_checkpoint(usage: dict[str, Any]) -> None:
+    """Even if it was counted or running: the engine may have said more that nobody heard."""
+    event = lost_event(parse(end(1, type="DownstreamPeriodic", usage=usage, engine="vllm").rstrip()))
+
+    assert ("lost", "checkpoint", 4) == (event.outcome, event.basis, event.output_tokens)
+
+
 def test_files_are_read_oldest_first_and_the_live_one_last(live: Path) -> None:
     """By our numbers; other files of the directory are not ours."""
     for name in ("journal-000010.jsonl", "journal-000009.jsonl", "journal.jsonl", "journal.jsonl.gz", "closed", "other.jsonl"):
@@ -130,6 +269,16 @@ def test_a_rotation_by_somebody_else_is_followed(live: Path) -> None:
     write(live, [end(2)])
 
     assert ["journal.jsonl.1", "journal.jsonl"] == [path.name for path in list_files(live)]
+
+
+def test_what_is_no_regular_file_is_left_alone(live: Path) -> None:
+    """A device has no end, and reading a pipe waits for its writer."""
+    write(live.with_name("journal-000001.jsonl"), [end(1)])
+    live.symlink_to("/dev/zero")
+    live.with_name("starts.jsonl").mkdir()
+
+    assert ["journal-000001.jsonl"] == [file.path.name for file in look(live)]
+    assert [{request_id(1)}] == [set(reading.batch.events) for reading in read_on(live, {}) if reading.pieces]
 
 
 def read_all(live: Path, places: dict[str, Place]) -> bytes:
@@ -238,6 +387,40 @@ def test_only_read_files_beyond_the_kept_ones_are_superfluous(live: Path) -> Non
     assert [] == rotation(live).superfluous([one, two, three], places, kept_files=2)
 
 
+def test_the_starts_follow_once_envoy_has_let_go(live: Path) -> None:
+    """Under the same number: then no start of a newer file has its end in an older one."""
+    answers = [False, True]
+    asked = rotation(live, reopen=lambda: answers.pop(0))
+    write_apart(live, [start(1), end(1)])
+    asked.rotate()
+    assert {"journal-000001.jsonl", "starts.jsonl"} == {path.name for path in live.parent.iterdir()}
+
+    asked.rotate()
+    write_apart(live, [start(2)])
+    asked.rotate()
+
+    names = {"journal-000001.jsonl", "starts-000001.jsonl", "starts.jsonl", "journal.jsonl"}
+    assert names == {path.name for path in live.parent.iterdir()}
+
+
+def test_starts_go_with_the_ends_of_their_number(live: Path) -> None:
+    """Not before, or a replay would take what ended for lost; read or not is asked of each."""
+    for number in (1, 2, 3):
+        for stem, line in (("starts", start), ("journal", end)):
+            write(live.with_name(f"{stem}-{number:06d}.jsonl"), [line(number)])
+    done = look(live)
+    places = {file.file_id: Place(file.file_id, file.path.name, file.size) for file in done}
+
+    def gone(kept: int) -> list[str]:
+        return sorted(file.path.name for file in rotation(live).superfluous(done, places, kept_files=kept))
+
+    assert [] == gone(3)
+    assert ["journal-000001.jsonl", "starts-000001.jsonl"] == gone(2)
+    assert 6 == len(gone(0))
+    del places[done[0].file_id]
+    assert ["journal-000001.jsonl"] == gone(2)
+
+
 @pytest.mark.parametrize(("policy", "marked"), [(WhenFull.REFUSE, True), (WhenFull.ALLOW, False)])
 def test_a_full_disk_closes_the_road_if_the_policy_says_so(
     live: Path, monkeypatch: pytest.MonkeyPatch, policy: WhenFull, marked: bool
@@ -277,8 +460,21 @@ def test_a_stream_that_the_gateway_ended_says_so_and_how_its_tokens_are_known(
     assert (outcome, basis, 3, 5) == (event.outcome, event.basis, event.input_tokens, event.output_tokens)
 
 
-def test_a_batch_knows_all_lives_of_envoy_that_wrote_it() -> None:
-    """A restart within it is two."""
-    batch = fold([parse(start(1, epoch="one")), parse(end(1, epoch="one")), parse(start(2, epoch="two"))])
+def test_starts_whose_end_was_read_are_left_out_and_nothing_is_different() -> None:
+    """Open exchanges, lives of Envoy and defects are the same as if each had been read."""
+    whole = exchanges(200)
+    starts = [line for line in whole if line.startswith(b'{"type":"Start"')]
+    starts[50:50] = [start(9001, epoch="life-2"), start(9002, epoch="life-2")]
+    starts[120:120] = [b'{"type":"Start","request_id":"' + request_id(3).encode() + b'","torn\n', b"no record\n"]
+    ends = [parse(line.rstrip(b"\n")) for line in whole if b'"type":"DownstreamEnd"' in line][:-20]
+    data = b"".join(starts).rstrip(b"\n")
+    over = {entry.request_id for entry in ends}
 
-    assert ({"one", "two"}, "two") == (batch.epochs, batch.epoch)
+    all_of_them, defects, _ = lines.read(data, offset=7)
+    few, same_defects, _ = lines.read(data, offset=7, is_over=over.__contains__)
+
+    expected, found = fold(ends, starts=all_of_them), fold(ends, starts=few)
+    assert len(few) < 40 < len(all_of_them)
+    assert defects == same_defects
+    assert (expected.events, expected.open, expected.lives) == (found.events, found.open, found.lives)
+    assert {request_id(9001), request_id(9002)} < found.open.keys()

@@ -266,12 +266,11 @@ def test_a_clock_that_went_back_drains_nothing_and_locks_nobody_out() -> None:
     asks = [
         Demand(tenant_id="t", request_id=str(n), counters=(dataclasses.replace(BUCKET, amount=1, burst=1),),
                full=Usage(input=0, output=0), lean=Usage(input=0, output=0))
-        for n in range(3)
+        for n in range(4)
     ]  # fmt: skip
-    hour = 3_600_000_000
+    hour, minute = 3_600_000_000, 60_000_000
+    moments = (hour, 0, minute - 1, minute)
 
-    verdicts = [
-        take(memory, asks[0], hour).verdict, take(memory, asks[1], 0).verdict, take(memory, asks[2], hour + 60_000_000).verdict
-    ]  # fmt: skip
+    verdicts = [take(memory, ask, moment).verdict for ask, moment in zip(asks, moments, strict=True)]
 
-    assert [Verdict.FULL, Verdict.REFUSED, Verdict.FULL] == verdicts
+    assert [Verdict.FULL, Verdict.REFUSED, Verdict.REFUSED, Verdict.FULL] == verdicts
