@@ -221,7 +221,7 @@ class Desk:
             {
                 "phase": "admit", "request_id": request_id, "tenant": self.tenant, "project": "default", "key_id": "k",
                 "model": "m", "dialect": "openai.chat", "prompt_bytes": "25", "output_tokens_max": "10", "choices": "1",
-                "stream": "no",
+                "stream": "no", "lease": "0",
             }
             | values
         )  # fmt: skip
