@@ -13,11 +13,12 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -38,12 +39,16 @@ from extauth.adapters.key_writes import KeyWrites
 from extauth.core.cache import KNOWN_COUNT_MAX
 from extauth.servicer import Servicer
 from tests.dataplane.installation import REPOSITORY, Installation, running
+from tests.identities import FakeDirectory, document_for, identities_in, write_home
+from tests.provider import running_provider
 
 KEYS: Final = 1_000_000
 TENANTS: Final = 100_000
 #: Decisions of each kind that are timed; a miss reads Postgres, so there are fewer.
 HITS: Final = 100_000
 MISSES: Final = 10_000
+#: Tokens whose key id nobody has heard of, each another.
+STRANGE_KEYS: Final = 10_000
 _DOCUMENT: Final = REPOSITORY / "docs/benchmarks.md"
 _BEGIN, _END = "<!-- extauth: begin -->", "<!-- extauth: end -->"
 _MODELS: Final = ModelCatalogue.parse(
@@ -141,18 +146,51 @@ def _measure(url: str, installation: Installation, count: int) -> dict[str, str]
         figures["hit: from memory"] = _row([hit] * HITS, "ok_response")
         figures["deny: a model that is not served"] = _row([ask(key_of(0), "other")] * HITS, "denied_response")
         figures["deny: not a key, nothing looked up"] = _row([ask("nonsense")] * HITS, "denied_response")
+        strangers = [ask(keys.mint("live", secrets.token_bytes).key) for _ in range(MISSES)]
+        figures["deny: a key that nobody has, each another (K04), read from Postgres"] = _row(strangers, "denied_response")
+        figures["deny: the same ones again, nothing looked up"] = _row(strangers, "denied_response")
         for number in range(min(count, KNOWN_COUNT_MAX)):
             ask(key_of(number))()
         held = _resident_mib() - before
         figures[f"memory of {min(count, KNOWN_COUNT_MAX):,} remembered keys, the most that are"] = f"{held:.0f} MiB"
         figures["resident process then"] = f"{_resident_mib():.0f} MiB"
+    return figures | _measure_tokens()
+
+
+def _measure_tokens() -> dict[str, str]:
+    """J05: a token of a good issuer, alone and with a token of an unknown key id before each."""
+    with running_provider() as provider, tempfile.TemporaryDirectory(prefix="peaje-") as directory:
+        write_home(Path(directory), document_for(provider))
+        identities = identities_in(Path(directory), FakeDirectory())
+        servicer = Servicer(identities, catalogue=lambda: _MODELS, clock=utc_now)
+
+        def ask(token: str) -> Callable[[], str | None]:
+            raw = _request(token, "tiny")
+            return lambda: servicer.check(wire.CheckRequest.FromString(raw), None).WhichOneof("http_response")
+
+        good = ask(provider.mint())
+        while good() != "ok_response":
+            time.sleep(0.05)  # the key set is on its way
+        strangers = [ask(provider.cook({"header": {"kid": f"unknown-{number}"}})) for number in range(STRANGE_KEYS)]
+        before = provider.fetches
+        figures = {
+            "token: verified before": _row([good] * STRANGE_KEYS, "ok_response"),
+            "the same, with an unknown key id before each (J05)": _row([good] * STRANGE_KEYS, "ok_response", between=strangers),
+        }
+        figures[f"fetches of the key set meanwhile, {STRANGE_KEYS:,} unknown key ids"] = str(provider.fetches - before)
+        identities.close()
     return figures
 
 
-def _row(calls: list[Callable[[], str | None]], expected: str) -> str:
+def _row(calls: list[Callable[[], str | None]], expected: str, *, between: Sequence[Callable[[], object]] = ()) -> str:
+    """Time *calls*; one of *between*, if there are any, is called before each, and its time is nobody's."""
     times = []
     cpu = time.process_time_ns()
-    for call in calls:
+    for number, call in enumerate(calls):
+        if between:
+            aside = time.process_time_ns()
+            between[number]()
+            cpu += time.process_time_ns() - aside
         began = time.perf_counter_ns()
         answer = call()
         times.append(time.perf_counter_ns() - began)

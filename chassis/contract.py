@@ -18,6 +18,9 @@ OWN_HEADER_PREFIX: Final = "x-peaje-"
 REQUEST_ID_HEADER: Final = "x-request-id"
 #: Anthropic-style clients send their key here; OpenAI-style ones send `authorization: Bearer`.
 API_KEY_HEADER: Final = "x-api-key"
+#: Tells the model server's own scheduler whose request it is: the Gateway API Inference Extension's name.
+#: Written by the route table with the tenant; a client's own value is dropped.
+FAIRNESS_ID_HEADER: Final = "x-gateway-inference-fairness-id"
 AUTHORIZATION_HEADER: Final = "authorization"
 
 # --- Metadata namespaces (Envoy dynamic metadata) ------------------------------
@@ -56,6 +59,9 @@ REQ_ASKED: Final = "asked"
 #: and the requests and tokens that were left of it (less than 0: a debt). One text, separated by spaces.
 REQ_LEASE: Final = "lease"
 
+#: Every URI and DNS name of the client certificate that Envoy has verified; absent without one.
+REQ_CERTIFICATE_NAMES: Final = "certificate_names"
+
 REQUEST_KEYS: Final = (
     REQ_STARTED_AT,
     REQ_DIALECT,
@@ -70,6 +76,7 @@ REQUEST_KEYS: Final = (
     REQ_EXPRESS,
     REQ_ASKED,
     REQ_LEASE,
+    REQ_CERTIFICATE_NAMES,
 )
 
 #: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
@@ -327,6 +334,7 @@ ERROR_CODES: Final = (
     "request_too_large",
     "not_found",
     "rate_limit_exceeded",
+    "fair_share",
     "insufficient_quota",
     "upstream_unavailable",
     "upstream_timeout",

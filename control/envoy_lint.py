@@ -140,6 +140,12 @@ def _stripping(manager: Mapping, file: str) -> Iterator[Finding]:
             what=f"a client's {contract.REQUEST_ID_HEADER} is not removed, so it would choose the billing id.",
             mend=f"Add remove: {contract.REQUEST_ID_HEADER} to early_header_mutation_extensions.",
         )  # fmt: skip
+    if contract.FAIRNESS_ID_HEADER not in removed:
+        yield Finding(
+            file=file, line=manager.line,
+            what=f"a client's {contract.FAIRNESS_ID_HEADER} is not removed, so it could take another tenant's turn.",
+            mend=f"Add remove: {contract.FAIRNESS_ID_HEADER} to early_header_mutation_extensions.",
+        )  # fmt: skip
     if not any(prefix and contract.OWN_HEADER_PREFIX.startswith(prefix) for prefix in prefixes):
         yield Finding(
             file=file, line=manager.line,

@@ -184,6 +184,17 @@ def _forward(path: str, dialect: str, model: Model) -> route.Route:
             retry_policy=route.RetryPolicy(retry_on=RETRY_ON, num_retries=1),
         ),
         request_headers_to_remove=list(NOT_FORWARDED),
+        request_headers_to_add=[_fairness_id()],
+    )
+
+
+def _fairness_id() -> core.HeaderValueOption:
+    # On both lanes the identity is in the same namespace; a client's own value was dropped before anything read it.
+    return core.HeaderValueOption(
+        header=core.HeaderValue(
+            key=contract.FAIRNESS_ID_HEADER, value=f"%DYNAMIC_METADATA({contract.NS_IDENTITY}:{contract.ID_TENANT})%"
+        ),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
     )
 
 

@@ -46,16 +46,13 @@ returning {_COLUMNS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewKey:
+class NewKey(rights.Rights):
     """What is asked of a new key, as people write it; None means every, or no end."""
 
     name: str = "key"
     environment: str = "live"
     project: str = tenants.DEFAULT_PROJECT
     service_account_id: str | None = None
-    scopes: Sequence[str] | None = None
-    models: Sequence[str] | None = None
-    denied_models: Sequence[str] = ()
     allowed_cidrs: Sequence[str] | None = None
     expires: str | None = None
 
@@ -67,9 +64,7 @@ def create(
     row = {
         "name": rights.name(asked.name, what="A key's", length_max=NAME_LENGTH_MAX),
         "environment": asked.environment,
-        "scopes": rights.scopes(asked.scopes),
-        "models": rights.allowed_models(asked.models, served=catalogue.served),
-        "denied_models": rights.denied_models(asked.denied_models, served=catalogue.served),
+        **asked.checked(served=catalogue.served),
         "allowed_cidrs": rights.allowed_cidrs(asked.allowed_cidrs),
         "created_at": act.now,
         "expires_at": moment_ahead(asked.expires or EXPIRES_DEFAULT, what="expires", now=act.now),

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from chassis.errors import Conflict, Invalid, NotFound
 from chassis.models import ModelCatalogue
-from control import audit, keys, projects, tenants
+from control import audit, keys, projects, shares, tenants
 from control.act import Act
 from control.store import Connection, Store
 
@@ -177,6 +177,7 @@ def explain(
         place = _resolved(connection, Scope(tenant=tenant, key_id=key_id, model=model))
         project_id = keys.resolve(connection, key_id)["project_id"] if key_id is not None else None
         rows = _rows(connection, "where tenant_id = %(tenant_id)s", place)
+        shared = shares.explain(connection, place["tenant_id"], model)
     named = {"project_id": project_id, "key_id": key_id, "model": model}
     return [
         {
@@ -185,18 +186,18 @@ def explain(
         }
         for row in rows
         if all(value is None or row[column] in (None, value) for column, value in named.items())
-    ]  # fmt: skip
+    ] + shared  # fmt: skip
 
 
 def findings(store: Store, act: Act, catalogue: ModelCatalogue) -> list[str]:
     """Limits that can never act: on what is not served or is over, or in another limit's shadow."""
     with store.transaction(act.scope) as connection:
         rows = _rows(connection, "", {})
+        found = shares.findings(connection, catalogue)
         revoked = {
             row["key_id"]
             for row in connection.execute("select key_id from api_key where revoked_at is not null").fetchall()
         }
-    found = []
     for row in rows:
         if row["model"] is not None and row["model"] not in catalogue.served:
             found.append(f"A limit of tenant {row['tenant_id']} is on model {row['model']!r}, which is not served.")

@@ -6,7 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import structlog
+
 from chassis import keys
+from chassis.errors import Unavailable
+
+log = structlog.get_logger()
 
 #: Compared with when nothing was found, so that an unknown id takes as long as a wrong secret.
 _NO_HASH = bytes(32)
@@ -42,13 +47,25 @@ class Mint:
         version = max(self.peppers)
         return Hashed(hash=keys.hash_key(self.peppers[version], secret), pepper_version=version)
 
-    def holds(self, secret: str, stored: Hashed | None) -> bool:
-        """Whether *secret* is the one that *stored* was made of; takes equally long if there is none."""
-        pepper = self.peppers.get(stored.pepper_version) if stored is not None else None
-        if stored is None or pepper is None:
-            keys.verify(self.peppers[max(self.peppers)], secret, _NO_HASH)
-            return False
-        return keys.verify(pepper, secret, stored.hash)
+    def match(self, secret: str, *stored: Hashed | None) -> Hashed | None:
+        """
+        The first of *stored* that was made of *secret*; None stands for one that is not there, and takes as long.
+
+        Raises `Unavailable` where the answer may lie behind a pepper that this process does not have.
+        """
+        matching: Hashed | None = None
+        is_sure = True
+        for one in stored:
+            pepper = self.peppers.get(one.pepper_version) if one is not None else None
+            is_right = keys.verify(pepper or self.peppers[max(self.peppers)], secret, one.hash if one is not None else _NO_HASH)
+            if one is not None and pepper is None:
+                is_sure = False
+            elif is_right and matching is None:
+                matching = one
+        if matching is None and not is_sure:
+            log.error("pepper_missing", versions=[one.pepper_version for one in stored if one is not None])
+            raise Unavailable("A pepper is missing.", mend="Put the file back into secrets/.")
+        return matching
 
     def is_outdated(self, stored: Hashed) -> bool:
         """Whether *stored* was made with a pepper that is not the newest."""

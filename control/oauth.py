@@ -84,11 +84,10 @@ def _sign_in(store: Store, mint: Mint, asked: TokenRequest, *, now: datetime) ->
         current = _hashed(row, "secret_hash", "pepper_version")
         is_previous_good = row is not None and (row["previous_secret_expires_at"] or now) > now
         previous = _hashed(row, "previous_secret_hash", "previous_pepper_version") if is_previous_good else None
-        # Both are always computed: time must not say which one it was.
-        matches = (mint.holds(asked.client_secret, current), mint.holds(asked.client_secret, previous))
-        if row is None or not any(matches) or not row["is_active"]:
+        matching = mint.match(asked.client_secret, current, previous)
+        if row is None or matching is None or not row["is_active"]:
             return None
-        if matches[0] and current is not None and mint.is_outdated(current):
+        if matching is current and mint.is_outdated(matching):
             _hash_again(connection, mint, asked)
     return row
 

@@ -71,7 +71,7 @@ def authenticate(store: Store, mint: Mint, text: str, *, now: datetime) -> Opera
             (operator_id,),
         ).fetchone()
         stored = None if row is None else Hashed(hash=bytes(row["token_hash"]), pepper_version=row["pepper_version"])
-        if not mint.holds(text, stored) or row is None or stored is None:
+        if mint.match(text, stored) is None or row is None or stored is None:
             return None
         if row["revoked_at"] is not None or (row["expires_at"] is not None and row["expires_at"] <= now):
             return None

@@ -153,4 +153,4 @@ def _matches(mint: Mint, text: str, row: dict[str, Any] | None) -> bool:
     previous = None
     if row is not None and row.get("previous_secret_hash") is not None:
         previous = Hashed(hash=bytes(row["previous_secret_hash"]), pepper_version=row["previous_pepper_version"])
-    return any((mint.holds(text, current), mint.holds(text, previous)))
+    return mint.match(text, current, previous) is not None

@@ -7,7 +7,6 @@ The client id is the account's id. The client secret is shown once; only its has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -51,14 +50,11 @@ where service_account_id = %(id)s returning {_COLUMNS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewServiceAccount:
+class NewServiceAccount(rights.Rights):
     """What is asked of a new service account, as people write it; None means every."""
 
     name: str
     project: str = tenants.DEFAULT_PROJECT
-    scopes: Sequence[str] | None = None
-    models: Sequence[str] | None = None
-    denied_models: Sequence[str] = ()
 
 
 def create(
@@ -67,9 +63,7 @@ def create(
     """Make a service account; this answer and a rotation's are the only ones that have `client_secret`."""
     row = {
         "name": rights.name(asked.name, what="A service account's", length_max=NAME_LENGTH_MAX),
-        "scopes": rights.scopes(asked.scopes),
-        "models": rights.allowed_models(asked.models, served=catalogue.served),
-        "denied_models": rights.denied_models(asked.denied_models, served=catalogue.served),
+        **asked.checked(served=catalogue.served),
         "created_at": act.now,
     }
     minted, hashed = mint.token(formats.CLIENT_SECRET)

@@ -111,7 +111,7 @@ def list_page(store: Store, act: Act, *, after: str | None, limit: int) -> list[
 def find(store: Store, act: Act, webhook_id: str) -> dict[str, Any]:
     """One webhook and what its receiver calls our tenants; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
-        found = _resolve(connection, webhook_id)
+        found = _look_up(connection, webhook_id)
         customers = connection.execute(
             "select tenant_id, customer from webhook_customer where webhook_id = %s order by 1", (webhook_id,)
         ).fetchall()
@@ -172,7 +172,7 @@ def test(store: Store, act: Act, webhook_id: str) -> dict[str, Any]:
 def deliveries(store: Store, act: Act, webhook_id: str, *, limit: int) -> list[dict[str, Any]]:
     """Its latest attempts, newest first: outcome, status, duration; never what was sent or answered."""
     with store.transaction(act.scope) as connection:
-        _resolve(connection, webhook_id)
+        _look_up(connection, webhook_id)
         return connection.execute(
             "select attempted_at, event_id::text as event_id, kind, event_count, outcome, status, duration_ms from webhook_attempt "
             "where webhook_id = %s order by attempt_id desc limit %s",
@@ -219,7 +219,13 @@ def _change(store: Store, act: Act, webhook_id: str, action: str, changes: str) 
 
 
 def _resolve(connection: Connection, webhook_id: str) -> dict[str, Any]:
-    found = connection.execute(f"select {_COLUMNS} from webhook where webhook_id = %s for update", (webhook_id,)).fetchone()
+    """One webhook, locked until the transaction ends; raises `NotFound`."""
+    connection.execute("select from webhook where webhook_id = %s for update", (webhook_id,))
+    return _look_up(connection, webhook_id)
+
+
+def _look_up(connection: Connection, webhook_id: str) -> dict[str, Any]:
+    found = connection.execute(f"select {_COLUMNS} from webhook where webhook_id = %s", (webhook_id,)).fetchone()
     if found is None:
         raise NotFound(f"There is no webhook {webhook_id!r}.", mend="See `peaje webhooks list`.")
     return found

@@ -78,6 +78,13 @@ function envoy_on_request(handle)
   -- A client certificate that Envoy has verified is a credential too; extauth knows whose.
   local tls = handle:streamInfo():downstreamSslConnection()
   local has_certificate = tls ~= nil and tls:peerCertificateValidated()
+  if has_certificate then
+    -- Envoy itself tells extauth the first name only.
+    local names = {}
+    for _, name in ipairs(tls:uriSanPeerCertificate()) do names[#names + 1] = name end
+    for _, name in ipairs(tls:dnsSansPeerCertificate()) do names[#names + 1] = name end
+    handle:streamInfo():dynamicMetadata():set(NAMESPACE, 'certificate_names', names)
+  end
   if not bearer and not plain and not has_certificate then
     return refuse(handle, dialect, {
       status = 401, code = 'missing_credential',

@@ -10,12 +10,15 @@ fails or takes over 500 ms becomes 503 (failure_mode_allow: false in envoy.yaml)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Final
 
 import grpc
 import orjson
 import structlog
+from google.protobuf.struct_pb2 import Struct
 
 from chassis import contract
 from chassis.keys import ParsedKey
@@ -23,17 +26,20 @@ from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
 from chassis.telemetry import metrics
 from chassis.wire import ext_authz_pb2 as wire
-from extauth.adapters.identities import CANNOT_DECIDE, Identities
+from extauth.adapters.identities import Identities
 from extauth.core import decision
 from extauth.core.credential import find_credential
 from extauth.core.identity import Ask, Denial, Identity, Phase
 
 log = structlog.get_logger()
 
+#: Callers whose admission is kept encoded, a few hundred bytes each.
+ADMISSIONS_MAX: Final = 50_000
+
 METHOD = "/envoy.service.auth.v3.Authorization/Check"
 
 _PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED.value[0]
-_GATE_MISSING = Denial(phase=Phase.CREDENTIAL, rule="gate_missing", refusal=CANNOT_DECIDE)
+_GATE_MISSING = Denial(phase=Phase.CREDENTIAL, rule="gate_missing", refusal=decision.CANNOT_DECIDE)
 _MILLISECOND = timedelta(milliseconds=1)
 _ALLOWED = metrics.DECISIONS.labels("ok")
 
@@ -54,7 +60,7 @@ class Servicer:
         del context
         began = time.perf_counter()
         http = request.attributes.request.http
-        headers = list(_headers(http))
+        headers = _headers(http)
         # gate.lua may not have run to its end; then nothing about this request is known.
         facts = request.attributes.metadata_context.filter_metadata.get(contract.NS_REQUEST)
         dialect = "" if facts is None else facts.fields[contract.REQ_DIALECT].string_value
@@ -70,7 +76,7 @@ class Servicer:
                 address=request.attributes.source.address.socket_address.address,
                 now=self._clock(),
             )
-            decided, remember_ms = self._decide(ask, headers, request.attributes.source.principal)
+            decided, remember_ms = self._decide(ask, headers, _certificate_names(request, facts))
         response = (
             self._denied(decided, dialect=dialect, request_id=_request_id(headers))
             if isinstance(decided, Denial)
@@ -79,19 +85,19 @@ class Servicer:
         metrics.DECISION_SECONDS.observe(time.perf_counter() - began)
         return response
 
-    def _decide(self, ask: Ask, headers: list[tuple[str, bytes]], principal: str) -> tuple[Identity | Denial, int]:
-        credential = find_credential(headers, principal=principal)
+    def _decide(self, ask: Ask, headers: list[tuple[str, bytes]], names: Sequence[str]) -> tuple[Identity | Denial, int]:
+        credential = find_credential(headers, names=names)
         identity = (
             credential
             if isinstance(credential, Denial)
-            else self._identities.identify(credential, ask, principal=principal)
+            else self._identities.identify(credential, ask, names=names)
         )
         rules = self._rules()
         decided = decision.decide(ask, credential, identity, rules)
         if isinstance(decided, Identity) and not isinstance(credential, Denial):
             self._identities.admitted(credential, decided, ask.now)
             # Only keys: what a token says ends by its issuer's word, and a certificate is not in the lane's memory.
-            if isinstance(credential, ParsedKey) and not principal:
+            if isinstance(credential, ParsedKey) and not names:
                 return decided, decision.memorable_for(ask, decided, rules) // _MILLISECOND
         return decided, 0
 
@@ -105,14 +111,10 @@ class Servicer:
     def _allowed(self, identity: Identity, dialect: str, *, remember_ms: int) -> wire.CheckResponse:
         _ALLOWED.inc()
         response = wire.CheckResponse()
-        response.ok_response.SetInParent()
-        fields = response.dynamic_metadata.fields
-        fields[contract.ID_TENANT].string_value = identity.tenant_id
-        fields[contract.ID_PROJECT].string_value = identity.project_id
-        fields[contract.ID_KEY].string_value = identity.key_id
-        fields[contract.ID_CACHE_MS].number_value = remember_ms
+        response.ParseFromString(_admission(identity.tenant_id, identity.project_id, identity.key_id))
+        response.dynamic_metadata.fields[contract.ID_CACHE_MS].number_value = remember_ms
         if dialect == "openai.models":
-            fields[contract.ID_MODELS_BODY].string_value = self._models_body(identity)
+            response.dynamic_metadata.fields[contract.ID_MODELS_BODY].string_value = self._models_body(identity)
         return response
 
     def _models_body(self, identity: Identity) -> str:
@@ -131,12 +133,32 @@ class Servicer:
         return _refused(refusal, dialect=dialect, request_id=request_id)
 
 
-def _headers(http: wire.AttributeContext.HttpRequest) -> Iterator[tuple[str, bytes]]:
+@lru_cache(maxsize=ADMISSIONS_MAX)
+def _admission(tenant_id: str, project_id: str, key_id: str) -> bytes:
+    """An admission as far as it depends on the caller alone: building one costs more than the decision does."""
+    response = wire.CheckResponse()
+    response.ok_response.SetInParent()
+    fields = response.dynamic_metadata.fields
+    fields[contract.ID_TENANT].string_value = tenant_id
+    fields[contract.ID_PROJECT].string_value = project_id
+    fields[contract.ID_KEY].string_value = key_id
+    return bytes(response.SerializeToString())
+
+
+def _headers(http: wire.AttributeContext.HttpRequest) -> list[tuple[str, bytes]]:
     # encode_raw_headers is on: each header as it came, one entry per occurrence.
-    for header in http.header_map.headers:
-        yield header.key, header.raw_value or header.value.encode()
-    for key, value in http.headers.items():
-        yield key, value.encode()
+    headers = [(header.key, header.raw_value or header.value.encode()) for header in http.header_map.headers]
+    headers += [(key, value.encode()) for key, value in http.headers.items()] if http.headers else []
+    return headers
+
+
+def _certificate_names(request: wire.CheckRequest, facts: Struct) -> Sequence[str]:
+    """All names of the peer's certificate, if Envoy has verified one; it says the first, the gate the others."""
+    principal = request.attributes.source.principal
+    if not principal:
+        return ()
+    names = (value.string_value for value in facts.fields[contract.REQ_CERTIFICATE_NAMES].list_value.values)
+    return tuple(dict.fromkeys((principal, *names)))
 
 
 def _request_id(headers: list[tuple[str, bytes]]) -> str:
@@ -149,7 +171,7 @@ def _refused(refusal: Refusal, *, dialect: str, request_id: str) -> wire.CheckRe
     response = wire.CheckResponse()
     response.status.code = _PERMISSION_DENIED
     denied = response.denied_response
-    denied.status.code = refusal.status  # type: ignore[assignment] - the enum's numbers are the HTTP codes
+    denied.status.code = refusal.status  # type: ignore[assignment]  # the enum's numbers are the HTTP codes
     denied.body = render(refusal, dialect=dialect, request_id=request_id)
     headers = {"content-type": "application/json"}
     if refusal.status == 401:

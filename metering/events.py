@@ -37,7 +37,14 @@ from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.telemetry.log import configure
 from metering.adapters.credits import settle_all as settle_credits
-from metering.adapters.notices import ALL_HOURS, RECENT_HOURS, tell_expiring, tell_hours, tell_thresholds
+from metering.adapters.notices import (
+    ALL_HOURS,
+    HOURS_PER_LOOK,
+    RECENT_HOURS,
+    tell_expiring,
+    tell_hours,
+    tell_thresholds,
+)
 from metering.adapters.outbox import Outbox, Webhook, trim
 from metering.adapters.sending import Answer, Sender
 from metering.core.outgoing import Event, Outgoing, Recipe, bundles, is_sendable, requests
@@ -46,7 +53,9 @@ from metering.core.retry import Outcome, after_failure
 log = structlog.get_logger()
 
 READY_MARK: Final = Path("run/events.ready")
-#: Batches of one webhook before its secrets, its state and the outbox's end are looked at again.
+#: Seconds and batches of one webhook before its secrets and the outbox's end are looked at again: a slow receiver
+#: must not be sent signatures of a secret that has been rotated out for hours.
+TURN_SECONDS: Final = 30.0
 _BATCHES_PER_TURN: Final = 20
 #: Connections that all webhooks share; they are held for a statement, never for a receiver.
 _CONNECTIONS_MAX: Final = 4
@@ -59,6 +68,8 @@ _RECENT_HOURS_EVERY: Final = 60.0
 _ALL_HOURS_EVERY: Final = 6 * 3600.0
 _TRIM_EVERY: Final = 600.0
 _CREDITS_EVERY: Final = 30.0
+#: Times its own length that a look rests.
+_REST: Final = 20
 
 #: What a database that is away raises, here or in the pool.
 _AWAY = (psycopg.Error, PoolTimeout)
@@ -93,7 +104,11 @@ class Deliveries:
 
     async def step(self) -> None:
         """Begin with every webhook that waits and is not under way; waits for none of them."""
-        self._under_way = {name: task for name, task in self._under_way.items() if not task.done()}
+        for name, task in list(self._under_way.items()):
+            if task.done():
+                del self._under_way[name]
+                if not task.cancelled() and (defect := task.exception()) is not None:
+                    log.error("delivery_broke", webhook=name, error=type(defect).__name__)
         end, waiting = await self.outbox.waiting(self.clock())
         for webhook in waiting:
             if webhook.webhook_id not in self._under_way:
@@ -123,7 +138,7 @@ class Deliveries:
             log.error("webhook_secret_unreadable", webhook=webhook.webhook_id, reason=exc.message)
             await self._failed(webhook, None, Answer(outcome=Outcome.SECRET_UNREADABLE), 0)
             return
-        position = webhook.position
+        position, began = webhook.position, time.monotonic()
         for _ in range(_BATCHES_PER_TURN):
             events = await self.outbox.next_events(webhook, after=position, end=end)
             if not events:
@@ -134,7 +149,7 @@ class Deliveries:
                 await self.outbox.passed(webhook.webhook_id, group[-1].position, missed=len(group))
             else:
                 for bundle in bundles(group, recipe.format):
-                    if not await self._send(webhook, recipe, bundle):
+                    if not await self._send(webhook, recipe, bundle) or time.monotonic() - began > TURN_SECONDS:
                         return
                     # From here on it has not failed: the next failure is a first one.
                     webhook = replace(webhook, failing_since=None, failure_count=0)
@@ -201,8 +216,14 @@ class Notices(threading.Thread):
                     while not self._stop_event.wait(min(due) - time.monotonic()):
                         index = due.index(min(due))
                         every, look = self._looks[index]
-                        look(connection, utc_now())
-                        due[index] = time.monotonic() + every
+                        # Before the look: one that fails must not be the next one for ever.
+                        began = time.monotonic()
+                        due[index] = began + every
+                        found = look(connection, utc_now())
+                        # A sum over many hours takes its time, and no more than a twentieth of all.
+                        due[index] = max(due[index], began + _REST * (time.monotonic() - began))
+                        if found == HOURS_PER_LOOK:
+                            due[index] = time.monotonic()
             except psycopg.Error as exc:
                 log.warning("notices_unavailable", error=type(exc).__name__)
                 self._stop_event.wait(1.0)

@@ -16,16 +16,17 @@ from chassis.models import WatchedCatalogue
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
-from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
-from ratelimit.adapters import tokenizers
-from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters import metrics, tokenizers
+from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
+from ratelimit.adapters.outside import Outside, look_for_ever
 from ratelimit.adapters.rule_counters import RuleCounters
 from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
+from ratelimit.core.demand import pool_place
 from ratelimit.core.estimate import Estimates
 from ratelimit.generic import GenericServicer, Options, WhenUnavailable, by_domain
 from ratelimit.servicer import METHOD, Servicer
@@ -82,8 +83,9 @@ def main() -> None:
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
     limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
+    kind = ClusterCounters if settings.cluster else StoredCounters
     store = connect(stores.require_redis(), cluster=settings.cluster)
-    stored = StoredCounters(store)
+    stored = kind(store)
     rules = RuleFiles(stores.home / settings.config)
     rules.watch()
 
@@ -91,10 +93,22 @@ def main() -> None:
         threading.Thread(target=probe_until_back, args=(breaker, stored.probe), name="probe", daemon=True).start()
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
-    sweep = Sweep(stored, pool, lambda: limits.current.tenants)
+    metrics.STORE_AWAY.set_function(lambda: breaker.is_open)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+
+    def swept() -> list[str]:
+        if settings.cluster:
+            return [*limits.current.tenants, *map(pool_place, limits.shared_models)]
+        sharing = (tenant for model in limits.shared_models for tenant in stored.under_way(model))
+        return sorted({*limits.current.tenants, *sharing})
+
+    sweep = Sweep(stored, pool, swept)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     estimates = Estimates()
     tokenizers.start(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, estimates)
+    outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
+    threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,
@@ -107,8 +121,6 @@ def main() -> None:
         draft_headers=settings.draft_headers,
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
-    if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
     serve_unary(
         settings.socket,
         {METHOD: (by_domain(servicer.should_rate_limit, generic.should_rate_limit), wire.RateLimitRequest)},

@@ -22,6 +22,7 @@ from chassis import contract
 from chassis.errors import Invalid, Unavailable
 from chassis.refusals import render
 from chassis.wire import ratelimit_pb2 as wire
+from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters
@@ -41,6 +42,8 @@ METHOD = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 _NUMBER_MAX = 1_000_000_000
 #: A life's name is ours and short.
 _EPOCH_LENGTH_MAX = 100
+#: An Envoy whose configuration is older than leases has none to speak of.
+_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key != contract.DESC_LEASE)
 #: What Envoy answers to OVER_LIMIT by itself.
 _RATE_LIMITED = 429
 
@@ -84,7 +87,8 @@ class Servicer:
                 if ask is None:
                     log.error("descriptor_refused", keys=sorted(entries))
                     raise Invalid("incomplete descriptor")
-                return self._admit(ask, wish(entries[contract.DESC_LEASE]))
+                with metrics.DECISION_SECONDS.time():
+                    return self._admit(ask, wish(entries.get(contract.DESC_LEASE, contract.DESC_ABSENT)))
             case contract.PHASE_RENEW:
                 return self._renew(entries)
             case contract.PHASE_SETTLE:
@@ -101,14 +105,21 @@ class Servicer:
             output_cap=self._output_cap,
             slice_tokens=self._slice_tokens,
             now=self._clock(),
+            share=self._limits.share(model=ask.model, tenant_id=ask.tenant_id),
         )
         if not asked.counters:
             response = _admitted({}, asked, None)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
+            metrics.UNLIMITED.inc()
             return response
         # The draft's headers tell of every limit: only an answer of this service has them.
         lease = None if self._draft_headers else offer(asked, wished.requests)
-        outcome = self._take(asked, lease, wished.back)
+        try:
+            outcome = self._take(asked, lease, wished.back)
+        except Unavailable:
+            metrics.UNAVAILABLE.inc()
+            raise
+        metrics.decided(asked, outcome)
         if outcome.over:
             over = sorted({c.limit_id for c in asked.counters if c.name in outcome.over})
             log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
@@ -118,23 +129,30 @@ class Servicer:
             if lease is not None and outcome.leased:
                 _lend(response, lease, asked, choices=max(ask.choices, 1))
             return response
+        metrics.refused(answer.longest_wait(outcome.readings))
         refusal, told = answer.refusal(outcome.readings)
-        log.info("limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, unit=refusal.type)
+        log.info(
+            "limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, code=refusal.code, unit=refusal.type
+        )
         body = render(refusal, dialect=ask.dialect, request_id=ask.request_id)
         return _refused(refusal.status, told | headers, body)
 
     def _take(self, asked: Demand, lease: Lease | None, back: Lease | None) -> Outcome:
         if not self._breaker.is_open:
             try:
-                outcome = self._take_stored(asked, lease, back)
+                with metrics.STORE_TAKE.time():
+                    outcome = self._take_stored(asked, lease, back)
             except StoreRefused as exc:
+                metrics.STORE_REFUSED.inc()
                 log.error("store_refused", tenant=asked.tenant_id, reason=exc.message)
             except Unavailable:
+                metrics.STORE_FAILED.inc()
                 self._breaker.failed()
             else:
                 self._breaker.succeeded()
                 self._local.note(outcome)
                 return outcome
+        metrics.without_store(asked.counters)
         return self._local.take(asked, now_us=_now_us(), away_seconds=self._breaker.away_seconds)
 
     def _take_stored(self, asked: Demand, lease: Lease | None, back: Lease | None) -> Outcome:
@@ -191,21 +209,37 @@ class Servicer:
             )  # fmt: skip
         if entries.get(contract.DESC_HOLD) == contract.HOLD_NOTHING:
             return
-        if self._local.settle(request_id, report, _now_us()) or self._breaker.is_open:
+        if self._local.settle(request_id, report, _now_us()):
             return
+        if self._breaker.is_open:
+            metrics.SETTLES_LOST.inc()
+            return
+        self._settle_stored(tenant_id, request_id, report, model=entries.get(contract.DESC_MODEL, ""))
+
+    def _settle_stored(self, tenant_id: str, request_id: str, report: Report, *, model: str) -> None:
+        is_shared = self._limits.share(model=model, tenant_id=tenant_id) is not None
         try:
-            self._stored.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+            with metrics.STORE_SETTLE.time():
+                settled = self._stored.settle(
+                    tenant_id=tenant_id, request_id=request_id, report=report, model=model if is_shared else ""
+                )
         except StoreRefused as exc:
+            metrics.STORE_REFUSED.inc()
             log.error("store_refused", tenant=tenant_id, reason=exc.message)
         except Unavailable:
             # What was reserved stays charged until its lease ends: never a lost count.
+            metrics.STORE_FAILED.inc()
+            metrics.SETTLES_LOST.inc()
             self._breaker.failed()
             log.warning("settle_lost", request_id=request_id)
+        else:
+            if settled is not None:
+                metrics.settled(settled.excess_tokens)
 
 
 def _ask(entries: Mapping[str, str], call: Mapping[str, str | bytes]) -> Ask | None:
     try:
-        values = {key: entries[key] for key in contract.ADMIT_KEYS}
+        values = {key: entries[key] for key in _REQUIRED}
         numbers = [
             int(values[key])
             for key in (contract.DESC_PROMPT_BYTES, contract.DESC_OUTPUT_TOKENS_MAX, contract.DESC_CHOICES)

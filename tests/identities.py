@@ -36,7 +36,7 @@ ACTIVE = Standing(tenant_active=True, project_active=True)
 
 def rows(scenario: str | None = None) -> list[Any]:
     """The rows with a recipe, or those of a scenario, named by their ids."""
-    chosen = [row for row in ROWS if row.get("scenario") == scenario and ("token" in row) == (scenario is None)]
+    chosen = [row for row in ROWS if row.get("scenario") == scenario]
     return [pytest.param(row, id=row["id"]) for row in chosen]
 
 
@@ -111,13 +111,16 @@ def identities_in(home: Path, directory: FakeDirectory, *, control_url: str = "h
     return Identities(directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url)  # type: ignore[arg-type]
 
 
-def ask_function(identities: Identities, *headers: tuple[str, bytes], subject: str = "") -> Identity | Denial:
-    """Decide a chat request without a transport."""
+def ask_function(
+    identities: Identities, *headers: tuple[str, bytes], subject: str | tuple[str, ...] = ""
+) -> Identity | Denial:
+    """Decide a chat request without a transport; *subject* is what the peer's certificate says, once or several times."""
     ask = Ask(
         dialect="openai.chat", model="tiny", path="/v1/chat/completions", host="h", address="127.0.0.1", now=utc_now()
     )
-    credential = find_credential(headers, principal=subject)
-    identity = credential if isinstance(credential, Denial) else identities.identify(credential, ask, principal=subject)
+    names = (subject,) if isinstance(subject, str) and subject else tuple(subject)
+    credential = find_credential(headers, names=names)
+    identity = credential if isinstance(credential, Denial) else identities.identify(credential, ask, names=names)
     return decision.decide(ask, credential, identity, decision.Rules(served=SERVED, policies=identities.policies))
 
 

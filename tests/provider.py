@@ -59,7 +59,7 @@ class Provider:
     published: set[str] | None = None
     #: One of `_FAULTS`, or "".
     fault: str = ""
-    #: What introspection answers, by token. Absent: inactive.
+    #: What introspection answers, by token: a document, or its text as it is. Absent: inactive.
     active: dict[str, Any] = field(default_factory=dict)
     #: "500", "html", "slow", or "".
     introspection_fault: str = ""
@@ -122,6 +122,8 @@ class Provider:
         algorithm, key = self.signers[kid]
         if how in _CONFUSIONS:
             return hmac.digest(_CONFUSIONS[how](public_jwk(key, kid, algorithm), key), signing_input, hashlib.sha256)
+        if how == "other_text":
+            signing_input, how = signing_input + b"A", "key"
         if how in ("none", "zeros"):
             return b"" if how == "none" else bytes(64)
         if how == "stranger":
@@ -227,7 +229,8 @@ def _handler(provider: Provider) -> type[BaseHTTPRequestHandler]:  # noqa: C901 
             else:
                 if provider.introspection_fault == "slow":
                     time.sleep(1.0)
-                self._answer(200, dump(provider.active.get(parse_qs(body)["token"][0], {"active": False})))
+                answer = provider.active.get(parse_qs(body)["token"][0], {"active": False})
+                self._answer(200, answer.encode() if isinstance(answer, str) else dump(answer))
 
         def _answer(self, status: int, body: bytes, *, kind: str = "application/json") -> None:
             with contextlib.suppress(OSError):  # the asker had enough

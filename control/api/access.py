@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from chassis.errors import Forbidden
-from control import operators, tenants
+from control import operators, sign_ins, tenants
 from control.act import ALL_TENANTS, Act
 from control.api.services import Services
 from control.core.roles import Permission, may
@@ -67,6 +67,11 @@ def act_as(request: Request, actor: str) -> Act:
     return Act(actor=actor, scope=ALL_TENANTS, request_id=request.state.request_id, now=request.state.now)
 
 
+def address_of(request: Request) -> str:
+    """The peer of the connection; a header that names another one proves nothing."""
+    return request.client.host if request.client is not None else ""
+
+
 CurrentAct = Annotated[Act, Depends(act_of)]
 
 
@@ -92,9 +97,13 @@ async def authenticate(request: Request) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     operator = None
     if scheme.lower() == "bearer":
-        operator = await run_in_threadpool(
-            operators.authenticate, services.store, services.mint, token.strip(), now=request.state.now
-        )
+        token = token.strip()
+        operator = await run_in_threadpool(operators.authenticate, services.store, services.mint, token, now=request.state.now)
+        if operator is None:
+            await run_in_threadpool(
+                services.sign_ins.refused, services.store, act_as(request, sign_ins.NOBODY), road="operator",
+                who=sign_ins.operator_of(token), address=address_of(request),
+            )  # fmt: skip
     if operator is None:
         raise Unauthenticated
     request.state.operator = operator

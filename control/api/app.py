@@ -19,6 +19,7 @@ from control.api import (
     bootstrap,
     credits,  # noqa: A004 - the noun; nobody uses the interpreter's own
     explain_decision,
+    external_usage,
     invoices,
     keys,
     ledger,
@@ -32,6 +33,7 @@ from control.api import (
     reratings,
     secret_scanning,
     service_accounts,
+    shares,
     signing_keys,
     tenants,
     webhooks,
@@ -43,11 +45,12 @@ from control.secret_scanning import BODY_BYTES_MAX as ALERTS_BYTES_MAX
 
 #: No request of this API is larger, but a batch of alerts.
 BODY_BYTES_MAX = 64 * 1024
-_BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX}
+_BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX, external_usage.PATH: external_usage.BODY_BYTES_MAX}
 
 _NOUNS = (
-    tenants, projects, keys, service_accounts, operators, limits, reports, audit, signing_keys, oauth,
+    tenants, projects, keys, service_accounts, operators, limits, shares, reports, audit, signing_keys, oauth,
     secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings, reconciliation,
+    external_usage,
 )
 
 

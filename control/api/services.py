@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from chassis.models import ModelCatalogue
 from control.minting import Mint
 from control.oauth import Issuer
+from control.sign_ins import SignIns
 from control.store import Store
 
 
@@ -31,3 +32,4 @@ class Services:
     identity_path: Path | None = None
     #: Webhooks may go to this machine's loopback, by http too.
     loopback_allowed: bool = False
+    sign_ins: SignIns = field(default_factory=SignIns)

@@ -112,6 +112,52 @@ def explain_limits(tenant: Tenant, key: Key = None, model: Model = None, as_json
     show(call("GET", at("/v1/tenants/{}/limits/explain", tenant), query=query), as_json=as_json)
 
 
+capacities = typer.Typer(no_args_is_help=True, help="What the servers behind a model can take, shared among tenants.")
+app.add_typer(capacities, name="capacity")
+
+_Served = Annotated[str, typer.Option("--model", help="Served model.")]
+
+
+@capacities.command("set")
+def set_capacity(
+    model: _Served,
+    slots: Annotated[int | None, typer.Option("--slots", help="Requests under way.", show_default=False)] = None,
+    tokens_per_second: Annotated[
+        int | None, typer.Option("--tokens-per-second", help="Input and output together.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Share the servers behind a model: once they are full, each tenant has a part of them by its weight."""
+    body = {"model": model, "slots": slots, "tokens_per_second": tokens_per_second}
+    show(call("PUT", "/v1/capacities", body=body), as_json=as_json)
+
+
+@capacities.command("show")
+def show_capacities(as_json: Json = False) -> None:
+    """Show all capacities."""
+    show(call("GET", "/v1/capacities"), as_json=as_json)
+
+
+@capacities.command("delete")
+def delete_capacity(model: _Served, as_json: Json = False) -> None:
+    """Share no more: whoever comes first is served."""
+    show(call("DELETE", "/v1/capacities", query={"model": model}), as_json=as_json)
+
+
+@app.command("weight")
+def weight(
+    tenant: Tenant,
+    weight_: Annotated[
+        int | None, typer.Option("--set", help="1 to 1000; a tenant that was given none has 1.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show or set a tenant's weight where it shares a model's servers with others."""
+    path = at("/v1/tenants/{}/weight", tenant)
+    answer = call("GET", path) if weight_ is None else call("PUT", path, body={"weight": weight_})
+    show(answer, as_json=as_json)
+
+
 def _effect(shadow: bool, soft: bool, hard: bool) -> str | None:
     if shadow + soft + hard > 1:
         raise Invalid("--shadow, --soft and --hard exclude each other.", mend="Give one of them.")

@@ -3,28 +3,77 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from chassis.errors import Invalid
 from control.cli.client import at, call
 from control.cli.options import AnyTenant, Json
 from control.cli.show import show
 
+#: Items of one call; a line is at most as long that they fit into its body.
+_BATCH = 500
+_LINE_BYTES_MAX = 2000
+_IMPORT_SECONDS = 120.0
+
+
+def _batches(file: Path) -> Iterator[list[Any]]:
+    """Lines of *file*, some at a time; a line that is no object is named, and nothing after it is sent."""
+    items: list[Any] = []
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    item = json.loads(line) if len(line) <= _LINE_BYTES_MAX else None
+                except ValueError:
+                    item = None
+                if not isinstance(item, dict):
+                    raise Invalid(f"{file}:{number} is not a JSON object of at most {_LINE_BYTES_MAX} bytes.")
+                items.append(item)
+                if len(items) == _BATCH:
+                    yield items
+                    items = []
+    except OSError as exc:
+        raise Invalid(f"{file} cannot be read: {exc.strerror}.") from exc
+    if items:
+        yield items
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to *app*."""
+    usage = typer.Typer(help="Sum up requests and tokens; `import` adds what did not pass by Envoy.")
+    app.add_typer(usage, name="usage")
 
-    @app.command("usage")
+    @usage.callback(invoke_without_command=True)
     def show_usage(
+        context: typer.Context,
         tenant: AnyTenant = None,
         since: Annotated[str, typer.Option("--since", help="A duration such as 1h or 30d.")] = "24h",
         by: Annotated[str, typer.Option("--by", help="model, key, hour or tenant.")] = "model",
         as_json: Json = False,
     ) -> None:
-        """Sum up requests and tokens."""
+        """Sum up requests and tokens; `import` adds what did not pass by Envoy."""
+        if context.invoked_subcommand is not None:
+            return
         answer = call("GET", "/v1/usage", query={"tenant": tenant, "since": since, "by": by})
         show(answer if as_json else {"usage": answer["usage"]}, as_json=as_json)
+
+    @usage.command("import")
+    def import_usage(
+        file: Annotated[Path, typer.Argument(help="One JSON object a line, as POST /v1/usage takes items.")], as_json: Json = False
+    ) -> None:
+        """Add usage from a file; a line whose id is known already changes nothing, so an import can be repeated."""
+        done = {"added": 0, "known": 0}
+        for items in _batches(file):
+            answer = call("POST", "/v1/usage", body={"items": items}, timeout_seconds=_IMPORT_SECONDS)
+            done = {name: count + answer[name] for name, count in done.items()}
+        show(done, as_json=as_json)
 
     @app.command("explain")
     def explain(

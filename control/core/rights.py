@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from chassis.contract import SCOPES
@@ -29,6 +30,23 @@ _SCOPE: Final = re.compile(r"[a-z0-9][a-z0-9._:/-]{0,63}")
 _LABEL_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rights:
+    """What keys and service accounts alike may be given, as people write it; None means every."""
+
+    scopes: Sequence[str] | None = None
+    models: Sequence[str] | None = None
+    denied_models: Sequence[str] = ()
+
+    def checked(self, *, served: Collection[str]) -> dict[str, list[str] | None]:
+        """The columns of the same names."""
+        return {
+            "scopes": scopes(self.scopes),
+            "models": allowed_models(self.models, served=served),
+            "denied_models": denied_models(self.denied_models, served=served),
+        }
 
 
 def allowed_models(models: Sequence[str] | None, *, served: Collection[str]) -> list[str] | None:

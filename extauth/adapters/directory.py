@@ -13,7 +13,6 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, LiteralString, TypeVar
 
-
 from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all, listen
 from chassis.telemetry import metrics

@@ -190,7 +190,7 @@ class CertificateEntry(_Entry):
     """A client certificate's name, and whom it stands for."""
 
     name: _Name
-    #: The first URI name in the certificate, or its first DNS name where it has no URI.
+    #: One of the certificate's URI or DNS names, to the letter.
     san: _Text
     tenant: _Slug
     project: _Slug = "default"

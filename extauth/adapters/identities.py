@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from extauth.adapters.key_writes import KeyWrites
 from extauth.adapters.tokens import TokenVerifier
 from extauth.core.claims import ClaimMap, Expected, Subject, Unusable, read_subject
 from extauth.core.credential import CONFLICT, INVALID_KEY, Certificate, Credential, Token
-from extauth.core.decision import INVALID_TOKEN, prove_key
+from extauth.core.decision import CANNOT_DECIDE, INVALID_TOKEN, prove_key
 from extauth.core.identity import Ask, Denial, Identity, Phase, Standing
 from extauth.core.patterns import Patterns
 from extauth.core.policy import Policy
@@ -41,10 +41,10 @@ log = structlog.get_logger()
 
 #: How often the document is looked at; one stat() each.
 LOOK_EVERY_SECONDS: Final = 0.5
+#: How often it is read though it does not look changed: not every file system tells, and a secret that it names is
+#: a file of its own.
+READ_EVERY_SECONDS: Final = 30.0
 
-CANNOT_DECIDE: Final = Refusal(
-    status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again."
-)
 _TENANT_NOT_ALLOWED: Final = Refusal(
     status=403, code="tenant_not_allowed", message="This credential may not be used for that tenant or project."
 )
@@ -99,8 +99,10 @@ class Identities:
         self._control_url = control_url
         self._path = home / contract.IDENTITY_PATH
         self._seen = file_version(self._path)
+        self._digests = self._digest()
         loaded = documents.load(self._path) if self._seen is not None else documents.KEYS_ONLY
         self._built = self._build(loaded, {})
+        self._digests += self._digest_secrets(loaded)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -112,34 +114,59 @@ class Identities:
 
         def run() -> None:
             pause = threading.Event()
+            looks = 0
             while not pause.wait(LOOK_EVERY_SECONDS):
-                self.reload_if_changed()
+                looks += 1
+                self.reload_if_changed(anyway=looks % round(READ_EVERY_SECONDS / LOOK_EVERY_SECONDS) == 0)
 
         threading.Thread(target=run, name="identity", daemon=True).start()
 
-    def reload_if_changed(self) -> None:
-        """Build, validate, swap; a faulty or missing document keeps the last good one."""
+    def reload_if_changed(self, *, anyway: bool = False) -> None:
+        """
+        Build, validate, swap; a faulty or missing document keeps the last good one.
+
+        With *anyway* it is read whatever its file looks like.
+        """
         seen = file_version(self._path)
-        if seen == self._seen:
+        is_same = seen == self._seen
+        # Where there never was one, there is nothing to read.
+        if is_same and not (anyway and seen is not None):
             return
         self._seen = seen
         try:
-            new = self._build(documents.load(self._path), self._built.sources)
+            # Before it is loaded: what is written in between is then read again.
+            read = self._digest()
+            loaded = documents.load(self._path)
+            read += self._digest_secrets(loaded)
+            if is_same and read == self._digests:
+                return
+            new = self._build(loaded, self._built.sources)
         except PeajeError as exc:
             metrics.IDENTITY_RELOADS.labels("refused").inc()
             log.error("identity_refused", reason=exc.message)
             return
+        self._digests = read
         old, self._built = self._built, new
         _close(old, keep=new.sources)
         metrics.IDENTITY_RELOADS.labels("taken").inc()
         log.info("identity_reloaded", issuers=len(new.issuers), policies=len(new.policies))
 
+    def _digest(self) -> bytes:
+        try:
+            return hashlib.sha256(self._path.read_bytes()).digest()
+        except OSError:
+            return b""  # `load` says why
+
+    def _digest_secrets(self, document: documents.IdentityDocument) -> bytes:
+        files = (one.client_secret_file for one in document.issuers if isinstance(one, documents.IntrospectionIssuer))
+        return b"".join(hashlib.sha256(read_secret(self._home / file).encode()).digest() for file in files)
+
     def close(self) -> None:
         """Ask issuers nothing any more."""
         _close(self._built, keep={})
 
-    def identify(self, credential: Credential, ask: Ask, *, principal: str = "") -> Identity | Denial:
-        """Whose *credential* it is; *principal* is the name in the peer's certificate, if Envoy verified one."""
+    def identify(self, credential: Credential, ask: Ask, *, names: Sequence[str] = ()) -> Identity | Denial:
+        """Whose *credential* it is; *names* are those in the peer's certificate, if Envoy verified one."""
         try:
             match credential:
                 case keys.ParsedKey():
@@ -147,15 +174,13 @@ class Identities:
                 case Token():
                     identity = self._token(credential, ask.now)
                 case Certificate():
-                    identity = self._certificate(credential.name)
+                    identity = self._certificate(credential.names)
         except Unusable as exc:
             return _denied(str(exc), INVALID_TOKEN)
         except Unavailable:
             return _denied("unavailable", CANNOT_DECIDE)
-        if principal and isinstance(identity, Identity):
-            holder = self._built.certificates.get(principal)
-            if holder is not None and holder.tenant != identity.tenant_id:
-                return _denied("certificate_of_another_tenant", CONFLICT)
+        if isinstance(identity, Identity) and any(one.tenant != identity.tenant_id for one in self._holders(names)):
+            return _denied("certificate_of_another_tenant", CONFLICT)
         return identity
 
     def admitted(self, credential: Credential, identity: Identity, now: datetime) -> None:
@@ -211,10 +236,21 @@ class Identities:
             denied_models=account.denied_models,
         )
 
-    def _certificate(self, name: str) -> Identity | Denial:
-        entry = self._built.certificates.get(name)
-        if entry is None:
+    def _holders(self, names: Sequence[str]) -> list[documents.CertificateEntry]:
+        """Whom the document knows by one of *names*, each once."""
+        if not names:
+            return []
+        known = self._built.certificates
+        return list({entry.name: entry for name in names if (entry := known.get(name)) is not None}.values())
+
+    def _certificate(self, names: Sequence[str]) -> Identity | Denial:
+        holders = self._holders(names)
+        if not holders:
             return _denied("certificate_unknown", _UNKNOWN_CERTIFICATE)
+        if len(holders) > 1:
+            # Taking the first would let whoever orders the names choose who pays.
+            return _denied("certificate_of_several", CONFLICT)
+        [entry] = holders
         standing = self._directory.find_project(entry.tenant, entry.project)
         if standing is None:
             return _denied("project_unknown", _TENANT_NOT_ALLOWED)

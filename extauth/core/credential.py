@@ -8,7 +8,7 @@ Looks at shape only: nothing found here is proven, and nothing costs I/O or a si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,7 +22,9 @@ KEY_BYTES_MAX: Final = keys.CREDENTIAL_LENGTH_MAX
 #: Longest token that is parsed. Larger ones are refused before any of it is decoded.
 TOKEN_BYTES_MAX: Final = 8192
 #: Longest certificate name; a SPIFFE id has at most 2048 bytes.
-PRINCIPAL_LENGTH_MAX: Final = 2048
+NAME_LENGTH_MAX: Final = 2048
+#: Names of one certificate that are looked at; one with more is refused whole.
+NAMES_MAX: Final = 100
 
 _KEY_PREFIX: Final = b"peaje_"
 _JWT: Final = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
@@ -53,17 +55,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """The name in a client certificate that Envoy has verified: its first URI or DNS name."""
+    """The names in a client certificate that Envoy has verified."""
 
-    name: str
+    names: tuple[str, ...]
 
 
 Credential = keys.ParsedKey | Token | Certificate
 
 
-def find_credential(headers: Iterable[tuple[str, bytes]], *, principal: str = "") -> Credential | Denial:
+def find_credential(headers: Iterable[tuple[str, bytes]], *, names: Sequence[str] = ()) -> Credential | Denial:
     """
-    Find the credential among *headers*; *principal* is the peer's verified name, if it has one.
+    Find the credential among *headers*; *names* are those of the peer's verified certificate, if it has one.
 
     No precedence between headers and none between repeated ones: two that differ are refused,
     because "the last one wins" is how a proxy and its policy come to disagree. A certificate is
@@ -86,8 +88,8 @@ def find_credential(headers: Iterable[tuple[str, bytes]], *, principal: str = ""
         found.append(token.lstrip(b" "))
     found += plain
     if not found:
-        if principal:
-            return _certificate(principal)
+        if names:
+            return _certificate(names)
         return _denied("missing", MISSING)
     if found[0] != found[-1]:
         return _denied("conflicting_headers", CONFLICT)
@@ -111,10 +113,10 @@ def _read(credential: bytes, *, may_be_token: bool) -> Credential | Denial:
     return parsed or _denied("malformed", INVALID_KEY)
 
 
-def _certificate(principal: str) -> Certificate | Denial:
-    if len(principal) > PRINCIPAL_LENGTH_MAX:
+def _certificate(names: Sequence[str]) -> Certificate | Denial:
+    if len(names) > NAMES_MAX or max(map(len, names)) > NAME_LENGTH_MAX:
         return _denied("too_long", INVALID_KEY)
-    return Certificate(name=principal)
+    return Certificate(names=tuple(names))
 
 
 def _denied(rule: str, refusal: Refusal) -> Denial:

@@ -21,6 +21,9 @@ from extauth.core.credential import INVALID_KEY, Credential
 from extauth.core.identity import Ask, Denial, Identity, KeyState, Phase, is_within
 from extauth.core.policy import Policy
 
+CANNOT_DECIDE: Final = Refusal(
+    status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again."
+)
 INVALID_TOKEN: Final = Refusal(status=401, code="invalid_token", message="The token is not valid.")
 _KEY_DISABLED: Final = Refusal(status=403, code="key_disabled", message="This key is disabled.")
 _ACCOUNT_SUSPENDED: Final = Refusal(
@@ -124,7 +127,8 @@ def prove_key(parsed: keys.ParsedKey, state: KeyState | None, peppers: Mapping[i
     version = state.pepper_version if state is not None else max(peppers)
     pepper = peppers.get(version)
     if pepper is None:
-        return _unproven("pepper_missing")
+        # Our own fault, not the caller's: nothing is known of the key, so it is neither good nor bad.
+        return Denial(phase=Phase.IDENTITY, rule="pepper_missing", refusal=CANNOT_DECIDE)
     is_genuine = keys.verify(pepper, parsed.key, state.key_hash if state is not None else _NO_HASH)
     if state is None:
         return _unproven("key_unknown")

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import orjson
 import psycopg
+from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb, set_json_dumps
 
 from metering.adapters.tail import Alarm, Piece, Place
@@ -189,7 +190,7 @@ class Ledger:
     def lives(self) -> Lives:
         """What is known of the lives of Envoy that write the journal."""
         with self._connection.transaction():
-            last = self._connection.execute("select stream, epoch from journal_life where journal = %s", (self._journal,)).fetchall()
+            last = self._connection.execute("select stream, epoch from journal_stream where journal = %s", (self._journal,)).fetchall()
             ended = self._connection.execute(
                 "select epoch from ended_life where journal = %s order by ended_at desc limit %s", (self._journal, ENDED_LIVES_MAX)
             ).fetchall()
@@ -197,8 +198,9 @@ class Ledger:
 
     def write(self, batch: Batch, pieces: Sequence[Piece], now: datetime, *, lives: Lives | None = None) -> set[str]:
         """
-        Commit *batch*, the places behind *pieces* and what is new of *lives* together; returns the ids of
-        rows that were new.
+        Commit *batch*, the places behind *pieces* and what is new of *lives* together.
+
+        Returns the ids of rows that were new.
         """
         with self._connection.transaction():
             added = self._add(batch.events.values(), now)
@@ -218,7 +220,7 @@ class Ledger:
                     self._keep_alarm(piece.alarm, now)
                 self._keep_place(piece.place, now)
             if lives is not None:
-                self._keep_lives(lives, now)
+                self._keep_streams(lives, now)
         return added
 
     def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
@@ -279,36 +281,7 @@ class Ledger:
 
     def _add(self, events: Iterable[UsageEvent], now: datetime) -> set[str]:
         events = list(events)
-        if not events:
-            return set()
-        # Before the cards are read: they cannot change until this is committed.
-        self._connection.execute(_TAKE_CHARGING_LOCK, (CHARGING_LOCK,))
-        cards = self._rate_cards(events)
-        with self._connection.cursor() as cursor:
-            with cursor.copy(_COPY_EVENTS) as copy:
-                for event in events:
-                    copy.write_row((*_event_values(event), *_charge(event, cards), now))
-            added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
-        self._tell(added)
-        return added
-
-    def _tell(self, added: set[str]) -> None:
-        """Tell of new rows, if a webhook wants each of them, in the transaction that writes them."""
-        if added and self._connection.execute(_ROWS_WANTED).fetchone() == (True,):
-            self._connection.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
-            self._connection.execute(_TELL_ROWS, (list(added),))
-
-    def _rate_cards(self, events: Sequence[UsageEvent]) -> RateCards:
-        moments = [event.started_at for event in events]
-        rows = self._connection.execute(
-            _RATE_CARDS,
-            (
-                list({event.model for event in events}), list({event.tenant_id for event in events}),
-                min(moments), max(moments),
-            ),
-        ).fetchall()
-        names = [field.name for field in fields(RateCard)]
-        return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
+        return add_events(self._connection, events, now) if events else set()
 
     def _forget_open(self, request_ids: list[str]) -> None:
         self._connection.execute("delete from open_exchange where request_id = any(%s)", (request_ids,))
@@ -358,10 +331,10 @@ class Ledger:
                     ],
                 )
 
-    def _keep_lives(self, lives: Lives, now: datetime) -> None:
+    def _keep_streams(self, lives: Lives, now: datetime) -> None:
         with self._connection.cursor() as cursor:
             cursor.executemany(
-                "insert into journal_life (journal, stream, epoch) values (%s, %s, %s) "
+                "insert into journal_stream (journal, stream, epoch) values (%s, %s, %s) "
                 "on conflict (journal, stream) do update set epoch = excluded.epoch",
                 [(self._journal, stream, epoch) for stream, epoch in lives.last.items()],
             )
@@ -372,6 +345,39 @@ class Ledger:
 
     def _keep_place(self, place: Place, now: datetime) -> None:
         self._connection.execute(_KEEP_PLACE, (self._journal, place.file_id, place.name, place.offset, now))
+
+
+def add_events(connection: psycopg.Connection[Any], events: Sequence[UsageEvent], now: datetime) -> set[str]:
+    """
+    Charge *events* and add them with their sums, adjustments and outbox rows; the ids of those that were new.
+
+    In the caller's transaction, whose connection has the temporary table `incoming`, like `usage_event` and empty.
+    """
+    # Before the cards are read: they cannot change until this is committed.
+    connection.execute(_TAKE_CHARGING_LOCK, (CHARGING_LOCK,))
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        cards = _rate_cards(cursor, events)
+        with cursor.copy(_COPY_EVENTS) as copy:
+            for event in events:
+                copy.write_row((*_event_values(event), *_charge(event, cards), now))
+        added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
+        if added and cursor.execute(_ROWS_WANTED).fetchone() == (True,):
+            cursor.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
+            cursor.execute(_TELL_ROWS, (list(added),))
+    return added
+
+
+def _rate_cards(cursor: psycopg.Cursor[Any], events: Sequence[UsageEvent]) -> RateCards:
+    moments = [event.started_at for event in events]
+    rows = cursor.execute(
+        _RATE_CARDS,
+        (
+            list({event.model for event in events}), list({event.tenant_id for event in events}),
+            min(moments), max(moments),
+        ),
+    ).fetchall()
+    names = [field.name for field in fields(RateCard)]
+    return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
 
 
 def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None]:

@@ -75,13 +75,17 @@ select greatest(
     0)
 """
 _COUNT_MISSED: Final = """
-update webhook w set position = %(to)s, missed_count = missed_count + (
-    select count(*) from outbox o
-    where o.position > w.position and o.position <= %(to)s
-      and (o.webhook_id = w.webhook_id or (o.webhook_id is null and o.kind = any(w.kinds)
-                                           and (w.tenant_id is null or o.tenant_id = w.tenant_id))))
-where w.position < %(to)s
-returning webhook_id
+with behind as (
+    select webhook_id, (
+        select count(*) from outbox o
+        where o.position > w.position and o.position <= %(to)s
+          and (o.webhook_id = w.webhook_id or (o.webhook_id is null and o.kind = any(w.kinds)
+                                               and (w.tenant_id is null or o.tenant_id = w.tenant_id)))) as missed
+    from webhook w where w.position < %(to)s for update
+), moved as (
+    update webhook w set position = %(to)s, missed_count = missed_count + missed from behind b where b.webhook_id = w.webhook_id
+)
+select webhook_id from behind where missed > 0
 """
 _TRIM_ATTEMPTS: Final = f"""
 delete from webhook_attempt a using (

@@ -80,8 +80,9 @@ class Rotation:
 
     def superfluous(self, done: list[JournalFile], places: Mapping[str, Place], *, kept_files: int) -> list[JournalFile]:
         """
-        Of the *done* files those that are read to their end: Envoy's beyond the *kept_files* newest, and
-        the start records that belong to none that stays.
+        Of the *done* files those that are read to their end and need not stay.
+
+        They are Envoy's beyond the *kept_files* newest, and the start records that belong to none that stays.
         """
         read = [f for f in done if f.file_id in places and places[f.file_id].offset == f.size]
         starts = {path.name for path in list_files(starts_of(self.live))}

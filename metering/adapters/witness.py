@@ -28,7 +28,7 @@ HEARD_MAX: Final = 100_000
 #: Compared at once.
 BATCH_MAX: Final = 1000
 #: The collector is usually faster than this; what is not there yet after it is asked for again.
-AGE_MIN: Final = timedelta(seconds=10)
+AGE_MIN: Final = timedelta(seconds=5)
 #: Clocks of the collector's machine and of this one differ by less.
 _CLOCKS_DIFFER_MAX: Final = timedelta(seconds=2)
 #: Exceptions that are looked at again at once: has the row come after all?

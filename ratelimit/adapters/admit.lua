@@ -2,18 +2,18 @@
 -- Take all that one request asks, or nothing, and note what was taken.
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
--- ARGV[1]  the demand as JSON: r request, e the life of its Envoy, s whether it settles, d lease in microseconds,
+-- ARGV[1]  the demand as JSON: t tenant, r request, e the life of its Envoy, s whether it settles, d lease in microseconds,
 --          in estimated input tokens, o output tokens of all choices together {least, lean, full}, w how many
 --          times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
 --          workers spend by themselves: b a lease that is given back (i its id, n requests and t tokens that
 --          are left), g one that is asked for (i, n, t, d its length in microseconds)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
 -- Answer: {verdict, now, 1 if the lease was given, else 0, output tokens granted, then per counter its level, what
---         of that is held, and 1 if it had room, else 0}
+--         of that is held, 1 if it had room, else 0, and for a fair share the wait}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
-local levels, helds, rooms, given = {}, {}, {}, 0
+local levels, helds, rooms, waits, given = {}, {}, {}, {}, 0
 
 local function in_unit(counter, lease) return counter.u == 'requests' and lease.n or lease.t end
 
@@ -39,6 +39,10 @@ for i, counter in ipairs(demand.c) do
     levels[i] = debt_of(counter, now)
   elseif counter.k == 'leases' then
     levels[i] = leases_of(counter, now)
+  elseif counter.k == 'slots' then
+    levels[i], waits[i] = slots_of(counter, demand.t, now)
+  elseif counter.k == 'backlog' then
+    levels[i], waits[i] = backlog_of(counter, demand.t, now)
   else
     levels[i], helds[i] = quota_of(counter, now)
     if not levels[i] then
@@ -53,6 +57,8 @@ end
 
 local function has_room(i, counter, hits)
   if counter.k == 'bucket' then return levels[i] + hits * counter.p <= counter.b * counter.p end
+  -- Any size passes below the share; what it is too much delays the next.
+  if counter.k == 'backlog' then return levels[i] + counter.p <= counter.b * counter.p end
   return levels[i] + hits <= counter.a
 end
 
@@ -75,6 +81,7 @@ local function answer(verdict, output)
     said[#said + 1] = exact(levels[i])
     said[#said + 1] = whole(helds[i] or 0)
     said[#said + 1] = rooms[i] == false and 0 or 1
+    said[#said + 1] = exact(waits[i] or 0)
   end
   return said
 end
@@ -123,6 +130,10 @@ for i, counter in ipairs(demand.c) do
       levels[i] = levels[i] + 1
       redis.call('ZADD', counter.n, whole(now + demand.d), demand.r)
       redis.call('PEXPIRE', counter.n, whole(demand.d / 1000 + 1000))
+    elseif counter.k == 'slots' then
+      take_slot(counter, demand.t, demand.r, now, demand.d)
+    elseif counter.k == 'backlog' then
+      add_backlog(counter, demand.t, hits, now)
     else
       levels[i] = levels[i] + hits
       redis.call('HINCRBY', counter.n, 'held', whole(hits))

@@ -9,7 +9,7 @@ tenant's hash tag, so they share a slot of a Redis Cluster.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
-from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.lease import LENGTH_US, Lease
 from ratelimit.core.limits import Period
 from ratelimit.core.usage import Report
@@ -34,6 +34,8 @@ _QUOTA_KEPT_MS: Final = 2 * LEASE_US // 1000
 
 _SCRIPTS = Path(__file__).parent
 _UNSEEDED: Final = -1
+#: Counters that have a second key beside the one that they are named by.
+_BESIDE: Final = {Kind.QUOTA: "held", Kind.BUCKET: "leases", Kind.SLOTS: "by", Kind.BACKLOG: "ends"}
 
 
 class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and asks again
@@ -44,17 +46,25 @@ class StoreRefused(Unavailable):
     """The store is well, and this one decision cannot be made with it. No reason to leave it alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What came of a settle."""
+
+    #: Tokens used beyond what was held for them; less than 0: held and not used.
+    excess_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Script:
     text: str
     sha: str
 
 
-def connect(url: str, *, cluster: bool) -> redis.Redis:
+def connect(url: str, *, cluster: bool, timeout_seconds: float = STORE_TIMEOUT_SECONDS) -> redis.Redis:
     """A client for one server, or for a Redis Cluster of which *url* names a node; connects when first used."""
     options: dict[str, Any] = {
-        "socket_timeout": STORE_TIMEOUT_SECONDS,
-        "socket_connect_timeout": STORE_TIMEOUT_SECONDS,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
         "client_name": "peaje-ratelimit",
     }
     if cluster:
@@ -67,7 +77,8 @@ class StoredCounters:
 
     def __init__(self, store: redis.Redis) -> None:
         self._store = store
-        shared = (_SCRIPTS / "counters.lua").read_text()
+        shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
+        self._raise = _script((_SCRIPTS / "raise.lua").read_text())
         self._admit, self._renew, self._settle = (
             _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle")
         )
@@ -81,25 +92,45 @@ class StoredCounters:
         A seed is only for a quota that the store does not know: one that it knows stays. *back* is what is
         left of a lease, given back whatever the verdict; *lease* is taken on top if there is plenty.
         """
-        answer = self._call(self._admit, _keys(demand), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
+        return self._take(demand, seeds, place=demand.tenant_id, lease=lease, back=back)
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
+        """
+        Charge what *report* says in place of what was reserved; None if there is nothing (any more) to settle.
+
+        *model* is the request's if its pool is shared; where all is in one place it is not asked for.
+        """
+        del model
+        return self._settled(tenant_id, request_id, report)
+
+    def _take(
+        self, demand: Demand, seeds: Mapping[str, int], *, place: str, lease: Lease | None = None, back: Lease | None = None
+    ) -> Outcome:
+        answer = self._call(self._admit, _keys(demand, place), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, held, rooms = [float(level) for level in answer[4::3]], [int(part) for part in answer[5::3]], answer[6::3]
+        values, held = [float(level) for level in answer[4::4]], [int(part) for part in answer[5::4]]
+        rooms, waits = answer[6::4], [float(wait) for wait in answer[7::4]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(
-            demand, Verdict(answer[0]), values, int(answer[1]), leased=bool(answer[2]), output=int(answer[3]), held=held, over=over
-        )
+            demand, Verdict(answer[0]), values, int(answer[1]), leased=bool(answer[2]), output=int(answer[3]), held=held,
+            waits=waits, over=over,
+        )  # fmt: skip
 
     def renew(self, *, tenant_id: str, request_id: str, renewal: Renewal) -> int:
         """Output tokens held for a stream after *renewal*, as `ratelimit.core.decide.renew` has it."""
         numbers = (-1 if renewal.input is None else renewal.input, renewal.output, renewal.more)
         return int(self._call(self._renew, [reservation_key(tenant_id, request_id)], numbers))
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
-        """Charge what *report* says in place of what was reserved; False if there is nothing (any more) to settle."""
+    def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
-        keys = [reservation_key(tenant_id, request_id), open_key(tenant_id)]
-        return int(self._call(self._settle, keys, [*numbers, request_id])) > 0
+        keys = [reservation_key(place, request_id), open_key(place)]
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id])
+        return Settled(excess_tokens=int(excess)) if settled else None
+
+    def raise_used(self, name: str, spent: int) -> bool:
+        """Let a quota that the store knows have at least *spent* used; whether it had less."""
+        return int(self._call(self._raise, [name], [spent])) > 0
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
@@ -116,6 +147,14 @@ class StoredCounters:
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return {request_id: _epoch(stored) for request_id, stored in zip(request_ids, found, strict=True) if stored}
+
+    def under_way(self, model: str) -> list[str]:
+        """Tenants that have a slot of *model*'s pool."""
+        try:
+            found: Any = self._store.hkeys(f"{slots_key(model)}:by")
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return [name.decode().removeprefix("n:") for name in found if name.startswith(b"n:")]
 
     def probe(self) -> bool:
         """Whether the store takes a write: one that only answers is of no use."""
@@ -136,14 +175,51 @@ class StoredCounters:
             raise _translated(exc) from exc
 
 
-def reservation_key(tenant_id: str, request_id: str) -> str:
-    """Where a reservation waits to be settled."""
-    return f"peaje:{{{tenant_id}}}:held:{request_id}"
+class ClusterCounters(StoredCounters):
+    """
+    Counters in a Redis Cluster, where a pool and a tenant live on different nodes.
+
+    One script cannot touch both, so a request to a shared pool asks the pool first and gives back what it
+    took if the tenant's own limits refuse. Each alone is as exact as ever; in between, for one round trip,
+    the pool looks fuller than it is. What a pool holds is settled and swept at the pool's own place.
+    """
+
+    def take(
+        self, demand: Demand, seeds: Mapping[str, int], *, lease: Lease | None = None, back: Lease | None = None
+    ) -> Outcome:
+        """Take from the pool, then from the tenant's own counters; raises `Unseeded` as `StoredCounters` does."""
+        shared = tuple(counter for counter in demand.counters if counter.is_shared)
+        own = tuple(counter for counter in demand.counters if not counter.is_shared)
+        if not shared:
+            return super().take(demand, seeds, lease=lease, back=back)
+        place = pool_place(shared[0].scope)
+        of_pool = self._take(replace(demand, counters=shared), {}, place=place)
+        if not own or not of_pool.admitted:
+            return of_pool
+        admitted = False
+        try:
+            outcome = super().take(replace(demand, counters=own), seeds, back=back)
+            admitted = outcome.admitted
+        finally:
+            if not admitted:
+                self._settled(place, demand.request_id, Report(input=0, output=0))
+        return replace(outcome, readings=outcome.readings + of_pool.readings)
+
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
+        """Settle at the tenant's place and, if *model* has a pool, at the pool's."""
+        own = self._settled(tenant_id, request_id, report)
+        of_pool = self._settled(pool_place(model), request_id, report) if model else None
+        return own or of_pool
 
 
-def open_key(tenant_id: str) -> str:
-    """The index of a tenant's open reservations, by when they were made."""
-    return f"peaje:{{{tenant_id}}}:open"
+def reservation_key(place: str, request_id: str) -> str:
+    """Where a reservation waits to be settled; *place* is its tenant's id, or a pool's place."""
+    return f"peaje:{{{place}}}:held:{request_id}"
+
+
+def open_key(place: str) -> str:
+    """The index of a place's open reservations, by when they were made."""
+    return f"peaje:{{{place}}}:open"
 
 
 def _epoch(reservation: bytes) -> str:
@@ -156,21 +232,22 @@ def _script(text: str) -> _Script:
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _keys(demand: Demand) -> list[str]:
-    keys = [reservation_key(demand.tenant_id, demand.request_id), open_key(demand.tenant_id)]
+def _keys(demand: Demand, place: str) -> list[str]:
+    keys = [reservation_key(place, demand.request_id), open_key(place)]
     for counter in demand.counters:
         keys.append(counter.name)
-        if counter.kind is Kind.QUOTA:
-            keys.append(f"{counter.name}:held")
-        elif counter.kind is Kind.BUCKET:
-            keys.append(f"{counter.name}:leases")
+        if counter.kind in _BESIDE:
+            keys.append(f"{counter.name}:{_BESIDE[counter.kind]}")
     return keys
 
 
 def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
+    # Without a hard limit both asks hold the usual.
+    full = demand.full if demand.is_capped else demand.lean
     document: dict[str, Any] = {
-        "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch, "w": demand.room_for,
-        "o": [demand.output_least, demand.lean.output, demand.full.output],
+        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch,
+        "w": demand.room_for, "o": [demand.output_least, demand.lean.output, demand.full.output],
+        "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
         "c": [_counter_document(counter) for counter in demand.counters],
     }  # fmt: skip
     if lease is not None:
@@ -185,7 +262,7 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
     return {
         "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
-        "x": _forgotten_ms(counter),
+        "x": _forgotten_ms(counter), "w": counter.weight,
         "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano],
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ import structlog
 from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all, listen
 from ratelimit.core.demand import Counter
-from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Unit
+from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit
 from ratelimit.core.usage import Price
 
 log = structlog.get_logger()
@@ -36,6 +36,10 @@ select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum
 from rate_card
 where effective @> now()
 """
+_POOLS: Final = "select model, slots, tokens_per_second from pool_capacity"
+_WEIGHTS: Final = "select tenant_id, weight from tenant_weight"
+#: Of a tenant that was given none.
+WEIGHT_DEFAULT: Final = 1
 #: What one limit's calendar window holds in the ledger: its hourly sums are written with the rows, and
 #: days and months begin with an hour.
 _HOURLY: Final[LiteralString] = "from billing_usage_hourly_v1 where hour >= %(start)s and hour < %(end)s"
@@ -67,6 +71,8 @@ class LimitsSource:
         self._changed = threading.Event()
         self._prices: PriceList = {}
         self._by_id: Mapping[int, Limit] = {}
+        self._pools: Mapping[str, Pool] = {}
+        self._weights: Mapping[str, int] = {}
         self.current = LimitTable(())
         self._load_first()
 
@@ -78,6 +84,16 @@ class LimitsSource:
     def price(self, *, model: str, tenant_id: str) -> Price | None:
         """The price in force: the tenant's own, else everybody's; None if there is none."""
         return self._prices.get((model, tenant_id)) or self._prices.get((model, None))
+
+    def share(self, *, model: str, tenant_id: str) -> Share | None:
+        """A tenant's share of the pool behind *model*; None where the pool has no capacity set."""
+        pool = self._pools.get(model)
+        return None if pool is None else Share(pool=pool, weight=self._weights.get(tenant_id, WEIGHT_DEFAULT))
+
+    @property
+    def shared_models(self) -> list[str]:
+        """Models whose pool has a capacity."""
+        return list(self._pools)
 
     def spent(self, counter: Counter) -> int:
         """What the ledger has for *counter*'s window; raises `Unavailable`."""
@@ -126,6 +142,11 @@ class LimitsSource:
             prices[model, tenant_id] = Price(
                 currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum
             )
+        self._pools = {
+            model: Pool(model=model, slots=slots, tokens_per_second=tokens_per_second)
+            for model, slots, tokens_per_second in fetch_all(self._pool, _POOLS, ())
+        }
+        self._weights = dict(fetch_all(self._pool, _WEIGHTS, ()))
         self._by_id = {limit.limit_id: limit for limit in limits}
         self._prices = prices
         self.current = LimitTable(limits)

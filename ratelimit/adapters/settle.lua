@@ -4,10 +4,11 @@
 --          reservation; they have the same hash tag, so they live in the same slot.
 -- ARGV     input tokens (-1: nobody knows, the estimate stands), output tokens, cached tokens,
 --          how long it is remembered that this request was settled (ms), the request
--- Answer: when it was settled | 0 there was nothing (settled before, expired, or never reserved)
+-- Answer: {1, tokens used beyond what was held for them, less than 0: held and not used}
+--         | {0, 0} there was nothing (settled before, expired, or never reserved)
 local stored = redis.call('GET', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[5])
-if not stored or stored == '' then return '0' end
+if not stored or stored == '' then return { 0, 0 } end
 redis.call('SET', KEYS[1], '', 'PX', ARGV[4])
 local reservation = reservation_of(stored)
 local demand, taken = reservation.demand, reservation.taken
@@ -23,6 +24,10 @@ for i, counter in ipairs(demand.c) do
     -- A shadow limit without room: nothing was taken.
   elseif counter.k == 'leases' then
     redis.call('ZREM', counter.n, demand.r)
+  elseif counter.k == 'slots' then
+    leave_slot(counter, demand.t .. '/' .. demand.r)
+  elseif counter.k == 'backlog' then
+    add_backlog(counter, demand.t, hits_of(counter, input, output, cached) - hits, now)
   elseif counter.k == 'bucket' then
     if counter.u ~= 'requests' then
       put_debt(counter, debt_of(counter, now) + (hits_of(counter, input, output, cached) - hits) * counter.p, now)
@@ -35,4 +40,6 @@ for i, counter in ipairs(demand.c) do
     redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached)))
   end
 end
-return whole(now)
+local held = reservation.input + (reservation.output or 0)
+if reservation.verdict == 1 then held = demand.ft or held end
+return { 1, input + output - held }

@@ -20,6 +20,7 @@ import structlog
 
 from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all
+from ratelimit.adapters import metrics
 from ratelimit.core.usage import Report
 
 log = structlog.get_logger()
@@ -41,7 +42,7 @@ _UNDER_WAY: Final = "select request_id from open_exchange where request_id = any
 #: for it, at most until the lease ends. Not by the places in its files: one that was rotated is never read again.
 _READ_UNTIL: Final = """
 select epoch, min(read_until)
-from (select epoch, journal from journal_life union select epoch, journal from ended_life) life
+from (select epoch, journal from journal_stream union select epoch, journal from ended_life) life
 join journal_state using (journal)
 where epoch = any(%s)
 group by epoch
@@ -59,26 +60,33 @@ class Counters(Protocol):
     def epochs(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, str]:
         """Whose journal tells of each."""
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
-        """Settle one, if it is not settled."""
+    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> object | None:
+        """Settle one; None if it is settled."""
 
 
 class Sweep:
-    """One pass over the open reservations of all tenants with limits."""
+    """One pass over the open reservations of all tenants with limits, and of those in shared pools."""
 
     def __init__(self, counters: Counters, pool: ReadPool, tenants: Callable[[], Sequence[str]]) -> None:
         self._counters = counters
         self._pool = pool
         self._tenants = tenants
+        #: Reservations found old in this pass.
+        self._aged = 0
 
     def run(self, now: datetime) -> int:
         """Settle what is over; how many. *now* is compared with the store's own clock. Raises `Unavailable`."""
-        return sum(self._tenant(tenant_id, now) for tenant_id in self._tenants())
+        self._aged = 0
+        settled = sum(self._tenant(tenant_id, now) for tenant_id in self._tenants())
+        metrics.SETTLED_BY_LEDGER.inc(settled)
+        metrics.HELD_LONG.set(self._aged - settled)
+        return settled
 
     def _tenant(self, tenant_id: str, now: datetime) -> int:
         aged = self._counters.opened_before(tenant_id, _microseconds(now - AGE_MIN), most=_BATCH_MAX)
         if not aged:
             return 0
+        self._aged += len(aged)
         ids = [request_id for request_id, _ in aged]
         ended = {row[0]: Report(input=row[1], output=row[2], cached=row[3]) for row in fetch_all(self._pool, _ENDED, (ids,))}
         under_way = {row[0] for row in fetch_all(self._pool, _UNDER_WAY, (ids,))}
@@ -92,7 +100,7 @@ class Sweep:
                 if unheard_of_us > ORPHAN_AGE_MIN.total_seconds() * 1_000_000:
                     report = Report(input=0, output=0)
             if report is not None:
-                settled += self._counters.settle(tenant_id=tenant_id, request_id=request_id, report=report)
+                settled += self._counters.settle(tenant_id=tenant_id, request_id=request_id, report=report) is not None
         if settled:
             log.info("settled_from_ledger", tenant=tenant_id, count=settled)
         return settled

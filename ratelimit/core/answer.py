@@ -24,6 +24,8 @@ _PER: Final = {
     Period.NOW: "at once",
 }
 _UNITS: Final = {Unit.CONCURRENCY: "requests"}
+#: OpenAI's clients tell requests from tokens by `type`.
+_FAIR_SHARE_TYPES: Final = {Unit.CONCURRENCY: "requests", Unit.TOKENS: "tokens"}
 
 
 def headers(readings: Sequence[Reading]) -> dict[str, str]:
@@ -34,7 +36,10 @@ def headers(readings: Sequence[Reading]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for unit in Unit:
-        of_unit = [r for r in readings if r.counter.unit is unit and r.counter.effect is Effect.REFUSE]
+        of_unit = [
+            r for r in readings
+            if r.counter.unit is unit and r.counter.effect is Effect.REFUSE and not r.counter.is_shared
+        ]  # fmt: skip
         if not of_unit or unit in (Unit.MONEY, Unit.CONCURRENCY):
             continue
         tightest = min(of_unit, key=lambda reading: reading.remaining)
@@ -55,7 +60,7 @@ def draft_headers(readings: Sequence[Reading]) -> dict[str, str]:
     policies: dict[str, Reading] = {}
     for reading in readings:
         counter = reading.counter
-        if counter.effect is not Effect.REFUSE or counter.unit is Unit.MONEY:
+        if counter.effect is not Effect.REFUSE or counter.unit is Unit.MONEY or counter.is_shared:
             continue
         name = f"{counter.unit.value}-{counter.period.value}".replace("_", "-")
         if name not in policies or reading.remaining < policies[name].remaining:
@@ -76,11 +81,16 @@ def draft_headers(readings: Sequence[Reading]) -> dict[str, str]:
     return {"ratelimit-policy": ", ".join(quotas), "ratelimit": ", ".join(states)}
 
 
-def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
-    """The refusal by the limit with the longest wait, and the headers that go with it."""
+def longest_wait(readings: Sequence[Reading]) -> Reading:
+    """Of those that refuse the one whose wait is the longest: a caller that waits for another is refused again."""
     refusing = [reading for reading in readings if reading.refuses]
     never = [reading for reading in refusing if reading.wait_us is None]
-    worst = never[0] if never else max(refusing, key=lambda reading: reading.wait_us or 0)
+    return never[0] if never else max(refusing, key=lambda reading: reading.wait_us or 0)
+
+
+def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
+    """The refusal by the limit with the longest wait, and the headers that go with it."""
+    worst = longest_wait(readings)
     found = headers(readings)
     if worst.wait_us is None:
         # Known to OpenAI's client libraries: they would otherwise retry in vain.
@@ -97,6 +107,12 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
             # It comes back on a date, not after a pause: clients must not wait in a loop for it.
             found["x-should-retry"] = "false"
         return Refusal(status=402, code="insufficient_quota", message=message, type="insufficient_quota"), found
+    if counter.is_shared:
+        message = (
+            f"Model {counter.scope} is busy, and this tenant has its share of it under way. "
+            f"Try again in {retry_after_seconds(worst.wait_us or 0)} s."
+        )
+        return Refusal(status=429, code="fair_share", message=message, type=_FAIR_SHARE_TYPES[counter.unit]), found
     limit = f"{_counted(counter.amount, counter.unit)} {_PER[counter.period]}"
     if worst.wait_us is None:
         message = (

@@ -18,6 +18,7 @@ from typing import Final
 
 from ratelimit.core import bucket
 from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.fairshare import Backlog, Slots, Standing
 from ratelimit.core.limits import Effect, Unit
 from ratelimit.core.reading import Reading, read
 from ratelimit.core.usage import Report, Usage, hits
@@ -46,9 +47,19 @@ class Level:
     used: int = 0
     #: Request id to (hits, when the lease ends).
     held: dict[str, tuple[int, int]] = field(default_factory=dict)
+    slots: Slots = field(default_factory=Slots)
+    backlog: Backlog = field(default_factory=Backlog)
+
+    def standing(self, counter: Counter, tenant_id: str, now_us: int) -> Standing:
+        """The level as `read` takes it, and for how long a pool has no room."""
+        if counter.kind is Kind.SLOTS:
+            return self.slots.standing(counter, tenant_id, now_us)
+        if counter.kind is Kind.BACKLOG:
+            return self.backlog.standing(counter, tenant_id, now_us)
+        return Standing(level=self.value(counter, now_us), wait_us=0.0)
 
     def value(self, counter: Counter, now_us: int) -> float:
-        """The level as `read` takes it."""
+        """The level of what is one tenant's alone."""
         if counter.kind is Kind.BUCKET:
             # After a clock went back the debt counts from what it shows now: waiting for it to
             # catch up would lock everybody out for as long as it jumped.
@@ -121,14 +132,17 @@ class Outcome:
 def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
     """Take from all counters of *demand* or from none; asked again for the same request, it takes nothing more."""
     levels = [memory.levels.get(counter.name) or Level() for counter in demand.counters]
-    values = [level.value(counter, now_us) for level, counter in zip(levels, demand.counters, strict=True)]
+    standings = [
+        level.standing(counter, demand.tenant_id, now_us) for level, counter in zip(levels, demand.counters, strict=True)
+    ]
+    values, waits = [standing.level for standing in standings], [standing.wait_us for standing in standings]
     known = _reservation(memory, demand.request_id, now_us)
     if known is not None:
-        return outcome(demand, known.verdict, values, now_us, output=known.output)
+        return outcome(demand, known.verdict, values, now_us, output=known.output, waits=waits)
     verdict, output = _judge(demand, values)
     if verdict is Verdict.REFUSED:
         held = [level.reserved(counter) for level, counter in zip(levels, demand.counters, strict=True)]
-        return outcome(demand, verdict, values, now_us, held=held)
+        return outcome(demand, verdict, values, now_us, held=held, waits=waits)
     taken, over = set(), set()
     for index, (counter, level) in enumerate(zip(demand.counters, levels, strict=True)):
         wanted = asked(demand, counter, verdict, output)
@@ -138,6 +152,12 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
                 continue
         taken.add(counter.name)
         memory.levels[counter.name] = level
+        if counter.kind is Kind.SLOTS:
+            level.slots.take(counter, demand.tenant_id, demand.request_id, now_us + LEASE_US)
+            continue
+        if counter.kind is Kind.BACKLOG:
+            level.backlog.add(counter, demand.tenant_id, wanted, now_us)
+            continue
         values[index] += wanted * counter.period_us if counter.kind is Kind.BUCKET else wanted
         if counter.kind is Kind.BUCKET:
             level.debt, level.at_us = values[index], now_us
@@ -148,7 +168,7 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
             demand=demand, verdict=verdict, input=demand.lean.input, output=output, taken=frozenset(taken),
             ends_us=now_us + LEASE_US,
         )  # fmt: skip
-    return outcome(demand, verdict, values, now_us, output=output, over=frozenset(over))
+    return outcome(demand, verdict, values, now_us, output=output, waits=waits, over=frozenset(over))
 
 
 def renew(memory: Memory, request_id: str, renewal: Renewal, now_us: int) -> int:
@@ -209,7 +229,12 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
         if counter.name not in reservation.taken or level is None:
             continue
         used = hits(counter.unit, actual, counter.price)
-        if counter.kind is Kind.BUCKET:
+        if counter.kind is Kind.SLOTS:
+            level.slots.leave(request_id)
+        elif counter.kind is Kind.BACKLOG:
+            excess = used - counter.lean
+            level.backlog.add(counter, reservation.demand.tenant_id, excess, now_us)
+        elif counter.kind is Kind.BUCKET:
             if counter.unit is not Unit.REQUESTS:
                 excess = used - counter.lean
                 debt = bucket.drained(counter, debt=level.debt, at_us=level.at_us, now_us=now_us)
@@ -233,6 +258,9 @@ def has_room(counter: Counter, value: float, wanted: int) -> bool:
     """Whether *wanted* more hits fit at level *value*."""
     if counter.kind is Kind.BUCKET:
         return bucket.fits(counter, debt=value, hits=wanted)
+    if counter.kind is Kind.BACKLOG:
+        # Any size passes below the share; what it is too much delays the next.
+        return bucket.fits(counter, debt=value, hits=1)
     return value + wanted <= counter.amount
 
 
@@ -244,6 +272,7 @@ def outcome(
     *,
     held: Sequence[int] = (),
     output: int = 0,
+    waits: Sequence[float],
     over: frozenset[str] = frozenset(),
     leased: bool = False,
 ) -> Outcome:
@@ -254,9 +283,9 @@ def outcome(
     """
     refused = verdict is Verdict.REFUSED
     readings = []
-    for counter, value, part in zip(demand.counters, values, held or [0] * len(values), strict=True):
+    for counter, value, part, wait in zip(demand.counters, values, held or [0] * len(values), waits, strict=True):
         least = asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0
-        readings.append(read(counter, value, held=part, hits=least, now_us=now_us))
+        readings.append(read(counter, value, held=part, hits=least, now_us=now_us, wait_us=wait))
     return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over, leased=leased)
 
 

@@ -12,14 +12,14 @@ is cut short, near it nobody is refused who could still be served.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Final
 
 from ratelimit.core.estimate import Estimates
-from ratelimit.core.limits import LENGTHS_US, Ask, Effect, Limit, OnStoreError, Period, Unit
+from ratelimit.core.limits import LENGTHS_US, Ask, Effect, Limit, OnStoreError, Period, Share, Unit
 from ratelimit.core.usage import Price, Usage, hits
 from ratelimit.core.windows import window
 
@@ -32,6 +32,9 @@ OUTPUT_TOKENS_LEAST: Final = 16
 #: A stream that can be held in slices is held whole only while that leaves three more like it: whole answers hold
 #: far more than they use, and what they hold must not end the streams of others.
 WHOLE_SHARE: Final = 4
+#: A pool is full when its backlog is what it does in so long: it evens out bursts, and is a wait that
+#: nobody notices beside that of a generation.
+BACKLOG_SECONDS: Final = 5
 #: What an output cap bounds.
 _OUTPUT_UNITS: Final = (Unit.TOKENS, Unit.OUTPUT_TOKENS, Unit.MONEY)
 
@@ -45,6 +48,10 @@ class Kind(Enum):
     QUOTA = "quota"
     #: Who is under way.
     LEASES = "leases"
+    #: Who is under way in a pool, shared fairly among tenants.
+    SLOTS = "slots"
+    #: Tokens that a pool has not had the time for, shared fairly among tenants.
+    BACKLOG = "backlog"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,13 @@ class Counter:
     #: When the calendar window started and ends, microseconds since 1970; 0 if it has none.
     starts_us: int = 0
     ends_us: int = 0
+    #: Of a fair share: the tenant's, among the others in the pool.
+    weight: int = 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is a pool's, and no business of one tenant's headers."""
+        return self.kind in (Kind.SLOTS, Kind.BACKLOG)
 
     @property
     def period_us(self) -> int:
@@ -128,9 +142,10 @@ def demand(
     output_cap: int,
     slice_tokens: int = 0,
     now: datetime,
+    share: Share | None = None,
 ) -> Demand:
     """
-    Work out what *ask* asks of *limits*, in their order.
+    Work out what *ask* asks of *limits*, in their order, and of its *share* of the model's pool.
 
     *output_cap* is the operator's cap on one choice's output tokens under a hard limit, *slice_tokens*
     what a stream under one is given at a time where not all of it fits (0: it is capped instead).
@@ -152,10 +167,13 @@ def demand(
     return Demand(
         tenant_id=ask.tenant_id,
         request_id=ask.request_id,
-        counters=tuple(
-            _counter(limit, full=full, lean=lean if _is_hard(limit) else usually, least=least, price=price, now=now)
-            for limit in limits
-            if limit.unit in (Unit.REQUESTS, Unit.CONCURRENCY) or ask.dialect != _WITHOUT_TOKENS
+        counters=(
+            *(
+                _counter(limit, full=full, lean=lean if _is_hard(limit) else usually, least=least, price=price, now=now)
+                for limit in limits
+                if limit.unit in (Unit.REQUESTS, Unit.CONCURRENCY) or ask.dialect != _WITHOUT_TOKENS
+            ),
+            *(() if share is None else _shared(share, usually.input + usually.output)),
         ),
         full=full,
         lean=lean,
@@ -165,6 +183,37 @@ def demand(
         is_sliced=is_sliced,
         epoch=ask.epoch,
     )
+
+
+def counter(limit: Limit, *, now: datetime) -> Counter:
+    """The counter of *limit* at *now*, of which nothing is asked."""
+    nothing = Usage(input=0, output=0)
+    return _counter(limit, full=nothing, lean=nothing, least=nothing, price=None, now=now)
+
+
+def pool_place(model: str) -> str:
+    """What a pool is called where a tenant has its id: one place for all, in it they meet."""
+    return f"pool:{model}"
+
+
+def slots_key(model: str) -> str:
+    """The name of the counter of a pool's requests under way."""
+    return f"peaje:{{{pool_place(model)}}}:slots"
+
+
+def _shared(share: Share, tokens: int) -> Iterator[Counter]:
+    pool = share.pool
+    if pool.slots is not None:
+        yield Counter(
+            name=slots_key(pool.model), limit_id=0, kind=Kind.SLOTS, unit=Unit.CONCURRENCY, period=Period.NOW,
+            amount=pool.slots, burst=pool.slots, full=1, lean=1, scope=pool.model, weight=share.weight,
+        )  # fmt: skip
+    if pool.tokens_per_second is not None:
+        yield Counter(
+            name=f"peaje:{{{pool_place(pool.model)}}}:backlog", limit_id=0, kind=Kind.BACKLOG, unit=Unit.TOKENS, period=Period.SECOND,
+            amount=pool.tokens_per_second, burst=pool.tokens_per_second * BACKLOG_SECONDS, full=tokens, lean=tokens,
+            scope=pool.model, weight=share.weight,
+        )  # fmt: skip
 
 
 def _counter(

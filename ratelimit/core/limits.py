@@ -124,6 +124,24 @@ class Ask:
     epoch: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """What the model servers behind a model can take; None leaves it open."""
+
+    model: str
+    #: Requests under way.
+    slots: int | None
+    tokens_per_second: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A pool, and the tenant's weight in it."""
+
+    pool: Pool
+    weight: int
+
+
 class LimitTable:
     """All limits, immutable, found by tenant; a change makes a new table."""
 
@@ -135,6 +153,10 @@ class LimitTable:
     def match(self, ask: Ask) -> list[Limit]:
         """Limits that bind *ask*, in the order they were made."""
         return [limit for limit in self._by_tenant.get(ask.tenant_id, ()) if limit.binds(ask)]
+
+    def of(self, tenant_id: str) -> list[Limit]:
+        """Limits of a tenant, in the order they were made."""
+        return list(self._by_tenant.get(tenant_id, ()))
 
     @property
     def tenants(self) -> list[str]:

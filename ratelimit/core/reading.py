@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,13 +34,18 @@ class Reading:
         return self.wait_us != 0 and self.counter.effect is Effect.REFUSE
 
 
-def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: int) -> Reading:
+def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: int, wait_us: float = 0.0) -> Reading:
     """
     What *counter* says to *hits* more at *level*.
 
-    The level is a bucket's debt, a quota's used and held, the number of leases; *held* the part of a quota's
-    that is held: nobody knows when it comes back, but it will be before the quota starts anew.
+    The level is a bucket's debt, a quota's used and held, the number of leases, a pool as the tenant sees it.
+    *held* is the part of a quota's that is held: nobody knows when it comes back, but it will be before the quota
+    starts anew. *wait_us* is for how long a pool has no room.
     """
+    if counter.is_shared:
+        one = counter.period_us or 1
+        has_room = hits == 0 or level + one <= counter.burst * one
+        return Reading(counter=counter, remaining=0, reset_us=None, wait_us=0 if has_room else max(1, math.ceil(wait_us)))
     if counter.kind is Kind.BUCKET:
         return Reading(
             counter=counter, remaining=bucket.remaining(counter, debt=level),

@@ -157,11 +157,9 @@ class Memory:
         return KeyState(identity=identity, key_hash=row["key_hash"], pepper_version=row["pepper_version"])
 
 
-def write_identity(home: Path, document: Mapping[str, Any], secret: str) -> None:
-    """Put an identity document and the introspection secret into a state directory, by renames."""
-    (home / "secrets").mkdir(exist_ok=True)
-    for name, text in (("secrets/introspection", secret), ("identity.yaml", json.dumps(document))):
-        temporary = home / f"{name}.new"
-        temporary.write_text(text)
-        temporary.chmod(0o600)
-        temporary.rename(home / name)
+def write_identity(home: Path, document: Mapping[str, Any]) -> None:
+    """Put an identity document into a state directory, by a rename."""
+    temporary = home / "identity.new"
+    temporary.write_text(json.dumps(document))
+    temporary.chmod(0o600)
+    temporary.rename(home / "identity.yaml")

@@ -61,6 +61,8 @@ class Storm:
     parts: tuple[str, ...] = PARTS
     heard: Heard = field(default_factory=Heard)
     deaths: Counter[str] = field(default_factory=Counter)
+    #: By the clock of the day, as the engine's truth has it.
+    began_at: float = 0.0
     seconds: float = 0.0
     tenants: list[Tenant] = field(default_factory=list)
 
@@ -69,7 +71,7 @@ class Storm:
         self.tenants = [self.road.new_tenant("storm") for _ in range(TENANTS)]
         over = threading.Event()
         killer = threading.Thread(target=self._kill, args=(over,))
-        began = time.monotonic()
+        self.began_at, began = time.time(), time.monotonic()
         killer.start()
         try:
             asyncio.run(self._load())
@@ -226,7 +228,11 @@ def _truth(storm: Storm) -> dict[str, dict[str, Any]]:
     """The engine's last word on each of the storm's requests; a retry of Envoy's has the same id."""
     lines = (storm.road.home / "log/fake-engine-truth.jsonl").read_text().splitlines()
     ours = range(_WORDS_MIN, _WORDS_MIN + TENANTS)
-    return {it["request_id"]: it for it in map(json.loads, lines) if it["prompt_tokens"] in ours}
+    return {
+        it["request_id"]: it for it in map(json.loads, lines)
+        # Another storm on the same road was over before this one began.
+        if it["prompt_tokens"] in ours and it["started_at"] >= storm.began_at
+    }
 
 
 def _behaviour(chance: random.Random) -> tuple[bool, int | None, dict[str, Any]]:

@@ -13,7 +13,7 @@ from tests.dataplane.test_storm import outage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-_STORM_REQUESTS = 4000
+_STORM_REQUESTS = 12_000
 #: About as long as a part takes to be back, so that deaths meet parts that work and parts that start.
 _BETWEEN_DEATHS_SECONDS = 3.0
 #: A million requests take two hours on two cores: a thousand deaths.

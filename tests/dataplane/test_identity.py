@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is calling, through real Envoy: every row of keys, tokens and introspections, and client certificates."""
+"""Who is calling, through real Envoy: every row of keys, and client certificates."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from cryptography.x509.oid import NameOID
 from chassis.clock import utc_now
 from chassis.secrets import load_peppers
 from control.laptop.places import MARKER
-from tests.bad_inputs import issuer as issuers
 from tests.bad_inputs import world as worlds
-from tests.bad_inputs.tokens import TOKENS
 from tests.dataplane.installation import REPOSITORY, VISIBLE_SECONDS, Installation, chat, free_ports, running
 
 SPIFFE = "spiffe://acme.example/batch"
@@ -36,11 +34,10 @@ SPIFFE = "spiffe://acme.example/batch"
 
 @dataclass(frozen=True, kw_only=True)
 class Door:
-    """An installation with the rows' keys, an issuer, and a second listener with TLS."""
+    """An installation with the rows' keys and a second listener with TLS."""
 
     installation: Installation
     world: worlds.World
-    issuer: issuers.Issuer
     tls_port: int
     certificates: Path
 
@@ -82,20 +79,20 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     example = yaml.safe_load((REPOSITORY / "envoy/tls.example.yaml").read_text())
     example["address"]["socket_address"]["port_value"] = tls_port
     (home / "tls.yaml").write_text(yaml.safe_dump(example))
-    with issuers.serving() as issuer, running(home, "--engine", "fake") as installation:
+    with running(home, "--engine", "fake") as installation:
         world = worlds.build(load_peppers(home), utc_now())
         with installation.database() as connection:
             worlds.store(world, connection, utc_now())
-        document = issuers.document(issuer) | {
-            "issuers": [{"name": "control", "kind": "service_accounts"}, *issuers.document(issuer)["issuers"]],
+        document = {
+            "issuers": [{"name": "control", "kind": "service_accounts"}],
             "policies": worlds.POLICIES,
             "certificates": [{"name": "batch", "san": SPIFFE, "tenant": "acme"}],
         }
-        worlds.write_identity(home, document, issuers.CLIENT_SECRET)
-        door = Door(installation=installation, world=world, issuer=issuer, tls_port=tls_port, certificates=certificates)
+        worlds.write_identity(home, document)
+        door = Door(installation=installation, world=world, tls_port=tls_port, certificates=certificates)
         deadline = time.monotonic() + VISIBLE_SECONDS
-        good = [("authorization", f"Bearer {issuer.token()}".encode())]
-        while door.send(good)[0] != 200 and time.monotonic() < deadline:
+        good = [("authorization", f"Bearer {world.texts['good']}".encode())]
+        while door.send(good, host="b.example")[0] != 403 and time.monotonic() < deadline:  # its policy acts
             time.sleep(0.2)
         yield door
 
@@ -110,22 +107,6 @@ def test_keys(door: Door, row: dict[str, Any]) -> None:
     assert (row["status"], row.get("code")) == answer
 
 
-@pytest.mark.parametrize("row", worlds.rows("tokens", "envoy"), ids=lambda row: row["id"])
-def test_tokens(door: Door, row: dict[str, Any]) -> None:
-    """Each row gets exactly what it says."""
-    token = TOKENS[str(row["token"])](door.issuer)
-
-    assert (row["status"], row.get("code")) == door.send([("authorization", f"Bearer {token}".encode())])
-
-
-@pytest.mark.parametrize("row", worlds.rows("introspections", "envoy"), ids=lambda row: row["id"])
-def test_introspections(door: Door, row: dict[str, Any]) -> None:
-    """Each row gets exactly what it says."""
-    door.issuer.introspections[f"op_{row['id']}"] = (row["answer"][0], row["answer"][1].encode())
-
-    assert (row["status"], row.get("code")) == door.send([("authorization", f"Bearer op_{row['id']}".encode())])
-
-
 def test_a_known_certificate_is_an_identity_and_its_use_is_billed(door: Door) -> None:
     """Envoy verified it; the document says whose it is."""
     answer = door.tls(certificate="batch")
@@ -136,6 +117,11 @@ def test_a_known_certificate_is_an_identity_and_its_use_is_billed(door: Door) ->
     while not (found := door.installation.sql(query, answer.headers["x-request-id"])) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [{"tenant": "acme", "project": "default", "key_id": "cert:batch"}] == found
+
+
+def test_a_certificate_is_known_by_any_of_its_names(door: Door) -> None:
+    """Envoy itself tells of the first one only."""
+    assert 200 == door.tls(certificate="several").status_code
 
 
 @pytest.mark.parametrize(("certificate", "status", "code"), [("stranger", 401, "unknown_certificate"), (None, 401, "missing_credential")])
@@ -222,10 +208,8 @@ def test_an_address_that_is_claimed_opens_nothing(door: Door) -> None:
 
 
 def test_nothing_that_was_presented_is_in_a_log(door: Door) -> None:
-    """Keys, tokens, secrets: none of it in any file of logs or journal."""
-    token = door.issuer.token(sub="secret-somebody")
-    door.send([("authorization", f"Bearer {token}".encode())])
-    texts = [token, issuers.CLIENT_SECRET, "secret-somebody", *(door.world.texts[name] for name in door.world.rows)]
+    """No key in any file of logs or journal."""
+    texts = [door.world.texts[name] for name in door.world.rows]
 
     files = [path for place in ("log", "journal") for path in (door.installation.home / place).iterdir()]
     assert [] == [(path.name, text[:12]) for path in files for text in texts if text.encode() in path.read_bytes()]
@@ -240,6 +224,7 @@ def make_certificates(directory: Path) -> None:
     for name, issuer, names in (
         ("server", authority, [dns("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
         ("batch", authority, [uri(SPIFFE)]),
+        ("several", authority, [uri("spiffe://acme.example/first"), uri(SPIFFE), dns("batch.example")]),
         ("stranger", authority, [dns("stranger.example")]),
         ("forged", stranger, [uri(SPIFFE)]),
     ):

@@ -14,7 +14,7 @@ import pytest
 from bench.revocation import BOUND_SECONDS, CHANGES, LOOKED_ON_SECONDS, shut_out, table
 from tests.dataplane.installation import Installation
 
-KEYS = 24
+KEYS = 15
 #: The written bound while Valkey is down and no change is pushed.
 BOUND_WITHOUT_PUSH_SECONDS = 30.0
 

@@ -224,7 +224,7 @@ def test_a_ratelimit_that_is_restarted_ends_no_stream(road: Installation, limite
     assert text.endswith("data: [DONE]\n\n")
     assert row["output_tokens"] > 1000
     # Envoy said whose journal tells of it.
-    assert [{"journal": "local"}] == road.sql("select distinct journal from journal_life where epoch = %s", made_for[row["request_id"]])
+    assert [{"journal": "local"}] == road.sql("select distinct journal from journal_stream where epoch = %s", made_for[row["request_id"]])
     assert row["input_tokens"] + row["output_tokens"] <= 1200
 
 

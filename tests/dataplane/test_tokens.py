@@ -136,7 +136,7 @@ def test_a_key_set_that_breaks_keeps_its_last_good_keys(trusting: Trusting, row:
 def test_an_introspection_that_is_no_yes_lets_nobody_in(trusting: Trusting, row: dict[str, Any]) -> None:
     """J15: neither now nor later: nothing of a failure is remembered."""
     token = f"opaque-{row['id']}"
-    trusting.provider.active[token] = row.get("answer", {"active": True, "sub": "u", "tenant": TENANT})
+    trusting.provider.active[token] = row.get("text") or row.get("answer", {"active": True, "sub": "u", "tenant": TENANT})
     trusting.provider.introspection_fault = row.get("fault", "")
     try:
         answer = trusting.ask(token)

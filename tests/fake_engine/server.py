@@ -258,7 +258,8 @@ class FakeEngine:
             await writer.drain()
             return request.keeps_alive
         request_id = request.headers.get("x-request-id")
-        record = Record(request_id=request_id, path=request.path, started_at=request.started_at)
+        fairness_id = request.headers.get("x-gateway-inference-fairness-id")
+        record = Record(request_id=request_id, fairness_id=fairness_id, path=request.path, started_at=request.started_at)
         self.running += 1
         try:
             ask, faults = self._read(request, record)

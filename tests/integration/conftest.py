@@ -27,7 +27,9 @@ from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
 from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane, sign_in_first, start
+from tests.integration.event_desk import Desk, prepared
 from tests.integration.stores import store_cluster, store_server
+from tests.receivers import Receiver, receiving
 
 #: Postgres refuses to run as root; every Unix has this user.
 _NOBODY = 65534
@@ -81,14 +83,14 @@ def empty_database(postgres_server: str) -> Callable[[], str]:
     """Give a function that makes an empty database and returns its URL."""
 
     def make() -> str:
-        return _create_database(postgres_server, template="template1")
+        return create_database(postgres_server, template="template1")
 
     return make
 
 
 @pytest.fixture(scope="session")
 def _migrated_template(postgres_server: str) -> str:
-    url = _create_database(postgres_server, template="template1")
+    url = create_database(postgres_server, template="template1")
     migrate(url, utc_now().date())
     return url.rpartition("/")[2]
 
@@ -96,7 +98,7 @@ def _migrated_template(postgres_server: str) -> str:
 @pytest.fixture
 def postgres_url(postgres_server: str, _migrated_template: str) -> str:
     """Give the URL of a fresh database with the newest schema."""
-    return _create_database(postgres_server, template=_migrated_template)
+    return create_database(postgres_server, template=_migrated_template)
 
 
 @pytest.fixture
@@ -122,7 +124,8 @@ def counter_cluster() -> Iterator[str]:
         yield url
 
 
-def _create_database(server_url: str, *, template: str) -> str:
+def create_database(server_url: str, *, template: str) -> str:
+    """A database like *template* on the server of *server_url*; its URL."""
     name = f"t{secrets.token_hex(6)}"
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(f"create database {name} template {template}")
@@ -176,7 +179,7 @@ def idle_control(
 
     It has the tenants acme and rival with one of everything, and nobody moves its clock.
     """
-    plane = start(_create_database(postgres_server, template=_migrated_template), tmp_path_factory.mktemp("idle"))
+    plane = start(create_database(postgres_server, template=_migrated_template), tmp_path_factory.mktemp("idle"))
     sign_in_first(plane)
     plane.acme, plane.rival = plane.tenant("acme"), plane.tenant("rival")
     yield plane
@@ -190,3 +193,34 @@ def control(postgres_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
     sign_in_first(plane)
     yield plane
     plane.services.store.close()
+
+
+@pytest.fixture(scope="session")
+def _events_plane(postgres_server: str, _migrated_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """One installation for all tests of events: a database each would be most of their time."""
+    url = create_database(postgres_server, template=_migrated_template)
+    plane = start(url, tmp_path_factory.mktemp("events"))
+    sign_in_first(plane)
+    yield prepared(Desk(control=plane, url=url))
+    plane.services.store.close()
+
+
+@pytest.fixture
+def desk(_events_plane: Desk) -> Iterator[Desk]:
+    """Give a desk with the tenants acme and rival and nothing else; loopback is allowed."""
+    _events_plane.clean()
+    yield _events_plane
+    _events_plane.clean()
+
+
+@pytest.fixture
+def fresh_desk(control: ControlPlane, postgres_url: str) -> Desk:
+    """Give one with a database of its own: prices and closed months stay for ever."""
+    return prepared(Desk(control=control, url=postgres_url))
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Give a receiver that is well."""
+    with receiving() as receiver:
+        yield receiver

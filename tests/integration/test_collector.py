@@ -87,12 +87,12 @@ def test_killed_between_any_two_statements_it_repeats_into_no_change(
         USAGE, "select * from usage_hour order by 1, 2, 3, 4, 5", DEFECTS,
         "select request_id, entry from usage_conflict order by 1, 2::text",
         "select request_id, entry from open_exchange order by 1", "select * from refusal order by 1",
-        "select file_id, byte_offset from journal_position order by 1", "select * from journal_life order by 1, 2",
+        "select file_id, byte_offset from journal_position order by 1", "select * from journal_stream order by 1, 2",
         "select journal, epoch from ended_life",
     )
     tables = (
         "usage_event, usage_hour, journal_defect, usage_conflict, open_exchange, refusal, journal_position, "
-        "journal_life, ended_life"
+        "journal_stream, ended_life"
     )
     with psycopg.connect(ledger_url, autocommit=True) as connection:
         collect(ledger_url, live)

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import jwt
 import psycopg
+import pyarrow.parquet as pq
 import pytest
 
 from chassis.clock import utc_now
@@ -194,6 +195,74 @@ def test_another_operator_names_a_file_with_its_token(
     path.chmod(0o644)
     status, _, err = peaje("tenants", "list")
     assert (1, True) == (status, "chmod 600" in err)
+
+
+def test_the_life_of_a_webhook_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
+    """Every verb; its secret is shown when it is made and when it is rotated."""
+    peaje.json("tenants", "create", "hooks")
+    token = tmp_path / "token"
+    token.write_text("sk_test_x")
+    token.chmod(0o600)
+    made = peaje.json("webhooks", "add", "https://example.com/hook", "--tenant", "hooks", "--events", "key.created, budget.threshold")
+    metered = peaje.json("webhooks", "add", "--format", "stripe", "--token-file", str(token))
+    hook = made["webhook_id"]
+
+    assert (["budget.threshold", "key.created"], ["usage.hour"], None) == (made["events"], metered["events"], metered["tenant_id"])
+    assert "https://api.stripe.com/v1/billing/meter_events" == metered["url"]
+    assert "paused" == peaje.json("webhooks", "pause", hook)["state"]
+    assert (1, "") == peaje("webhooks", "test", hook)[:2]
+    assert "active" == peaje.json("webhooks", "resume", hook)["state"]
+    assert 1 == peaje.json("webhooks", "test", hook)["behind_count"]
+    assert (0, 1) == tuple(peaje.json("webhooks", "resume", hook, "--skip")[name] for name in ("behind_count", "missed_count"))
+    rotated = peaje.json("webhooks", "rotate-secret", hook, "--overlap", "1h")
+    assert made["secret"] != rotated["secret"] and rotated["previous_secret_expires_at"] is not None
+    assert "cus_1" == peaje.json("webhooks", "customer", metered["webhook_id"], "hooks", "cus_1")["customer"]
+    assert {"hooks": "cus_1"} == peaje.json("webhooks", "show", metered["webhook_id"])["customers"]
+    assert [] == peaje.json("webhooks", "deliveries", hook)["deliveries"]
+    status, table, _ = peaje("webhooks", "list")
+    assert (0, True, False) == (status, hook in table, "whsec_" in table)
+    assert hook == peaje.json("webhooks", "remove", hook)["webhook_id"]
+    status, out, err = peaje("webhooks", "show", hook)
+    assert (1, "", 1) == (status, out, len(err.splitlines()))
+
+
+def test_money_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
+    """Usage from a file, the invoice in each format, a corrected price, credits."""
+    peaje.json("tenants", "create", "payer")
+    peaje.json("prices", "set", "--model", "tiny", "--tenant", "payer", "--input", "1", "--output", "2")
+    now = utc_now()
+    lines = [
+        {"id": f"batch-{number}", "tenant": "payer", "model": "tiny", "input_tokens": 1000, "output_tokens": 0, "started_at": now.isoformat()}
+        for number in range(3)
+    ]
+    file = tmp_path / "usage.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    month = f"{now:%Y-%m}"
+    of_month = ("invoice", "--tenant", "payer", "--month", month)
+    rerate = ("rerate", "--model", "tiny", "--tenant", "payer", "--month", month, "--input", "3", "--output", "2", "--reason", "a typo")
+
+    assert [{"added": 3, "known": 0}, {"added": 0, "known": 3}] == [peaje.json("usage", "import", str(file)) for _ in range(2)]
+    assert [3] == [it["requests"] for it in peaje.json("usage", "--tenant", "payer")["usage"]]
+    shown = peaje(*rerate)
+    assert (0, True) == (shown[0], "difference USD 0.006: nothing was changed" in shown[1])
+    assert isinstance(peaje.json(*rerate, "--apply")["rerating_id"], int)
+    granted = peaje.json("credits", "grant", "10", "--tenant", "payer", "--reason", "paid", "--reference", "p1")
+    assert ("10.00", granted["grant_id"]) == (granted["available"], granted["grants"][0]["grant_id"])
+    ended = peaje.json("credits", "expire", granted["grant_id"], "--tenant", "payer", "--reason", "refunded")
+    assert ("0.00", "0.00") == (ended["available"], peaje.json("credits", "show", "--tenant", "payer")["available"])
+
+    written = tmp_path / "invoice.parquet"
+    assert (0, "", "") == peaje(*of_month, "--format", "parquet", "--out", str(written))
+    assert [3_000_000, 6_000_000] == [it["amount_nano"] for it in pq.read_table(written).to_pylist()]
+    status, out, _ = peaje(*of_month, "--format", "csv")
+    assert (0, 3) == (status, len(out.splitlines()))
+    assert ["0.009"] == [it["amount"] for it in peaje.json(*of_month)["totals"]]
+    for wrong in (("--format", "parquet"), ("--format", "csv", "--json"), ("--out", str(written)), ("--format", "json", "--out", "/nowhere/x")):
+        status, out, err = peaje(*of_month, *wrong)
+        assert (1, "", 1) == (status, out, len(err.splitlines())), wrong
+    file.write_text('{"id": "fine"}\nnot json\n')
+    status, out, err = peaje("usage", "import", str(file))
+    assert (1, "", True) == (status, out, "usage.jsonl:2 is not a JSON object" in err)
 
 
 def test_the_audit_log_on_the_command_line(process: Process, peaje: Peaje) -> None:

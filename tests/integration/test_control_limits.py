@@ -143,6 +143,20 @@ def test_a_tenant_s_limit_that_makes_a_key_s_pointless_is_found(store: Store) ->
     assert "can never bind" in finding
 
 
+def test_a_limit_on_what_is_served_no_more_or_revoked_is_found(store: Store) -> None:
+    """It was right when it was set, and can never act again."""
+    key_id = key_of_acme(store)
+    put(store, Scope(tenant="acme", model="tiny"), requests_per_minute=5)
+    put(store, Scope(tenant="acme", key_id=key_id), requests_per_minute=4)
+    keys.revoke(store, ACT, key_id)
+    other = ModelCatalogue.parse({"models": [{"name": "b", "engine": "openai", "endpoints": ["127.0.0.1:1"]}]}, source="test")
+
+    [on_model, on_key] = sorted(limits.findings(store, ACT, other), key=lambda finding: "is revoked" in finding)
+
+    assert "model 'tiny', which is not served" in on_model
+    assert f"key {key_id}, which is revoked" in on_key
+
+
 def test_scopes_that_do_not_exist_are_refused(store: Store) -> None:
     """A model nobody serves, a project or key of nobody, a key with another project."""
     key_id = key_of_acme(store)

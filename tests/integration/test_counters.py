@@ -15,7 +15,7 @@ from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.core.decide import Outcome, Renewal
 from ratelimit.core.demand import Demand, Kind
 from ratelimit.core.usage import Report
-from tests.integration.stores import debian_redis, store_server
+from tests.integration.stores import PATIENCE_SECONDS, debian_redis, store_server
 from tests.ratelimit_model.machine import Lives
 
 _TENANTS = itertools.count()
@@ -57,7 +57,7 @@ def lives(store: Any) -> type[Lives]:
 
         def settle(self, demand: Demand, report: Report) -> bool:
             self._set_clock()
-            return stored.settle(tenant_id=self.tenant, request_id=demand.request_id, report=report)
+            return stored.settle(tenant_id=self.tenant, request_id=demand.request_id, report=report) is not None
 
         def expire(self) -> None:
             for request_id in self.open:
@@ -76,11 +76,11 @@ _LIVES = settings(
 
 def test_the_scripts_agree_with_the_model_on_valkey(counter_store: str) -> None:
     """Admissions, refusals, settles, leases and time, in any order."""
-    run_state_machine_as_test(lives(connect(counter_store, cluster=False)), settings=_LIVES)
+    run_state_machine_as_test(lives(connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)), settings=_LIVES)
 
 
 @pytest.mark.skipif(debian_redis() is None, reason="no redis-server on PATH")
 def test_the_scripts_agree_with_the_model_on_the_distribution_s_redis() -> None:
     """Redis 7.0 is the oldest that is supported."""
     with store_server(debian_redis()) as url:
-        run_state_machine_as_test(lives(connect(url, cluster=False)), settings=_LIVES)
+        run_state_machine_as_test(lives(connect(url, cluster=False, timeout_seconds=PATIENCE_SECONDS)), settings=_LIVES)

@@ -161,17 +161,15 @@ def test_a_grant_can_be_ended_and_what_was_used_stays_used(books: Books) -> None
         credits.expire(books.store, books.act(THEN), "bolt", made["grant_id"], reason="not yours")
 
 
-@pytest.mark.parametrize(
-    ("amount", "words"),
-    [
+def test_a_grant_that_cannot_be_is_refused_and_changes_nothing(books: Books) -> None:
+    """Money is written exactly."""
+    bad: list[tuple[str, dict[str, Any]]] = [
         ("0", {}), ("-1", {}), ("1e3", {}), ("9000001", {}), ("0.0000000001", {}), ("1", {"currency": "usd"}), ("1", {"reason": " "}),
         ("1", {"reason": "x" * 501}), ("1", {"reference": ""}), ("1", {"expires": "2020-01-01"}), ("1", {"expires": "soon"}),
-    ],
-)  # fmt: skip
-def test_a_grant_that_cannot_be_is_refused_and_changes_nothing(books: Books, amount: str, words: dict[str, Any]) -> None:
-    """Money is written exactly."""
-    with pytest.raises(Invalid):
-        books.grant(amount, **words)
+    ]  # fmt: skip
+    for amount, words in bad:
+        with pytest.raises(Invalid):
+            books.grant(amount, **words)
 
     assert [(0, 0)] == rows(books.url, "select (select count(*) from credit_book), (select count(*) from rate_limit)")
 
@@ -225,10 +223,10 @@ def test_the_database_refuses_books_that_do_not_balance(books: Books) -> None:
 
 
 def test_any_order_of_grants_usage_and_ends_keeps_the_books_in_balance(books: Books) -> None:
-    """Sixty random steps: sums are 0, nothing is overdrawn, and what is used is what was charged or all there was."""
+    """Twenty-five random steps: sums are 0, nothing is overdrawn, and what is used is what was charged or all there was."""
     chance, now, granted = random.Random(20261011), THEN, []
     books.grant("0.001")
-    for _ in range(60):
+    for _ in range(25):
         now += timedelta(hours=chance.randint(1, 30))
         match chance.choice(("grant", "use", "use", "settle", "end")):
             case "grant":

@@ -13,6 +13,7 @@ from ratelimit.adapters.counters import connect
 from ratelimit.core.decide import LEASE_US, Outcome
 from ratelimit.core.demand import Demand, Kind
 from ratelimit.core.usage import Report
+from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_counters import set_clock, with_clock
 from tests.integration.test_ratelimit_stores import OK, OVER, Desk, demand, header, own_store
 from tests.ratelimit_model.machine import BEGIN_US
@@ -27,7 +28,7 @@ class Clock:
     """Counters in a store whose clock is set by hand; requests of ten tokens of ten a minute."""
 
     def __init__(self, url: str) -> None:
-        self.store = connect(url, cluster=False)
+        self.store = connect(url, cluster=False, timeout_seconds=PATIENCE_SECONDS)
         self.stored = with_clock(self.store)
         self.tenant = f"clock-{next(_TENANTS)}"
 
@@ -83,7 +84,7 @@ def test_leases_neither_double_nor_vanish_when_the_clock_jumps_back(clock: Clock
     settled = clock.stored.settle(tenant_id=clock.tenant, request_id=first.request_id, report=Report(input=1, output=1))
     fourth = clock.admits(BEGIN_US - _HOUR, **slots)  # type: ignore[arg-type]
 
-    assert (False, True, True) == (third, settled, fourth)
+    assert (False, True, True) == (third, settled is not None, fourth)
 
 
 def test_a_jump_ahead_within_a_lease_frees_no_slot(clock: Clock) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from chassis.errors import Unavailable
-from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters.counters import Settled, StoredCounters, connect
 from ratelimit.adapters.local import FAILURES_TO_OPEN, probe_until_back
 from ratelimit.core.decide import Outcome
 from ratelimit.core.demand import Demand, Kind
 from ratelimit.core.usage import Report
-from tests.integration.stores import store_server
+from tests.integration.stores import PATIENCE_SECONDS, store_server
 from tests.integration.test_ratelimit_stores import OK, OVER, Desk, demand
 
 AWAY = "away"
@@ -33,9 +33,9 @@ class Watched(StoredCounters):
         self.calls += 1
         return super().take(demand, seeds)
 
-    def settle(self, *, tenant_id: str, request_id: str, report: Report) -> bool:
+    def settle(self, *, tenant_id: str, request_id: str, report: Report, model: str = "") -> Settled | None:
         self.calls += 1
-        return super().settle(tenant_id=tenant_id, request_id=request_id, report=report)
+        return super().settle(tenant_id=tenant_id, request_id=request_id, report=report, model=model)
 
 
 class WatchedDesk(Desk):
@@ -52,6 +52,7 @@ def desk(postgres_url: str) -> Iterator[WatchedDesk]:
         for mode, amount in (("local", 4), ("allow", 1), ("deny", 10)):
             made.limit("requests", "day", amount, model=mode, on_store_error=mode)
         made.open()
+        made.store = connect(url, cluster=False)  # with the patience of a service
         made.servicer._stored = made.watched = Watched(made.store)
         yield made
         made.close()
@@ -143,7 +144,7 @@ def test_a_store_that_forgot_is_not_away(desk: Desk, command: str) -> None:
 
 def test_many_that_seed_a_wiped_quota_at_once_seed_it_once(counter_store: str) -> None:
     """The ledger's sum is set where there is none, never added: also by processes that know a different sum."""
-    stored = Watched(connect(counter_store, cluster=False))
+    stored = Watched(connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS))
     asked = [demand("reseed", amount=10**6, kinds=(Kind.QUOTA,)) for _ in range(64)]
 
     with ThreadPoolExecutor(16) as pool:
@@ -151,6 +152,6 @@ def test_many_that_seed_a_wiped_quota_at_once_seed_it_once(counter_store: str) -
     late = demand("reseed", amount=10**6, kinds=(Kind.QUOTA,))
     stored.take(late, {late.counters[0].name: 700_000})
 
-    assert [b"5000", b"650"] == connect(counter_store, cluster=False).hmget("peaje:{reseed}:quota", "used", "held")
+    assert [b"5000", b"650"] == connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS).hmget("peaje:{reseed}:quota", "used", "held")
 
 

@@ -25,7 +25,7 @@ from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Period, Unit
 from ratelimit.core.usage import Report, Usage
 from ratelimit.servicer import Servicer
-from tests.integration.stores import store_server
+from tests.integration.stores import PATIENCE_SECONDS, store_server
 
 NOW = datetime(2030, 3, 14, 12, tzinfo=UTC)
 OK, OVER = wire.RateLimitResponse.OK, wire.RateLimitResponse.OVER_LIMIT
@@ -73,7 +73,7 @@ def test_all_keys_of_a_decision_live_in_one_slot_of_a_cluster(counter_cluster: s
 
 def test_two_hundred_at_once_with_room_for_one(counter_store: str) -> None:
     """Of all that ask at the same moment one is admitted; nothing is left of the others."""
-    store = connect(counter_store, cluster=False)
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
     stored = StoredCounters(store)
     asked = [demand("race", amount=10, kinds=(Kind.QUOTA, Kind.LEASES)) for _ in range(200)]
 
@@ -87,7 +87,7 @@ def test_two_hundred_at_once_with_room_for_one(counter_store: str) -> None:
 
 def test_ten_thousand_random_requests_leave_nothing_held(counter_store: str) -> None:
     """All settled, some twice, in any order: used is the sum of the actuals, held is nothing."""
-    store = connect(counter_store, cluster=False)
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
     stored = StoredCounters(store)
 
     def live(number: int) -> int:
@@ -107,7 +107,7 @@ def test_ten_thousand_random_requests_leave_nothing_held(counter_store: str) -> 
 
 def test_every_key_ends_by_itself(counter_store: str) -> None:
     """A store that never evicts must not fill up with what nobody comes back for."""
-    store = connect(counter_store, cluster=False)
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
     asked = demand("ends", amount=100)
     StoredCounters(store).take(asked, seeds(asked))
 
@@ -186,7 +186,7 @@ class Desk:
     """A servicer with its stores, asked as Envoy asks."""
 
     def __init__(self, postgres_url: str, store_url: str) -> None:
-        self.store = connect(store_url, cluster=False)
+        self.store = connect(store_url, cluster=False, timeout_seconds=PATIENCE_SECONDS)
         self.opened = 0
         self.call: Any = Call()
         self.tenant = f"t{next(_NUMBERS)}-{abs(hash(postgres_url)) % 10_000}"

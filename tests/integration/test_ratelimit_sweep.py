@@ -53,7 +53,7 @@ def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         for journal, is_read in (("own", own_read), ("other", other_read)):
             connection.execute("insert into journal_state values (%s, %s)", (journal, now if is_read else now - age))
-        connection.execute("insert into journal_life (journal, stream, epoch) values ('own', 's', 'now'), ('other', 's', 'another')")
+        connection.execute("insert into journal_stream (journal, stream, epoch) values ('own', 's', 'now'), ('other', 's', 'another')")
         connection.execute("insert into ended_life (journal, epoch, ended_at) values ('own', 'life', now())")
         # A file that was rotated away long ago and is kept for a replay.
         connection.execute("insert into journal_position values ('own', 'f', 1, %s)", (now - timedelta(days=1),))

@@ -166,10 +166,27 @@ def test_partitions_made_in_a_callers_transaction_go_with_it(postgres_url: str) 
         assert ["usage_event_20311231", "usage_event_20320101"] == ensure_partitions(connection, date(2032, 1, 1), days_ahead=0)
 
 
+def test_every_column_that_the_billing_role_may_read_is_explained(postgres_url: str) -> None:
+    """By its name, beside its view's, in docs/billing.md."""
+    text = (ROOT / "docs/billing.md").read_text()
+    with psycopg.connect(postgres_url) as connection:
+        columns = connection.execute(
+            "select table_name, column_name from information_schema.column_privileges where grantee = 'peaje_billing'"
+        ).fetchall()
+
+    assert len({view for view, _ in columns}) >= 9
+    assert [] == sorted({name for name in {*(view for view, _ in columns), *(column for _, column in columns)} if f"`{name}`" not in text})
+
+
 def test_the_billing_role_reads_views_and_nothing_else(postgres_url: str) -> None:
     """Billing depends on versioned views; a table read would break at the next migration."""
     with connect(postgres_url) as connection:
         insert_usage(connection, "one", utc_now())
+        readable = connection.execute(
+            "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p', 'v', 'm') "
+            "and has_table_privilege('peaje_billing', oid, 'select')"
+        ).fetchall()
+        assert {name for (name,) in readable if not (name.startswith("billing_") and name.endswith("_v1"))} == set()
         connection.execute("set role peaje_billing")
 
         assert (1,) == connection.execute("select count(*) from billing_usage_v1").fetchone()

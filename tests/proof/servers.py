@@ -33,7 +33,9 @@ class Servers:
         # A socket's path holds 107 bytes: named from a directory that is near.
         self._directories = [directory / str(number) for number in range(count)]
         for home in self._directories:
-            home.mkdir()
+            models = home / contract.MODELS_PATH
+            models.parent.mkdir(parents=True)
+            models.write_text('models: [{name: m, engine: openai, endpoints: ["127.0.0.1:1"]}]\n')
         self._processes = [self._start(number) for number in range(count)]
         self._channels = [grpc.insecure_channel(f"unix:{self._socket(number)}", options=_OPTIONS) for number in range(count)]
         self._calls = [

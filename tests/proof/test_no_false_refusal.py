@@ -10,13 +10,14 @@ from ratelimit.core.decide import Outcome
 from ratelimit.core.demand import Demand, Kind
 from ratelimit.core.limits import Limit, Period, Unit
 from ratelimit.core.usage import Report
+from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_counters import set_clock, with_clock
 from tests.ratelimit_model.traffic import agents, play, steady
 
 
 def test_the_scripts_refuse_nobody_who_could_pass(counter_store: str) -> None:
     """At nine tenths of a rate, with the bursts of coding agents on top, and a quota that is far away."""
-    store = connect(counter_store, cluster=False)
+    store = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
     stored = with_clock(store)
     limits = [
         Limit(limit_id=1, tenant_id="steady", unit=Unit.TOKENS, period=Period.MINUTE, amount=600_000),
@@ -30,7 +31,7 @@ def test_the_scripts_refuse_nobody_who_could_pass(counter_store: str) -> None:
 
     def settle(asked: Demand, report: Report, now_us: int) -> bool:
         set_clock(store, now_us)
-        return stored.settle(tenant_id=asked.tenant_id, request_id=asked.request_id, report=report)
+        return stored.settle(tenant_id=asked.tenant_id, request_id=asked.request_id, report=report) is not None
 
     played = play(offers, limits, take=take, settle=settle)
 

@@ -41,7 +41,7 @@ def storm(postgres_url: str) -> Iterator[Callable[..., tuple[Storm, Any]]]:
 
 def test_no_limit_is_passed_while_processes_die(storm: Callable[..., tuple[Storm, Any]]) -> None:
     """Requests and concurrency exactly, tokens and money by no more than prompts exceeded their estimates; nothing stays held."""
-    blown, store = storm(requests=1800, clients=24, deaths=2, seed=20_261_125)
+    blown, store = storm(requests=1500, clients=24, deaths=2, seed=20_261_125)
 
     blown.check(store)
 

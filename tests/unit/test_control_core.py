@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chassis import keys
-from chassis.errors import Invalid
+from chassis.errors import Invalid, Unavailable
 from control.act import ALL_TENANTS, Act, OneTenant
 from control.cli import client, options
 from control.core import chain, rights, roles, tokens
@@ -292,14 +292,29 @@ def test_an_api_key_is_read_as_before() -> None:
 
 
 def test_a_mint_knows_old_peppers_and_hashes_with_the_newest() -> None:
-    """A secret whose pepper is gone is as wrong as any."""
+    """Which one a secret matches, whatever else is kept beside it."""
     old = Mint(peppers={1: b"1" * 32}, random_bytes=secrets.token_bytes)
     both = Mint(peppers={1: b"1" * 32, 2: b"2" * 32}, random_bytes=secrets.token_bytes)
     minted, stored = old.token(keys.OPERATOR_TOKEN)
 
-    assert both.holds(minted.token, stored)
+    assert stored is both.match(minted.token, stored)
+    assert stored is both.match(minted.token, both.hashed("another"), stored)
     assert both.is_outdated(stored)
     assert Hashed(hash=keys.hash_key(b"2" * 32, minted.token), pepper_version=2) == both.hashed(minted.token)
-    assert not Mint(peppers={2: b"2" * 32}, random_bytes=secrets.token_bytes).holds(minted.token, stored)
-    assert not both.holds(minted.token, None)
+    assert both.match(minted.token, None) is None
+    assert both.match("another", stored) is None
     assert "1111" not in repr(both)
+
+
+def test_a_mint_without_the_pepper_of_a_secret_does_not_call_it_wrong() -> None:
+    """Our fault, not its holder's; one beside it whose pepper is there is good all the same."""
+    old = Mint(peppers={1: b"1" * 32}, random_bytes=secrets.token_bytes)
+    new = Mint(peppers={2: b"2" * 32}, random_bytes=secrets.token_bytes)
+    minted, stored = old.token(keys.OPERATOR_TOKEN)
+    current = new.hashed(minted.token)
+
+    assert current is new.match(minted.token, current, stored)
+    with pytest.raises(Unavailable):
+        new.match(minted.token, stored)
+    with pytest.raises(Unavailable):
+        new.match("another", current, stored)

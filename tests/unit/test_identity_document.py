@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from chassis.errors import Invalid
 from extauth.adapters.document import load_whole, parse
+from extauth.core.credential import NAMES_MAX
 from extauth.core.identity import Denial, Identity
 from tests.identities import (
     SECRET_FILE,
@@ -213,6 +215,62 @@ def test_a_certificate_that_envoy_validated_is_an_identity(tmp_path: Path) -> No
     assert isinstance(other, Denial)
     assert isinstance(forged, Denial)
     assert "missing_credential" == forged.refusal.code
+
+
+def test_every_name_of_a_certificate_is_looked_at(tmp_path: Path) -> None:
+    """Whichever is known; two that stand for different holders are a contradiction, and too many are not read."""
+    entries = [
+        {"name": "chat", "san": SPIFFE_ID, "tenant": "acme"},
+        {"name": "other", "san": "chat.example", "tenant": "acme"},
+    ]
+    write_home(tmp_path, {"certificates": entries})
+    identities = identities_in(tmp_path, FakeDirectory())
+
+    second = ask_function(identities, subject=("first.example", SPIFFE_ID))
+    twice = ask_function(identities, subject=(SPIFFE_ID, SPIFFE_ID))
+    several = ask_function(identities, subject=(SPIFFE_ID, "chat.example"))
+    at_the_bound = ask_function(identities, subject=(SPIFFE_ID, *(f"{number}.example" for number in range(NAMES_MAX - 1))))
+    beyond = ask_function(identities, subject=(SPIFFE_ID, *(f"{number}.example" for number in range(NAMES_MAX))))
+
+    assert ["cert:chat"] * 3 == [one.key_id for one in (second, twice, at_the_bound) if isinstance(one, Identity)]
+    assert isinstance(several, Denial)
+    assert ("certificate_of_several", 400) == (several.rule, several.refusal.status)
+    assert isinstance(beyond, Denial)
+    assert "too_long" == beyond.rule
+
+
+def test_a_document_that_does_not_look_changed_is_read_from_time_to_time(tmp_path: Path) -> None:
+    """Its time and place are the old ones, as some file systems leave them; so is a secret that it names."""
+    write_home(tmp_path, document_for(PROVIDER))
+    identities = identities_in(tmp_path, FakeDirectory())
+    path = tmp_path / "identity.yaml"
+    before, built = path.stat(), identities._built
+    identities.reload_if_changed(anyway=True)
+    assert built is identities._built
+
+    path.write_text(yaml.safe_dump({"certificates": [{"name": "new", "san": SPIFFE_ID, "tenant": "acme"}]}))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    identities.reload_if_changed()
+    assert built is identities._built
+    identities.reload_if_changed(anyway=True)
+
+    assert ["new"] == [entry.name for entry in identities._built.certificates.values()]
+
+
+def test_a_new_client_secret_is_taken_over_though_the_document_is_the_same(tmp_path: Path) -> None:
+    """It is a file of its own; one that nobody may read keeps the last good one."""
+    write_home(tmp_path, document_for(PROVIDER))
+    identities = identities_in(tmp_path, FakeDirectory())
+    built = identities._built
+
+    (tmp_path / SECRET_FILE).unlink()
+    identities.reload_if_changed(anyway=True)
+    assert built is identities._built
+    (tmp_path / SECRET_FILE).write_text("another-secret-of-the-length-that-one-needs")
+    (tmp_path / SECRET_FILE).chmod(0o600)
+    identities.reload_if_changed(anyway=True)
+
+    assert built is not identities._built
 
 
 def test_while_postgres_is_away_nobody_unknown_is_let_in(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -113,8 +114,6 @@ async def _hear(*messages: wire.StreamAccessLogsMessage) -> list[Sighting]:
 
 def test_the_servicer_keeps_ends_and_goes_on_after_what_it_cannot_read() -> None:
     """As Envoy sends them: several in a message, periodic ones among them."""
-    import asyncio
-
     message = wire.StreamAccessLogsMessage()
     for number, (is_intermediate, tenant) in enumerate([(False, "acme"), (True, "acme"), (False, ""), (False, "acme")]):
         common = message.http_logs.log_entry.add().common_properties

@@ -4,7 +4,7 @@
 from chassis.schema.sqlfile import run_beside
 
 revision = "0008"
-down_revision = "0006"
+down_revision = "0007"
 
 
 def upgrade() -> None:

@@ -143,6 +143,7 @@ create table external_usage (
     posted_at   timestamptz not null,
     unique (tenant_id, external_id)
 );
+create index external_usage_by_age on external_usage (posted_at);
 
 do $$
 declare
@@ -207,7 +208,7 @@ grant select on billing_reratings_v1, billing_credits_v1, billing_credit_entries
 grant select, insert on credit_book, credit_grant, credit_account, credit_transaction, credit_entry, rerating, rerated_row,
     rerating_line, external_usage to peaje_control;
 -- Usage from outside is written by the control plane; each row still goes in once, and none is ever changed.
-grant insert on usage_event, adjustment, usage_conflict to peaje_control;
+grant insert on usage_event, adjustment, outbox to peaje_control;
 grant insert, update on usage_hour to peaje_control;
 do $$
 declare

@@ -1,7 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- Whose record was the last one read, per stream of a journal. Lives of one Envoy follow each other
 -- within a stream; between two streams nothing follows.
-create table journal_life (
+create table journal_stream (
     journal text not null,
     stream  text not null,
     epoch   text not null,

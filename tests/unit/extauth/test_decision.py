@@ -116,15 +116,26 @@ def test_a_denied_credential_is_the_answer_whatever_else_holds() -> None:
 
 
 def test_a_key_is_proven_by_its_hash_and_nothing_else() -> None:
-    """The stored hash presented as a key, another key's hash, a lost pepper: no."""
+    """The stored hash presented as a key, another key's hash, another pepper: no."""
     assert PARSED is not None
     state = KeyState(identity=IDENTITY, key_hash=keys.hash_key(PEPPERS[1], PARSED.key), pepper_version=1)
 
     assert IDENTITY is prove_key(PARSED, state, PEPPERS)
-    for wrong in (replace(state, key_hash=b"x" * 32), replace(state, pepper_version=2), replace(state, pepper_version=9), None):
+    for wrong in (replace(state, key_hash=b"x" * 32), replace(state, pepper_version=2), None):
         denied = prove_key(PARSED, wrong, PEPPERS)
         assert isinstance(denied, Denial)
         assert "invalid_api_key" == denied.refusal.code
+
+
+def test_a_key_whose_pepper_is_missing_is_neither_good_nor_bad() -> None:
+    """503, as for everything that is ours to mend; nobody is told that a good key were wrong."""
+    assert PARSED is not None
+    state = KeyState(identity=IDENTITY, key_hash=keys.hash_key(PEPPERS[1], PARSED.key), pepper_version=9)
+
+    denied = prove_key(PARSED, state, PEPPERS)
+
+    assert isinstance(denied, Denial)
+    assert ("pepper_missing", 503) == (denied.rule, denied.refusal.status)
 
 
 def test_usable_models_are_those_a_request_would_pass_with() -> None:

@@ -27,6 +27,12 @@ class InMemory(Lives):
     def settle(self, demand: Demand, report: Report) -> bool:
         return settle(self.memory, demand.request_id, report, self.now)
 
+    def expire(self) -> None:
+        # What is over stays over, also when the clock goes back.
+        self.memory.reservations = {
+            request_id: held for request_id, held in self.memory.reservations.items() if held is None or held.ends_us > self.now
+        }
+
 
 TestInMemory = InMemory.TestCase
 TestInMemory.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
