@@ -110,6 +110,11 @@ ADM_REFUSED_STATUS: Final = "refused_status"
 ADM_HOLD: Final = "hold"
 HOLD_SOMETHING: Final = "yes"
 HOLD_NOTHING: Final = "no"
+#: The request id, where only a slice of the answer is held: metering counts what is delivered, has more
+#: held in time, and ends the stream when there is no more. Envoy asks it by the presence of this key.
+ADM_SLICE: Final = "slice"
+#: Output tokens of that slice, of all choices together.
+ADM_SLICE_TOKENS: Final = "slice_tokens"
 #: True where no limit applies: Envoy need not ask again while it remembers the identity.
 ADM_UNLIMITED: Final = "unlimited"
 #: What was taken in advance for this worker to spend by itself. No tokens: no limit counts them.
@@ -134,6 +139,9 @@ USE_FRAMES: Final = "frames"
 #: A short machine word when the tap could not read something (e.g. "encoded", "event_too_large", "invalid").
 USE_ANOMALY: Final = "anomaly"
 
+#: Written by metering when it ended a stream, not by the tap: how it knows what was delivered, a `basis`.
+USE_STOPPED: Final = "stopped"
+
 USAGE_KEYS: Final = (
     USE_INPUT,
     USE_OUTPUT,
@@ -151,6 +159,8 @@ RLS_DOMAIN: Final = "peaje"
 DESC_PHASE: Final = "phase"
 PHASE_ADMIT: Final = "admit"
 PHASE_SETTLE: Final = "settle"
+#: From metering, not from Envoy: hold the next slice of a stream. Input and output say what was delivered.
+PHASE_RENEW: Final = "renew"
 DESC_REQUEST_ID: Final = "request_id"
 DESC_TENANT: Final = "tenant"
 DESC_PROJECT: Final = "project"
@@ -160,6 +170,8 @@ DESC_DIALECT: Final = "dialect"
 DESC_PROMPT_BYTES: Final = "prompt_bytes"
 DESC_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 DESC_CHOICES: Final = "choices"
+#: "yes" if the answer is to be streamed.
+DESC_STREAM: Final = "stream"
 DESC_LEASE: Final = "lease"
 #: What Envoy sends for a descriptor entry whose metadata is missing. Never a valid tenant.
 DESC_ABSENT: Final = "-"
@@ -175,6 +187,7 @@ ADMIT_KEYS: Final = (
     DESC_PROMPT_BYTES,
     DESC_OUTPUT_TOKENS_MAX,
     DESC_CHOICES,
+    DESC_STREAM,
     DESC_LEASE,
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
@@ -220,11 +233,13 @@ J_IDENTITY: Final = "identity"
 J_REQUEST: Final = "request"
 J_USAGE: Final = "usage"
 J_ADMISSION: Final = "admission"
-#: Names one life of one Envoy process; set by whoever starts Envoy.
 #: The kind of the engine behind the model, from its cluster's metadata: a row must not change when models.yaml does.
 J_ENGINE: Final = "engine"
+#: Names one life of one Envoy process; set by whoever starts Envoy.
 J_EPOCH: Final = "epoch"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
+#: The same, as Envoy sends it with each call to ratelimit.
+EPOCH_CALL_METADATA: Final = "x-peaje-envoy-epoch"
 #: "off" in Envoy's environment: the gate asks for every request.
 EXPRESS_ENVIRONMENT: Final = "PEAJE_EXPRESS"
 

@@ -3,7 +3,7 @@
 The models that are served: one document (`envoy/models.yaml`) that every part reads.
 
     models:
-    - {name: tiny, engine: dynamo, endpoints: ["127.0.0.1:8000"]}
+    - {name: tiny, engine: dynamo, endpoints: ["127.0.0.1:8000"], tokenizer: /srv/models/tiny/tokenizer.json}
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Model:
     name: str
     engine: str
     endpoints: tuple[Endpoint, ...]
+    #: The model's own tokenizer.json, where ratelimit runs; None: prompts are estimated by their bytes alone.
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,7 @@ class WatchedCatalogue:
 def _model(entry: object, source: str) -> Model:
     if not isinstance(entry, dict):
         raise Invalid(f"{source}: each model is a mapping with name, engine and endpoints.")
-    unknown = set(entry) - {"name", "engine", "endpoints"}
+    unknown = set(entry) - {"name", "engine", "endpoints", "tokenizer"}
     if unknown:
         raise Invalid(f"{source}: unknown field {min(map(str, unknown))!r} in a model.")
     name, engine, endpoints = entry.get("name"), entry.get("engine"), entry.get("endpoints")
@@ -152,7 +154,10 @@ def _model(entry: object, source: str) -> Model:
     if len({endpoint.scheme for endpoint in read}) > 1:
         # One pool is one Envoy cluster, and a cluster either speaks TLS or does not.
         raise Invalid(f"{source}: model {name!r}: endpoints must be all http or all https.")
-    return Model(name=name, engine=engine, endpoints=read)
+    tokenizer = entry.get("tokenizer")
+    if tokenizer is not None and not (isinstance(tokenizer, str) and Path(tokenizer).is_absolute()):
+        raise Invalid(f"{source}: model {name!r}: tokenizer is the absolute path of a tokenizer.json.")
+    return Model(name=name, engine=engine, endpoints=read, tokenizer=Path(tokenizer) if tokenizer is not None else None)
 
 
 def _endpoint(text: object, name: str, source: str) -> Endpoint:

@@ -54,9 +54,15 @@ def explain(store: Store, act: Act, request_id: str) -> dict[str, Any]:
     )
 
 
+_OUTCOME = {
+    "budget_exhausted": "was ended by the gateway where its quota or budget was used up (budget_exhausted)",
+}
+
+
 def _billed(row: dict[str, Any]) -> str:
+    ended = _OUTCOME.get(row["outcome"], f"ended {row['outcome']}")
     return (
-        f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, ended {row['outcome']} with status "
+        f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, {ended} with status "
         f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens by "
         f"{_BASIS[row['basis']]}."
     )

@@ -15,6 +15,7 @@ from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
+from metering.adapters.slices import Slices
 from metering.adapters.witness import Heard, Reconciliation
 from metering.servicer import ACCESS_LOG_METHOD, METHOD, Servicer, Witness
 
@@ -38,7 +39,8 @@ def main() -> None:
     settings, stores = Settings(), StoreSettings()
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
-    servicer = Servicer(WatchedCatalogue(stores.home / contract.MODELS_PATH).current)
+    slices = Slices(f"unix:{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}")
+    servicer = Servicer(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, slices)
     heard = Heard()
     Reconciliation(
         url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds

@@ -12,12 +12,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.clock import utc_now
+from chassis.models import WatchedCatalogue
 from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
 from chassis.wire import ratelimit_pb2 as wire
-from ratelimit.adapters import metrics
+from ratelimit.adapters import metrics, tokenizers
 from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
@@ -26,6 +27,7 @@ from ratelimit.adapters.rule_counters import RuleCounters
 from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
 from ratelimit.core.demand import pool_place
+from ratelimit.core.estimate import Estimates
 from ratelimit.generic import GenericServicer, Options, WhenUnavailable, by_domain
 from ratelimit.servicer import METHOD, Servicer
 
@@ -47,6 +49,9 @@ class Settings(BaseSettings):
     cluster: bool = False
     #: Output tokens that one choice may have under a hard quota or budget, if the caller names no fewer.
     output_tokens_cap: int = Field(default=16_384, ge=1)
+    #: Output tokens that a stream under a hard quota or budget is given at a time where not all of its answer
+    #: fits any more; 0: never, its answer is capped to what is left. Fewer cost more calls, more strand less.
+    slice_tokens: int = Field(default=256, ge=0)
     #: Also answer with RateLimit and RateLimit-Policy (draft 10, not a standard yet).
     draft_headers: bool = False
     #: Loopback port for Prometheus; 0 shows no metrics.
@@ -100,6 +105,8 @@ def main() -> None:
 
     sweep = Sweep(stored, pool, swept)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
+    estimates = Estimates()
+    tokenizers.start(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, estimates)
     outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
     threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     servicer = Servicer(
@@ -107,8 +114,10 @@ def main() -> None:
         stored,
         LocalCounters(share=1 / settings.processes),
         breaker,
+        estimates,
         clock=utc_now,
         output_cap=settings.output_tokens_cap,
+        slice_tokens=settings.slice_tokens,
         draft_headers=settings.draft_headers,
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)

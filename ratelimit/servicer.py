@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Answer Envoy's rate limit filter: admit before the request, settle after it.
+Answer Envoy's rate limit filter (admit before the request, settle after it) and metering (renew in between).
 
 What Envoy does with the answers: OK lets the request on, adds our headers to its response and
 puts our metadata under envoy.filters.http.ratelimit; OVER_LIMIT ends it with our status and our
 body; a failed call or 500 ms of silence becomes 503 (failure_mode_deny in envoy.yaml). A settle
-is sent when the stream is done and its answer is ignored.
+is sent when the stream is done and its answer is ignored. A renewal that fails is asked for again, and
+ends its stream if it goes on failing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters
 from ratelimit.core import answer
-from ratelimit.core.decide import Outcome, Verdict
+from ratelimit.core.decide import Outcome, Renewal, Verdict
 from ratelimit.core.demand import Demand, Kind, demand
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.lease import Lease, Wish, offer, wish
@@ -39,6 +40,8 @@ METHOD = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 
 #: Beyond any body limit or context; a descriptor with more did not come from our Envoy.
 _NUMBER_MAX = 1_000_000_000
+#: A life's name is ours and short.
+_EPOCH_LENGTH_MAX = 100
 #: An Envoy whose configuration is older than leases has none to speak of.
 _REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key != contract.DESC_LEASE)
 #: What Envoy answers to OVER_LIMIT by itself.
@@ -54,36 +57,40 @@ class Servicer:
         stored: StoredCounters,
         local: LocalCounters,
         breaker: Breaker,
+        estimates: Estimates,
         *,
         clock: Callable[[], datetime],
         output_cap: int,
+        slice_tokens: int,
         draft_headers: bool,
     ) -> None:
         self._limits = limits
         self._stored = stored
         self._local = local
         self._breaker = breaker
-        self._estimates = Estimates()
+        self._estimates = estimates
         self._clock = clock
         self._output_cap = output_cap
+        self._slice_tokens = slice_tokens
         self._draft_headers = draft_headers
 
     def should_rate_limit(
         self, request: wire.RateLimitRequest, context: grpc.ServicerContext
     ) -> wire.RateLimitResponse:
-        """Admit or settle, by the descriptor's phase; `Invalid` for what our Envoy never sends."""
-        del context
+        """Admit, renew or settle, by the descriptor's phase; `Invalid` for what nobody of ours sends."""
         if request.domain != contract.RLS_DOMAIN or not request.descriptors:
             raise Invalid("unknown domain or no descriptor")
         entries = {entry.key: entry.value for entry in request.descriptors[0].entries}
         match entries.get(contract.DESC_PHASE):
             case contract.PHASE_ADMIT:
-                ask = _ask(entries)
+                ask = _ask(entries, dict(context.invocation_metadata()))
                 if ask is None:
                     log.error("descriptor_refused", keys=sorted(entries))
                     raise Invalid("incomplete descriptor")
                 with metrics.DECISION_SECONDS.time():
                     return self._admit(ask, wish(entries.get(contract.DESC_LEASE, contract.DESC_ABSENT)))
+            case contract.PHASE_RENEW:
+                return self._renew(entries)
             case contract.PHASE_SETTLE:
                 self._settle(entries)
                 return wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
@@ -96,11 +103,12 @@ class Servicer:
             estimates=self._estimates,
             price=self._limits.price(model=ask.model, tenant_id=ask.tenant_id),
             output_cap=self._output_cap,
+            slice_tokens=self._slice_tokens,
             now=self._clock(),
             share=self._limits.share(model=ask.model, tenant_id=ask.tenant_id),
         )
         if not asked.counters:
-            response = _admitted({}, asked, Verdict.FULL)
+            response = _admitted({}, asked, None)
             response.dynamic_metadata.fields[contract.ADM_UNLIMITED].bool_value = True
             metrics.UNLIMITED.inc()
             return response
@@ -117,7 +125,7 @@ class Servicer:
             log.info("limit_over", request_id=ask.request_id, tenant=ask.tenant_id, limits=over)
         headers = answer.draft_headers(outcome.readings) if self._draft_headers else {}
         if outcome.admitted:
-            response = _admitted(answer.headers(outcome.readings) | headers, asked, outcome.verdict)
+            response = _admitted(answer.headers(outcome.readings) | headers, asked, outcome)
             if lease is not None and outcome.leased:
                 _lend(response, lease, asked, choices=max(ask.choices, 1))
             return response
@@ -161,6 +169,32 @@ class Servicer:
             # Postgres is away, not the store: every other decision goes on as before.
             raise StoreRefused("What was used of a quota is not known.") from exc
 
+    def _renew(self, entries: Mapping[str, str]) -> wire.RateLimitResponse:
+        tenant_id, request_id = entries.get(contract.DESC_TENANT, ""), entries.get(contract.DESC_REQUEST_ID, "")
+        if not tenant_id or not request_id:
+            raise Invalid("incomplete descriptor")
+        renewal = Renewal(
+            # An engine that has said nothing of the prompt yet has not said that there is none.
+            input=_number(entries.get(contract.DESC_INPUT)) or None,
+            output=_number(entries.get(contract.DESC_OUTPUT)),
+            more=self._slice_tokens,
+        )
+        held = self._local.renew(request_id, renewal, _now_us())
+        if not held:
+            if self._breaker.is_open:
+                raise Unavailable("The counter store did not answer.")
+            try:
+                held = self._stored.renew(tenant_id=tenant_id, request_id=request_id, renewal=renewal)
+            except Unavailable as exc:
+                if not isinstance(exc, StoreRefused):
+                    self._breaker.failed()
+                raise
+        if held < renewal.output:
+            log.info("slice_refused", request_id=request_id, tenant=tenant_id, held=held)
+        response = wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
+        response.dynamic_metadata.fields[contract.ADM_SLICE_TOKENS].number_value = held
+        return response
+
     def _settle(self, entries: Mapping[str, str]) -> None:
         tenant_id = entries.get(contract.DESC_TENANT, contract.DESC_ABSENT)
         request_id = entries.get(contract.DESC_REQUEST_ID)
@@ -203,7 +237,7 @@ class Servicer:
                 metrics.settled(settled.excess_tokens)
 
 
-def _ask(entries: Mapping[str, str]) -> Ask | None:
+def _ask(entries: Mapping[str, str], call: Mapping[str, str | bytes]) -> Ask | None:
     try:
         values = {key: entries[key] for key in _REQUIRED}
         numbers = [
@@ -227,7 +261,15 @@ def _ask(entries: Mapping[str, str]) -> Ask | None:
         prompt_bytes=numbers[0],
         output_tokens_max=numbers[1],
         choices=numbers[2],
+        streams=values[contract.DESC_STREAM] == "yes",
+        epoch=_epoch(call),
     )
+
+
+def _epoch(call: Mapping[str, str | bytes]) -> str:
+    said = str(call.get(contract.EPOCH_CALL_METADATA, contract.DESC_ABSENT))
+    # An Envoy whose life nobody named sends what stands for nothing in its formats.
+    return "" if said == contract.DESC_ABSENT else said[:_EPOCH_LENGTH_MAX]
 
 
 def _report(entries: Mapping[str, str]) -> Report:
@@ -254,16 +296,24 @@ def _now_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-def _admitted(headers: Mapping[str, str], asked: Demand, verdict: Verdict) -> wire.RateLimitResponse:
+def _admitted(headers: Mapping[str, str], asked: Demand, outcome: Outcome | None) -> wire.RateLimitResponse:
     response = wire.RateLimitResponse(overall_code=wire.RateLimitResponse.OK)
     response.statuses.add(code=wire.RateLimitResponse.OK)
     _add_headers(response, headers)
     fields = response.dynamic_metadata.fields
-    held, cap = (asked.full, asked.cap_full) if verdict is Verdict.FULL else (asked.lean, asked.cap_lean)
     fields[contract.ADM_ADMITTED].bool_value = True
-    fields[contract.ADM_RESERVED_TOKENS].number_value = held.input + held.output if asked.counters else 0
+    fields[contract.ADM_RESERVED_TOKENS].number_value = 0 if outcome is None else asked.lean.input + outcome.output
     # Descriptors carry strings only, and the settle's descriptor carries this back.
     fields[contract.ADM_HOLD].string_value = contract.HOLD_SOMETHING if asked.settles else contract.HOLD_NOTHING
+    if outcome is None:
+        return response
+    output = outcome.output
+    if asked.is_sliced and outcome.verdict is Verdict.LEAN:
+        fields[contract.ADM_SLICE].string_value = asked.request_id
+        fields[contract.ADM_SLICE_TOKENS].number_value = output
+        # The rest is held as it streams: the model server may go on to the end of what was asked for.
+        output = asked.full.output
+    cap = asked.cap(output)
     if cap is not None:
         fields[contract.ADM_OUTPUT_CAP].number_value = cap
     return response

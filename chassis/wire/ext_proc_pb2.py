@@ -24,37 +24,40 @@ _sym_db = _symbol_database.Default()
 
 from chassis.wire import envoy_base_pb2 as chassis_dot_wire_dot_envoy__base__pb2
 from chassis.wire import envoy_type_pb2 as chassis_dot_wire_dot_envoy__type__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hassis/wire/ext_proc.proto\x12\x19\x65nvoy.service.ext_proc.v3\x1a\x1d\x63hassis/wire/envoy_base.proto\x1a\x1d\x63hassis/wire/envoy_type.proto\"V\n\x0bHttpHeaders\x12\x30\n\x07headers\x18\x01 \x01(\x0b\x32\x1f.envoy.config.core.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"A\n\x0cHttpTrailers\x12\x31\n\x08trailers\x18\x01 \x01(\x0b\x32\x1f.envoy.config.core.v3.HeaderMap\"\xe5\x03\n\x11ProcessingRequest\x12\x41\n\x0frequest_headers\x18\x02 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12\x42\n\x10response_headers\x18\x03 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12;\n\x0crequest_body\x18\x04 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12<\n\rresponse_body\x18\x05 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12\x43\n\x10request_trailers\x18\x06 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x44\n\x11response_trailers\x18\x07 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x38\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1e.envoy.config.core.v3.MetadataB\t\n\x07request\"f\n\x0eHeaderMutation\x12<\n\x0bset_headers\x18\x01 \x03(\x0b\x32\'.envoy.config.core.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\"*\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x42\n\n\x08mutation\"\x94\x01\n\x0e\x43ommonResponse\x12\x42\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12>\n\rbody_mutation\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyMutation\"N\n\x0fHeadersResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"K\n\x0c\x42odyResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"V\n\x10TrailersResponse\x12\x42\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\"\x99\x01\n\x11ImmediateResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.envoy.type.v3.HttpStatus\x12:\n\x07headers\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\x91\x04\n\x12ProcessingResponse\x12\x45\n\x0frequest_headers\x18\x01 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12\x46\n\x10response_headers\x18\x02 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12?\n\x0crequest_body\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12@\n\rresponse_body\x18\x04 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12G\n\x10request_trailers\x18\x05 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12H\n\x11response_trailers\x18\x06 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12J\n\x12immediate_response\x18\x07 \x01(\x0b\x32,.envoy.service.ext_proc.v3.ImmediateResponseH\x00\x42\n\n\x08responseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hassis/wire/ext_proc.proto\x12\x19\x65nvoy.service.ext_proc.v3\x1a\x1d\x63hassis/wire/envoy_base.proto\x1a\x1d\x63hassis/wire/envoy_type.proto\x1a\x1cgoogle/protobuf/struct.proto\"V\n\x0bHttpHeaders\x12\x30\n\x07headers\x18\x01 \x01(\x0b\x32\x1f.envoy.config.core.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"A\n\x0cHttpTrailers\x12\x31\n\x08trailers\x18\x01 \x01(\x0b\x32\x1f.envoy.config.core.v3.HeaderMap\"\xe5\x03\n\x11ProcessingRequest\x12\x41\n\x0frequest_headers\x18\x02 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12\x42\n\x10response_headers\x18\x03 \x01(\x0b\x32&.envoy.service.ext_proc.v3.HttpHeadersH\x00\x12;\n\x0crequest_body\x18\x04 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12<\n\rresponse_body\x18\x05 \x01(\x0b\x32#.envoy.service.ext_proc.v3.HttpBodyH\x00\x12\x43\n\x10request_trailers\x18\x06 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x44\n\x11response_trailers\x18\x07 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.HttpTrailersH\x00\x12\x38\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1e.envoy.config.core.v3.MetadataB\t\n\x07request\"f\n\x0eHeaderMutation\x12<\n\x0bset_headers\x18\x01 \x03(\x0b\x32\'.envoy.config.core.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\";\n\x14StreamedBodyResponse\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"x\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x12L\n\x11streamed_response\x18\x03 \x01(\x0b\x32/.envoy.service.ext_proc.v3.StreamedBodyResponseH\x00\x42\n\n\x08mutation\"\x94\x01\n\x0e\x43ommonResponse\x12\x42\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12>\n\rbody_mutation\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyMutation\"N\n\x0fHeadersResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"K\n\x0c\x42odyResponse\x12;\n\x08response\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.CommonResponse\"V\n\x10TrailersResponse\x12\x42\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\"\x99\x01\n\x11ImmediateResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.envoy.type.v3.HttpStatus\x12:\n\x07headers\x18\x02 \x01(\x0b\x32).envoy.service.ext_proc.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\xc4\x04\n\x12ProcessingResponse\x12\x45\n\x0frequest_headers\x18\x01 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12\x46\n\x10response_headers\x18\x02 \x01(\x0b\x32*.envoy.service.ext_proc.v3.HeadersResponseH\x00\x12?\n\x0crequest_body\x18\x03 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12@\n\rresponse_body\x18\x04 \x01(\x0b\x32\'.envoy.service.ext_proc.v3.BodyResponseH\x00\x12G\n\x10request_trailers\x18\x05 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12H\n\x11response_trailers\x18\x06 \x01(\x0b\x32+.envoy.service.ext_proc.v3.TrailersResponseH\x00\x12J\n\x12immediate_response\x18\x07 \x01(\x0b\x32,.envoy.service.ext_proc.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08responseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chassis.wire.ext_proc_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HTTPHEADERS']._serialized_start=120
-  _globals['_HTTPHEADERS']._serialized_end=206
-  _globals['_HTTPBODY']._serialized_start=208
-  _globals['_HTTPBODY']._serialized_end=255
-  _globals['_HTTPTRAILERS']._serialized_start=257
-  _globals['_HTTPTRAILERS']._serialized_end=322
-  _globals['_PROCESSINGREQUEST']._serialized_start=325
-  _globals['_PROCESSINGREQUEST']._serialized_end=810
-  _globals['_HEADERMUTATION']._serialized_start=812
-  _globals['_HEADERMUTATION']._serialized_end=914
-  _globals['_BODYMUTATION']._serialized_start=916
-  _globals['_BODYMUTATION']._serialized_end=958
-  _globals['_COMMONRESPONSE']._serialized_start=961
-  _globals['_COMMONRESPONSE']._serialized_end=1109
-  _globals['_HEADERSRESPONSE']._serialized_start=1111
-  _globals['_HEADERSRESPONSE']._serialized_end=1189
-  _globals['_BODYRESPONSE']._serialized_start=1191
-  _globals['_BODYRESPONSE']._serialized_end=1266
-  _globals['_TRAILERSRESPONSE']._serialized_start=1268
-  _globals['_TRAILERSRESPONSE']._serialized_end=1354
-  _globals['_IMMEDIATERESPONSE']._serialized_start=1357
-  _globals['_IMMEDIATERESPONSE']._serialized_end=1510
-  _globals['_PROCESSINGRESPONSE']._serialized_start=1513
-  _globals['_PROCESSINGRESPONSE']._serialized_end=2042
+  _globals['_HTTPHEADERS']._serialized_start=150
+  _globals['_HTTPHEADERS']._serialized_end=236
+  _globals['_HTTPBODY']._serialized_start=238
+  _globals['_HTTPBODY']._serialized_end=285
+  _globals['_HTTPTRAILERS']._serialized_start=287
+  _globals['_HTTPTRAILERS']._serialized_end=352
+  _globals['_PROCESSINGREQUEST']._serialized_start=355
+  _globals['_PROCESSINGREQUEST']._serialized_end=840
+  _globals['_HEADERMUTATION']._serialized_start=842
+  _globals['_HEADERMUTATION']._serialized_end=944
+  _globals['_STREAMEDBODYRESPONSE']._serialized_start=946
+  _globals['_STREAMEDBODYRESPONSE']._serialized_end=1005
+  _globals['_BODYMUTATION']._serialized_start=1007
+  _globals['_BODYMUTATION']._serialized_end=1127
+  _globals['_COMMONRESPONSE']._serialized_start=1130
+  _globals['_COMMONRESPONSE']._serialized_end=1278
+  _globals['_HEADERSRESPONSE']._serialized_start=1280
+  _globals['_HEADERSRESPONSE']._serialized_end=1358
+  _globals['_BODYRESPONSE']._serialized_start=1360
+  _globals['_BODYRESPONSE']._serialized_end=1435
+  _globals['_TRAILERSRESPONSE']._serialized_start=1437
+  _globals['_TRAILERSRESPONSE']._serialized_end=1523
+  _globals['_IMMEDIATERESPONSE']._serialized_start=1526
+  _globals['_IMMEDIATERESPONSE']._serialized_end=1679
+  _globals['_PROCESSINGRESPONSE']._serialized_start=1682
+  _globals['_PROCESSINGRESPONSE']._serialized_end=2262
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,8 @@
 """
 `peaje check`: what would silently do nothing, or the wrong thing, before it is live.
 
-Envoy's own validation, our lint, the models and identity documents, generic rules, and limits that can never act.
+Envoy's own validation, our lint, the models and identity documents, tokenizers, generic rules, and limits that can never
+act.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from chassis.contract import IDENTITY_PATH
+from chassis.contract import IDENTITY_PATH, MODELS_PATH
 from chassis.errors import PeajeError, Unavailable
+from chassis.models import ModelCatalogue
 from control.cli.client import call
 from control.envoy_lint import lint
 from control.envoy_resources import publish
@@ -26,6 +28,7 @@ from control.located_yaml import load
 from extauth.adapters.document import load_whole as load_identity
 from ratelimit.adapters.rule_files import DIRECTORY as RULES_DIRECTORY
 from ratelimit.adapters.rule_files import load as load_rules
+from ratelimit.adapters.tokenizers import bytes_per_token
 
 _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0.1:1"]}]\n'
 
@@ -33,7 +36,7 @@ _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0
 def check(directory: str | None, *, as_json: bool) -> int:
     """Print findings, one line each; 0 if there are none."""
     source = Path(directory) if directory else SOURCE
-    findings = [*_envoy(source), *_identity(), *_rules(), *_limits()]
+    findings = [*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits()]
     if as_json:
         print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
     else:
@@ -65,6 +68,22 @@ def _envoy(source: Path) -> list[str | Finding]:
             found.append(str(exc).replace(str(home / "envoy"), str(source)))
         except OSError as exc:
             found.append(f"{source}: {exc.strerror}.")
+    return found
+
+
+def _tokenizers() -> list[str]:
+    """Tokenizers in the models document in force that are none: their models' first prompts would be guessed."""
+    models = read_home(os.environ) / MODELS_PATH
+    found = []
+    try:
+        named = [model.tokenizer for model in ModelCatalogue.load(models).models if model.tokenizer] if models.exists() else []
+    except PeajeError:
+        return []  # said above
+    for path in named:
+        try:
+            bytes_per_token(path)
+        except PeajeError as exc:
+            found.append(str(exc))
     return found
 
 

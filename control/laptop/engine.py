@@ -166,7 +166,7 @@ def start_dynamo(
     )
     return Engine(
         description=f"NVIDIA Dynamo {dynamo_version(environment)}, frontend and mocker",
-        document=_document("dynamo", port),
+        document=_document("dynamo", port, tokenizer=str(_MODEL_DIRECTORY / "tokenizer.json")),
         parts=(frontend, worker),
     )
 
@@ -208,8 +208,8 @@ def _dynamo_environment(environment: Path) -> Path:
     return environment.with_name(environment.name + "-dynamo")
 
 
-def _document(kind: str, port: int) -> dict[str, Any]:
-    return {"models": [{"name": SERVED_NAME, "engine": kind, "endpoints": [f"127.0.0.1:{port}"]}]}
+def _document(kind: str, port: int, **more: str) -> dict[str, Any]:
+    return {"models": [{"name": SERVED_NAME, "engine": kind, "endpoints": [f"127.0.0.1:{port}"], **more}]}
 
 
 def _make_environment(environ: Mapping[str, str], say: Say) -> str | None:

@@ -43,6 +43,10 @@ _CLIENT_FLAGS = {"DC", "DPE"}
 _UPSTREAM_FLAGS = {"UH", "UF", "UC", "UR", "UT", "UO", "URX", "LR", "NC", "UPE", "UMSDR", "SI", "OM"}
 
 
+#: How metering can know what a stream that it ended has delivered.
+_STOPPED_BASES = ("running", "counted")
+
+
 class Malformed(ValueError):
     """A complete line that is not a record."""
 
@@ -199,6 +203,10 @@ def judge(entry: Entry, outcome: str) -> Usage:
     Counted are frames that carried content, of engines that send one token in each: the content is kept
     nowhere, so no tokenizer can read it afterwards. The prompt is an estimate even then. Zero stays zero when the engine said zero. An exchange that failed before a token has none.
     """
+    stopped = entry.fields[c.J_USAGE].get(c.USE_STOPPED)
+    if stopped in _STOPPED_BASES:
+        # The closing usage is ours: what metering let through before it ended the stream.
+        return _counted(entry, basis=stopped)
     seen = entry.fields[c.J_USAGE].get(c.USE_SEEN, "none")
     if seen == "final":
         return _counted(entry, basis="reported")
@@ -281,6 +289,8 @@ def _outcome(entry: Entry, status: int) -> str:
         return "client_closed"
     if flags & _UPSTREAM_FLAGS:
         return "upstream_error"
+    if entry.fields[c.J_USAGE].get(c.USE_STOPPED) in _STOPPED_BASES:
+        return "budget_exhausted"
     if 200 <= status < 400:
         return "ok"
     from_engine = entry.fields.get(c.J_DETAILS) == "via_upstream"

@@ -2,17 +2,18 @@
 -- Take all that one request asks, or nothing, and note what was taken.
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
--- ARGV[1]  the demand as JSON: t tenant, r request, s whether it settles, d lease in microseconds, in estimated
---          input tokens, c counters; and of what Envoy's workers spend by themselves: b a lease that is
---          given back (i its id, n requests and t tokens that are left), g one that is asked for (i, n, t,
---          d its length in microseconds)
+-- ARGV[1]  the demand as JSON: t tenant, r request, e the life of its Envoy, s whether it settles, d lease in microseconds,
+--          in estimated input tokens, o output tokens of all choices together {least, lean, full}, w how many
+--          times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
+--          workers spend by themselves: b a lease that is given back (i its id, n requests and t tokens that
+--          are left), g one that is asked for (i, n, t, d its length in microseconds)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, 1 if the lease was given, else 0, then per counter its level, 1 if it had room, else 0,
---         and for a fair share the wait}
+-- Answer: {verdict, now, 1 if the lease was given, else 0, output tokens granted, then per counter its level, what
+--         of that is held, 1 if it had room, else 0, and for a fair share the wait}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
-local levels, rooms, waits, given = {}, {}, {}, 0
+local levels, helds, rooms, waits, given = {}, {}, {}, {}, 0
 
 local function in_unit(counter, lease) return counter.u == 'requests' and lease.n or lease.t end
 
@@ -43,7 +44,7 @@ for i, counter in ipairs(demand.c) do
   elseif counter.k == 'backlog' then
     levels[i], waits[i] = backlog_of(counter, demand.t, now)
   else
-    levels[i] = quota_of(counter, now)
+    levels[i], helds[i] = quota_of(counter, now)
     if not levels[i] then
       local seed = seeds[counter.n]
       if not seed then return { -1, whole(now), 0 } end
@@ -61,17 +62,24 @@ local function has_room(i, counter, hits)
   return levels[i] + hits <= counter.a
 end
 
-local function judge(way)
+-- Hits that each counter is asked for: all of the full ask, or the lean one with so many output tokens.
+local function asked(counter, output)
+  return output and lean_hits(demand, counter, output, demand['in']) or counter.f
+end
+
+local function fits(output)
   for i, counter in ipairs(demand.c) do
-    if counter.e == 'refuse' and not has_room(i, counter, counter[way]) then return false end
+    local times = not output and is_hard(counter) and demand.w or 1
+    if counter.e == 'refuse' and not has_room(i, counter, asked(counter, output) * times) then return false end
   end
   return true
 end
 
-local function answer(verdict)
-  local said = { verdict, whole(now), given }
+local function answer(verdict, output)
+  local said = { verdict, whole(now), given, whole(output) }
   for i in ipairs(demand.c) do
     said[#said + 1] = exact(levels[i])
+    said[#said + 1] = whole(helds[i] or 0)
     said[#said + 1] = rooms[i] == false and 0 or 1
     said[#said + 1] = exact(waits[i] or 0)
   end
@@ -97,17 +105,20 @@ end
 
 -- Asked again (a call that was repeated): the same answer, and nothing more is taken.
 local known = demand.s and redis.call('GET', KEYS[1])
-if known and known ~= '' then return answer(tonumber(string.sub(known, 1, 1))) end
+if known and known ~= '' then
+  local reservation = reservation_of(known)
+  return answer(reservation.verdict, reservation.verdict == 1 and demand.o[3] or reservation.output)
+end
 
-local verdict, way = 1, 'f'
-if not judge('f') then
-  verdict, way = 2, 'l'
-  if not judge('l') then return answer(0) end
+local verdict, output = 1, nil
+if not fits(nil) then
+  verdict, output = 2, most_that_fits(demand.o[1], demand.o[2], fits)
+  if not output then return answer(0, 0) end
 end
 
 local taken = ''
 for i, counter in ipairs(demand.c) do
-  local hits = counter[way]
+  local hits = asked(counter, output)
   rooms[i] = has_room(i, counter, hits)
   local takes = rooms[i] or counter.e ~= 'shadow'
   taken = taken .. (takes and 1 or 0)
@@ -126,17 +137,18 @@ for i, counter in ipairs(demand.c) do
     else
       levels[i] = levels[i] + hits
       redis.call('HINCRBY', counter.n, 'held', whole(hits))
-      redis.call('ZADD', counter.n .. ':held', whole(now + demand.d), whole(hits) .. ':' .. demand.r)
+      redis.call('ZADD', counter.n .. ':held', whole(now + demand.d), member(hits, demand.r))
       keep(counter, counter.n)
       keep(counter, counter.n .. ':held')
     end
   end
 end
 if demand.s then
-  -- The demand as it came: encoding it again would round its numbers to 14 digits.
-  redis.call('SET', KEYS[1], verdict .. taken .. ARGV[1], 'PX', whole(demand.d / 1000))
+  put_reservation(KEYS[1], {
+    verdict = verdict, taken = taken, text = ARGV[1], demand = demand, output = output, input = demand['in'],
+  })
   redis.call('ZADD', KEYS[2], whole(now), demand.r)
   redis.call('PEXPIRE', KEYS[2], whole(demand.d / 1000 + 1000))
 end
 if demand.g then given = lease() end
-return answer(verdict)
+return answer(verdict, output or demand.o[3])

@@ -1,5 +1,5 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Shared by admit.lua and settle.lua, which follow it: how counters are stored.
+-- Shared by admit.lua, renew.lua and settle.lua, which follow it: how counters and reservations are stored.
 -- The arithmetic is that of ratelimit/core (bucket.py, decide.py); tests run the two side by side.
 -- Redis 7.0 features only. The store's own time is the only clock, in microseconds.
 --
@@ -7,10 +7,13 @@
 --            NAME:leases of lease ids by end
 --   quota    hash {used, held} and, beside it, the sorted set NAME:held of "hits:request" by end
 --   leases   sorted set of request by end
+--   reservation   text: verdict, then per counter 1 if it was taken from, then of a lean one "=" the output
+--                 and "," the input tokens that are held, then the demand as it came
 --
 -- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
 -- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
--- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens.
+-- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, and the
+-- least that a request with any token costs.
 
 local DAYS_400_MS = 34560000000
 -- Leases purged in one call; more wait for the next, and until then count as held.
@@ -90,7 +93,7 @@ local function keep(counter, key)
   end
 end
 
--- Used and held of a quota, or nil if the store knows nothing of it.
+-- Used and held of a quota together, and held alone; nil if the store knows nothing of it.
 local function quota_of(counter, now)
   local stored = redis.call('HMGET', counter.n, 'used', 'held')
   if not stored[1] then return nil end
@@ -102,11 +105,80 @@ local function quota_of(counter, now)
     redis.call('ZREM', leases, member)
   end
   if #over > 0 then redis.call('HSET', counter.n, 'held', whole(held)) end
-  return tonumber(stored[1]) + held
+  return tonumber(stored[1]) + held, held
 end
 
 local function leases_of(counter, now)
   local over = redis.call('ZRANGEBYSCORE', counter.n, '-inf', whole(now), 'LIMIT', 0, PURGED_MAX)
   if #over > 0 then redis.call('ZREM', counter.n, unpack(over)) end
   return redis.call('ZCOUNT', counter.n, '(' .. whole(now), '+inf')
+end
+
+-- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
+-- and nano-units per million would not be exact in a double.
+local function cost(price, input, output, cached)
+  if input == 0 and output == 0 then return 0 end
+  local amount, rest = 0, 0
+  local tokens = { input - cached, output, cached }
+  for i = 1, 3 do
+    local low = price[i] % 1000000
+    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
+    rest = rest + tokens[i] * low
+  end
+  return math.max(price[4] or 0, amount + math.ceil(rest / 1000000))
+end
+
+local HITS = {
+  tokens = function(_, input, output) return input + output end,
+  input_tokens = function(_, input) return input end,
+  output_tokens = function(_, _, output) return output end,
+  cached_tokens = function(_, _, _, cached) return cached end,
+  money = function(counter, input, output, cached)
+    return type(counter.c) == 'table' and cost(counter.c, input, output, cached) or 0
+  end,
+}
+
+-- What so many tokens add to a counter; a request is one hit of requests and of concurrency.
+local function hits_of(counter, input, output, cached)
+  local counted = HITS[counter.u]
+  return counted and counted(counter, input, output, cached) or 1
+end
+
+-- A quota or budget that may not be overshot: what is asked of it goes by the output that is granted.
+local function is_hard(counter) return counter.k == 'quota' and counter.e == 'refuse' end
+
+-- Hits that the lean ask takes of a counter where so many tokens are held. Any but a hard counter is asked
+-- for the usual, and settles as a debt.
+local function lean_hits(demand, counter, output, input)
+  if not demand.o or not is_hard(counter) then return counter.l end
+  return hits_of(counter, input, output, 0)
+end
+
+-- The most tokens that fit, from `high` down to `low`; nil if not even those do.
+local function most_that_fits(low, high, fits)
+  if fits(high) then return high end
+  if low >= high or not fits(low) then return nil end
+  while high - low > 1 do
+    local middle = math.floor((low + high) / 2)
+    if fits(middle) then low = middle else high = middle end
+  end
+  return low
+end
+
+-- Who holds how much of a quota, in the sorted set of its holders.
+local function member(hits, request) return whole(hits) .. ':' .. request end
+
+local function reservation_of(stored)
+  local verdict, taken, output, input, text = string.match(stored, '^(%d)([01]*)=?(%d*),?(%d*)(.*)$')
+  local demand = cjson.decode(text)
+  return {
+    verdict = tonumber(verdict), taken = taken, text = text, demand = demand,
+    output = tonumber(output) or demand.o and demand.o[2], input = tonumber(input) or demand['in'],
+  }
+end
+
+local function put_reservation(key, it)
+  local held = it.verdict == 2 and '=' .. whole(it.output) .. ',' .. whole(it.input) or ''
+  -- The demand as it came: encoding it again would round its numbers to 14 digits.
+  redis.call('SET', key, it.verdict .. it.taken .. held .. it.text, 'PX', whole(it.demand.d / 1000))
 end

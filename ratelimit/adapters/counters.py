@@ -21,7 +21,7 @@ from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from chassis.errors import Unavailable
-from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Verdict, outcome
+from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.lease import LENGTH_US, Lease
 from ratelimit.core.limits import Period
@@ -79,7 +79,9 @@ class StoredCounters:
         self._store = store
         shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
         self._raise = _script((_SCRIPTS / "raise.lua").read_text())
-        self._admit, self._settle = (_script(shared + (_SCRIPTS / name).read_text()) for name in ("admit.lua", "settle.lua"))
+        self._admit, self._renew, self._settle = (
+            _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle")
+        )
 
     def take(
         self, demand: Demand, seeds: Mapping[str, int], *, lease: Lease | None = None, back: Lease | None = None
@@ -107,11 +109,18 @@ class StoredCounters:
         answer = self._call(self._admit, _keys(demand, place), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
-        values, rooms, waits = [float(level) for level in answer[3::3]], answer[4::3], [float(wait) for wait in answer[5::3]]
+        values, held = [float(level) for level in answer[4::4]], [int(part) for part in answer[5::4]]
+        rooms, waits = answer[6::4], [float(wait) for wait in answer[7::4]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(
-            demand, Verdict(answer[0]), values, int(answer[1]), over=over, waits=waits, leased=bool(answer[2])
-        )
+            demand, Verdict(answer[0]), values, int(answer[1]), leased=bool(answer[2]), output=int(answer[3]), held=held,
+            waits=waits, over=over,
+        )  # fmt: skip
+
+    def renew(self, *, tenant_id: str, request_id: str, renewal: Renewal) -> int:
+        """Output tokens held for a stream after *renewal*, as `ratelimit.core.decide.renew` has it."""
+        numbers = (-1 if renewal.input is None else renewal.input, renewal.output, renewal.more)
+        return int(self._call(self._renew, [reservation_key(tenant_id, request_id)], numbers))
 
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
@@ -130,6 +139,14 @@ class StoredCounters:
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
+
+    def epochs(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, str]:
+        """The Envoy life that each open reservation was made for; none for what is settled or does not know it."""
+        try:
+            found: Any = self._store.mget([reservation_key(tenant_id, request_id) for request_id in request_ids])
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return {request_id: _epoch(stored) for request_id, stored in zip(request_ids, found, strict=True) if stored}
 
     def under_way(self, model: str) -> list[str]:
         """Tenants that have a slot of *model*'s pool."""
@@ -205,6 +222,11 @@ def open_key(place: str) -> str:
     return f"peaje:{{{place}}}:open"
 
 
+def _epoch(reservation: bytes) -> str:
+    # Before the demand stand digits and signs only.
+    return str(orjson.loads(reservation[reservation.index(b"{") :]).get("e", ""))
+
+
 def _script(text: str) -> _Script:
     # The store names scripts by this hash; nothing rests on its strength.
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
@@ -221,9 +243,10 @@ def _keys(demand: Demand, place: str) -> list[str]:
 
 def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
     # Without a hard limit both asks hold the usual.
-    full = demand.lean if demand.cap_full is None else demand.full
+    full = demand.full if demand.is_capped else demand.lean
     document: dict[str, Any] = {
-        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch,
+        "w": demand.room_for, "o": [demand.output_least, demand.lean.output, demand.full.output],
         "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
         "c": [_counter_document(counter) for counter in demand.counters],
     }  # fmt: skip
@@ -240,7 +263,7 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter), "w": counter.weight,
-        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano],
+        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano],
     }  # fmt: skip
 
 

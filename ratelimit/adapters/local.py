@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from chassis.errors import Unavailable
-from ratelimit.core.decide import Memory, Outcome, settle, take
+from ratelimit.core.decide import Memory, Outcome, Renewal, renew, settle, take
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, OnStoreError
 from ratelimit.core.usage import Report
@@ -64,6 +64,11 @@ class LocalCounters:
         with self._lock:
             shared = tuple(self._shared(counter, away_seconds) for counter in counted)
             return take(self._memory, dataclasses.replace(demand, counters=shared), now_us)
+
+    def renew(self, request_id: str, renewal: Renewal, now_us: int) -> int:
+        """Renew what was decided here; 0 if it was not."""
+        with self._lock:
+            return renew(self._memory, request_id, renewal, now_us)
 
     def settle(self, request_id: str, report: Report, now_us: int) -> bool:
         """Settle what was decided here; False if it was not."""

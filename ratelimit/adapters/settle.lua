@@ -10,37 +10,16 @@ local stored = redis.call('GET', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[5])
 if not stored or stored == '' then return { 0, 0 } end
 redis.call('SET', KEYS[1], '', 'PX', ARGV[4])
-local verdict, taken, text = string.match(stored, '^(%d)([01]*)(.*)$')
-local demand = cjson.decode(text)
+local reservation = reservation_of(stored)
+local demand, taken = reservation.demand, reservation.taken
 local now = clock()
 local input, output, cached = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 if input < 0 then input = demand['in'] end
 cached = math.min(cached, input)
 
--- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
--- and nano-units per million would not be exact in a double.
-local function cost(price)
-  local amount, rest = 0, 0
-  local tokens = { input - cached, output, cached }
-  for i = 1, 3 do
-    local low = price[i] % 1000000
-    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
-    rest = rest + tokens[i] * low
-  end
-  return amount + math.ceil(rest / 1000000)
-end
-
-local USED = {
-  requests = function() return 1 end,
-  tokens = function() return input + output end,
-  input_tokens = function() return input end,
-  output_tokens = function() return output end,
-  cached_tokens = function() return cached end,
-  money = function(counter) return type(counter.c) == 'table' and cost(counter.c) or 0 end,
-}
-
 for i, counter in ipairs(demand.c) do
-  local hits = verdict == '1' and counter.f or counter.l
+  local hits = counter.f
+  if reservation.verdict == 2 then hits = lean_hits(demand, counter, reservation.output, reservation.input) end
   if string.sub(taken, i, i) == '0' then
     -- A shadow limit without room: nothing was taken.
   elseif counter.k == 'leases' then
@@ -48,17 +27,19 @@ for i, counter in ipairs(demand.c) do
   elseif counter.k == 'slots' then
     leave_slot(counter, demand.t .. '/' .. demand.r)
   elseif counter.k == 'backlog' then
-    add_backlog(counter, demand.t, USED[counter.u](counter) - hits, now)
+    add_backlog(counter, demand.t, hits_of(counter, input, output, cached) - hits, now)
   elseif counter.k == 'bucket' then
     if counter.u ~= 'requests' then
-      put_debt(counter, debt_of(counter, now) + (USED[counter.u](counter) - hits) * counter.p, now)
+      put_debt(counter, debt_of(counter, now) + (hits_of(counter, input, output, cached) - hits) * counter.p, now)
     end
   -- A quota that was wiped meanwhile is given back by the ledger, which has this exchange in it.
   elseif redis.call('EXISTS', counter.n) == 1 then
-    if redis.call('ZREM', counter.n .. ':held', whole(hits) .. ':' .. demand.r) == 1 then
+    if redis.call('ZREM', counter.n .. ':held', member(hits, demand.r)) == 1 then
       redis.call('HINCRBY', counter.n, 'held', whole(-hits))
     end
-    redis.call('HINCRBY', counter.n, 'used', whole(USED[counter.u](counter)))
+    redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached)))
   end
 end
-return { 1, input + output - (verdict == '1' and demand.ft or demand.lt) }
+local held = reservation.input + (reservation.output or 0)
+if reservation.verdict == 1 then held = demand.ft or held end
+return { 1, input + output - held }

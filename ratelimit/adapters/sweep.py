@@ -5,7 +5,8 @@ Settle what Envoy did not: the ledger is the second side from which an exchange 
 Envoy sends a settle once and ignores the answer; it is lost when Envoy, this service or the store
 dies in that moment. What the ledger has as ended is settled with the ledger's own counts. What the
 ledger has never heard of, long after it was admitted, never reached a model server (its client was
-gone before): it is given back whole. What is under way stays. Any number of processes may sweep.
+gone before): it is given back whole, once the journal of its own Envoy has been read past it. What is
+under way stays. Any number of processes may sweep.
 """
 
 from __future__ import annotations
@@ -36,8 +37,18 @@ _ENDED: Final = """
 select request_id, input_tokens, output_tokens, cached_tokens from usage_event where request_id = any(%s)
 """
 _UNDER_WAY: Final = "select request_id from open_exchange where request_id = any(%s)"
-#: How far every journal has been read: one that stands still may hold a start record unread.
-_READ_UNTIL: Final = "select min(updated_at) from journal_position"
+#: Up to when the journal of each Envoy life has been read to its end. One that has nothing to say moves on with its
+#: collector; one whose collector is away may hold a start record unread, and only what its own Envoy admitted waits
+#: for it, at most until the lease ends. Not by the places in its files: one that was rotated is never read again.
+_READ_UNTIL: Final = """
+select epoch, min(read_until)
+from (select epoch, journal from journal_stream union select epoch, journal from ended_life) life
+join journal_state using (journal)
+where epoch = any(%s)
+group by epoch
+"""
+#: For what does not know its Envoy: any journal may tell of it.
+_ALL_READ_UNTIL: Final = "select min(read_until) from journal_state"
 
 
 class Counters(Protocol):
@@ -45,6 +56,9 @@ class Counters(Protocol):
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Open reservations, oldest first."""
+
+    def epochs(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, str]:
+        """Whose journal tells of each."""
 
     def settle(self, *, tenant_id: str, request_id: str, report: Report) -> object | None:
         """Settle one; None if it is settled."""
@@ -76,12 +90,13 @@ class Sweep:
         ids = [request_id for request_id, _ in aged]
         ended = {row[0]: Report(input=row[1], output=row[2], cached=row[3]) for row in fetch_all(self._pool, _ENDED, (ids,))}
         under_way = {row[0] for row in fetch_all(self._pool, _UNDER_WAY, (ids,))}
-        [(read_until,)] = fetch_all(self._pool, _READ_UNTIL, ())
+        unheard_of = [request_id for request_id in ids if request_id not in ended and request_id not in under_way]
+        read_until = self._read_until(tenant_id, unheard_of)
         settled = 0
         for request_id, admitted_us in aged:
             report = ended.get(request_id)
-            if report is None and request_id not in under_way and read_until is not None:
-                unheard_of_us = _microseconds(min(now, read_until)) - admitted_us
+            if report is None and request_id in read_until:
+                unheard_of_us = _microseconds(min(now, read_until[request_id])) - admitted_us
                 if unheard_of_us > ORPHAN_AGE_MIN.total_seconds() * 1_000_000:
                     report = Report(input=0, output=0)
             if report is not None:
@@ -89,6 +104,16 @@ class Sweep:
         if settled:
             log.info("settled_from_ledger", tenant=tenant_id, count=settled)
         return settled
+
+    def _read_until(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, datetime]:
+        """Up to when the journal that would tell of each has been read; nothing for one that nobody has read yet."""
+        if not request_ids:
+            return {}
+        epochs = self._counters.epochs(tenant_id, request_ids)
+        known = dict(fetch_all(self._pool, _READ_UNTIL, (sorted(set(epochs.values())),)))
+        [(of_all,)] = fetch_all(self._pool, _ALL_READ_UNTIL, ())
+        found = {request_id: known.get(epoch) if epoch else of_all for request_id, epoch in epochs.items()}
+        return {request_id: moment for request_id, moment in found.items() if moment is not None}
 
 
 def sweep_for_ever(sweep: Sweep, clock: Callable[[], datetime]) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from chassis.refusals import Refusal
 from ratelimit.core.limits import LENGTHS_US, Effect, Period, Unit
-from ratelimit.core.reading import Reading
+from ratelimit.core.reading import LEASE_WAIT_US, Reading
 
 _MICROSECONDS = 1_000_000
 
@@ -100,9 +100,12 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
         found["retry-after-ms"] = str(-(-worst.wait_us // 1000))
     counter = worst.counter
     if counter.unit is Unit.MONEY:
-        message = f"The budget of this {counter.scope} is used up ({_PER[counter.period]})."
-        # A budget comes back on a date, not after a pause: clients must not wait in a loop for it.
-        found["x-should-retry"] = "false"
+        if worst.wait_us is not None and worst.wait_us <= LEASE_WAIT_US:
+            message = f"What is left of the budget of this {counter.scope} is held by requests under way ({_PER[counter.period]})."
+        else:
+            message = f"The budget of this {counter.scope} is used up ({_PER[counter.period]})."
+            # It comes back on a date, not after a pause: clients must not wait in a loop for it.
+            found["x-should-retry"] = "false"
         return Refusal(status=402, code="insufficient_quota", message=message, type="insufficient_quota"), found
     if counter.is_shared:
         message = (
@@ -110,11 +113,10 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
             f"Try again in {retry_after_seconds(worst.wait_us or 0)} s."
         )
         return Refusal(status=429, code="fair_share", message=message, type=_FAIR_SHARE_TYPES[counter.unit]), found
-    unit = _UNITS.get(counter.unit, counter.unit.value.replace("_", " "))
-    limit = f"{counter.amount} {unit} {_PER[counter.period]}"
+    limit = f"{_counted(counter.amount, counter.unit)} {_PER[counter.period]}"
     if worst.wait_us is None:
         message = (
-            f"This request needs about {counter.lean} {unit}; the limit of this {counter.scope} is {limit}, "
+            f"This request needs about {_counted(worst.hits, counter.unit)}; the limit of this {counter.scope} is {limit}, "
             "so it can never pass. Ask for fewer."
         )
     else:
@@ -124,6 +126,11 @@ def refusal(readings: Sequence[Reading]) -> tuple[Refusal, dict[str, str]]:
         )
     kind = "requests" if counter.unit is Unit.CONCURRENCY else counter.unit.value
     return Refusal(status=429, code="rate_limit_exceeded", message=message, type=kind), found
+
+
+def _counted(amount: int, unit: Unit) -> str:
+    words = _UNITS.get(unit, unit.value.replace("_", " "))
+    return f"{amount} {words.removesuffix('s') if amount == 1 else words}"
 
 
 def retry_after_seconds(wait_us: int) -> int:

@@ -9,6 +9,8 @@ side). Times are microseconds of one clock, whichever that is.
 
 from __future__ import annotations
 
+import dataclasses
+from bisect import bisect_left
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,7 +21,7 @@ from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.fairshare import Backlog, Slots, Standing
 from ratelimit.core.limits import Effect, Unit
 from ratelimit.core.reading import Reading, read
-from ratelimit.core.usage import Report, hits
+from ratelimit.core.usage import Report, Usage, hits
 
 #: An unsettled reservation is given back after this. Longer than streams live (Envoy ends a silent
 #: one after 600 s, a busy one has ended by then); what is known to be over is settled far earlier.
@@ -67,7 +69,11 @@ class Level:
             del self.held[request_id]
         if counter.kind is Kind.LEASES:
             return len(self.held)
-        return self.used + sum(hits_ for hits_, _ in self.held.values())
+        return self.used + self.reserved(counter)
+
+    def reserved(self, counter: Counter) -> int:
+        """What of a quota's value is held and not used: it may come back before the quota starts anew."""
+        return sum(hits_ for hits_, _ in self.held.values()) if counter.kind is Kind.QUOTA else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +82,24 @@ class Reservation:
 
     demand: Demand
     verdict: Verdict
+    #: Tokens that are held of the lean ask: of the prompt, and of all choices' output together.
+    input: int
+    output: int
     #: Names of the counters that were really taken from (a shadow limit without room was not).
     taken: frozenset[str]
     ends_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """What a stream under way asks to go on being held."""
+
+    #: None while nobody knows: the estimate it was admitted with then stands.
+    input: int | None
+    #: Tokens that are delivered, of all choices together, if this is granted.
+    output: int
+    #: How many beyond them.
+    more: int
 
 
 @dataclass(slots=True)
@@ -95,6 +116,8 @@ class Outcome:
 
     verdict: Verdict
     readings: tuple[Reading, ...]
+    #: Output tokens that are held for the request, of all its choices together.
+    output: int = 0
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
     #: Whether the lease that was asked for was taken as well.
@@ -115,13 +138,14 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
     values, waits = [standing.level for standing in standings], [standing.wait_us for standing in standings]
     known = _reservation(memory, demand.request_id, now_us)
     if known is not None:
-        return outcome(demand, known.verdict, values, now_us, waits=waits)
-    verdict = _judge(demand, values)
+        return outcome(demand, known.verdict, values, now_us, output=known.output, waits=waits)
+    verdict, output = _judge(demand, values)
     if verdict is Verdict.REFUSED:
-        return outcome(demand, verdict, values, now_us, waits=waits)
+        held = [level.reserved(counter) for level, counter in zip(levels, demand.counters, strict=True)]
+        return outcome(demand, verdict, values, now_us, held=held, waits=waits)
     taken, over = set(), set()
     for index, (counter, level) in enumerate(zip(demand.counters, levels, strict=True)):
-        wanted = asked(counter, verdict)
+        wanted = asked(demand, counter, verdict, output)
         if not has_room(counter, values[index], wanted):
             over.add(counter.name)
             if counter.effect is Effect.SHADOW:
@@ -141,9 +165,51 @@ def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
             level.held[demand.request_id] = (wanted, now_us + LEASE_US)
     if demand.settles:
         memory.reservations[demand.request_id] = Reservation(
-            demand=demand, verdict=verdict, taken=frozenset(taken), ends_us=now_us + LEASE_US
-        )
-    return outcome(demand, verdict, values, now_us, waits=waits, over=frozenset(over))
+            demand=demand, verdict=verdict, input=demand.lean.input, output=output, taken=frozenset(taken),
+            ends_us=now_us + LEASE_US,
+        )  # fmt: skip
+    return outcome(demand, verdict, values, now_us, output=output, waits=waits, over=frozenset(over))
+
+
+def renew(memory: Memory, request_id: str, renewal: Renewal, now_us: int) -> int:
+    """
+    Hold what *renewal* asks of each hard counter, or as much beyond what is delivered as is left.
+
+    Answers the output tokens held then. Fewer than *renewal* delivers: what is left does not pay them,
+    and nothing has changed. 0: there is no reservation (any more).
+    """
+    reservation = _reservation(memory, request_id, now_us)
+    if reservation is None:
+        return 0
+    demand = reservation.demand
+    if reservation.verdict is Verdict.FULL:
+        return demand.full.output
+    input_ = reservation.input if renewal.input is None else renewal.input
+    others: list[tuple[Counter, Level, float]] = []
+    for counter in demand.counters:
+        if counter.is_hard and counter.name in reservation.taken:
+            level = memory.levels.get(counter.name) or Level()
+            value = level.value(counter, now_us)
+            others.append((counter, level, value - level.held.get(request_id, (0, 0))[0]))
+
+    def asks(counter: Counter, output: int) -> int:
+        return hits(counter.unit, Usage(input=input_, output=output), counter.price)
+
+    # The model server is held to the full ask, so nothing beyond it can come.
+    candidates = range(renewal.output, max(renewal.output, min(renewal.output + renewal.more, demand.full.output)) + 1)
+    fitting = bisect_left(
+        candidates, x=True, key=lambda output: any(value + asks(c, output) > c.amount for c, _, value in others)
+    )
+    if not fitting:
+        return reservation.output
+    granted = candidates[fitting - 1]
+    for counter, level, _ in others:
+        level.held[request_id] = (asks(counter, granted), now_us + LEASE_US)
+        memory.levels[counter.name] = level
+    memory.reservations[request_id] = dataclasses.replace(
+        reservation, input=input_, output=granted, ends_us=now_us + LEASE_US
+    )
+    return granted
 
 
 def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool:
@@ -166,11 +232,11 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
         if counter.kind is Kind.SLOTS:
             level.slots.leave(request_id)
         elif counter.kind is Kind.BACKLOG:
-            excess = used - asked(counter, reservation.verdict)
+            excess = used - counter.lean
             level.backlog.add(counter, reservation.demand.tenant_id, excess, now_us)
         elif counter.kind is Kind.BUCKET:
             if counter.unit is not Unit.REQUESTS:
-                excess = used - asked(counter, reservation.verdict)
+                excess = used - counter.lean
                 debt = bucket.drained(counter, debt=level.debt, at_us=level.at_us, now_us=now_us)
                 level.debt, level.at_us = max(0.0, debt + excess * counter.period_us), now_us
         else:
@@ -179,9 +245,13 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
     return True
 
 
-def asked(counter: Counter, verdict: Verdict) -> int:
-    """Hits that *counter* is asked for under *verdict*."""
-    return counter.full if verdict is Verdict.FULL else counter.lean
+def asked(demand: Demand, counter: Counter, verdict: Verdict, output: int) -> int:
+    """Hits that *counter* is asked for under *verdict*, with *output* tokens granted if that is lean."""
+    if verdict is Verdict.FULL:
+        return counter.full
+    if not counter.is_hard:
+        return counter.lean
+    return hits(counter.unit, Usage(input=demand.lean.input, output=output), counter.price)
 
 
 def has_room(counter: Counter, value: float, wanted: int) -> bool:
@@ -200,21 +270,23 @@ def outcome(
     values: Sequence[float],
     now_us: int,
     *,
+    held: Sequence[int] = (),
+    output: int = 0,
     waits: Sequence[float],
     over: frozenset[str] = frozenset(),
     leased: bool = False,
 ) -> Outcome:
-    """The outcome with the readings at *values*; to one that was refused, they say how long to wait."""
+    """
+    The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least.
+
+    *held* is the part of each value that others hold and have not used; nothing unless said.
+    """
     refused = verdict is Verdict.REFUSED
-    return Outcome(
-        verdict=verdict,
-        readings=tuple(
-            read(counter, value, hits=counter.lean if refused else 0, now_us=now_us, wait_us=wait)
-            for counter, value, wait in zip(demand.counters, values, waits, strict=True)
-        ),
-        over=over,
-        leased=leased,
-    )
+    readings = []
+    for counter, value, part, wait in zip(demand.counters, values, held or [0] * len(values), waits, strict=True):
+        least = asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0
+        readings.append(read(counter, value, held=part, hits=least, now_us=now_us, wait_us=wait))
+    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over, leased=leased)
 
 
 def seeded(memory: Memory, used: Mapping[str, int]) -> None:
@@ -228,11 +300,19 @@ def _reservation(memory: Memory, request_id: str, now_us: int) -> Reservation | 
     return found if found is not None and now_us < found.ends_us else None
 
 
-def _judge(demand: Demand, values: Sequence[float]) -> Verdict:
-    for verdict in (Verdict.FULL, Verdict.LEAN):
-        if all(
-            counter.effect is not Effect.REFUSE or has_room(counter, value, asked(counter, verdict))
+def _judge(demand: Demand, values: Sequence[float]) -> tuple[Verdict, int]:
+    """The verdict, and the output tokens it grants: the most that fit, from the usual down to the least."""
+
+    def fits(verdict: Verdict, output: int) -> bool:
+        times = demand.room_for if verdict is Verdict.FULL else 1
+        return all(
+            counter.effect is not Effect.REFUSE
+            or has_room(counter, value, asked(demand, counter, verdict, output) * (times if counter.is_hard else 1))
             for counter, value in zip(demand.counters, values, strict=True)
-        ):
-            return verdict
-    return Verdict.REFUSED
+        )
+
+    if fits(Verdict.FULL, demand.full.output):
+        return Verdict.FULL, demand.full.output
+    candidates = range(demand.output_least, demand.lean.output + 1)
+    fitting = bisect_left(candidates, x=True, key=lambda output: not fits(Verdict.LEAN, output))
+    return (Verdict.LEAN, candidates[fitting - 1]) if fitting else (Verdict.REFUSED, 0)

@@ -5,8 +5,9 @@ What a request asks of each counter: the limits that bind it, turned into names 
 There are two ways to ask. *Full* is what the request can reach at worst; *lean* is what it
 usually reaches. A counter that is settled as a debt (a bucket, a soft budget) is asked for the
 usual in both. A hard quota or budget may not be overshot, so it is asked for the worst, and if
-that does not fit for the usual, with the output capped at exactly what is held: far from the
-limit nobody's answer is cut short, near it nobody is refused who could still be served.
+that does not fit for the usual or for as much of it as is left, down to the *least* that is worth
+an answer. The output is then capped at exactly what is held: far from the limit nobody's answer
+is cut short, near it nobody is refused who could still be served.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from ratelimit.core.windows import window
 #: Dialects whose answers have no generated tokens.
 _WITHOUT_OUTPUT: Final = ("openai.embeddings", "openai.models")
 _WITHOUT_TOKENS: Final = "openai.models"
+#: Output tokens of one choice below which an answer is not worth its prompt: near the end of a hard
+#: quota a request is refused rather than capped at fewer.
+OUTPUT_TOKENS_LEAST: Final = 16
+#: A stream that can be held in slices is held whole only while that leaves three more like it: whole answers hold
+#: far more than they use, and what they hold must not end the streams of others.
+WHOLE_SHARE: Final = 4
 #: A pool is full when its backlog is what it does in so long: it evens out bursts, and is a wait that
 #: nobody notices beside that of a generation.
 BACKLOG_SECONDS: Final = 5
@@ -83,6 +90,11 @@ class Counter:
         """Length of a bucket's period; 0 for what has none."""
         return LENGTHS_US.get(self.period, 0)
 
+    @property
+    def is_hard(self) -> bool:
+        """Whether it may not be overshot: what is asked of it goes by the output that is granted."""
+        return self.kind is Kind.QUOTA and self.effect is Effect.REFUSE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -93,15 +105,32 @@ class Demand:
     counters: tuple[Counter, ...]
     full: Usage
     lean: Usage
-    #: Output tokens per choice to which the model server must be held, if a hard limit binds; else None.
-    cap_full: int | None = None
-    cap_lean: int | None = None
+    #: Fewest output tokens, of all choices together, that a hard counter is asked for; as in *lean* unless said.
+    output_least: int = -1
+    choices: int = 1
+    #: Whether the model server must be held to what is granted: a hard limit on its output binds.
+    is_capped: bool = False
+    #: Whether the lean ask is the first slice of an output that is renewed while it streams.
+    is_sliced: bool = False
+    #: The life of the Envoy that asked: whose journal tells of the request, should nobody settle it.
+    epoch: str = ""
     #: Whether there is anything to settle when the exchange ends.
     settles: bool = field(init=False)
 
     def __post_init__(self) -> None:
         settles = any(c.unit is not Unit.REQUESTS or c.kind is Kind.QUOTA for c in self.counters)
         object.__setattr__(self, "settles", settles)
+        if self.output_least < 0:
+            object.__setattr__(self, "output_least", self.lean.output)
+
+    @property
+    def room_for(self) -> int:
+        """How many times over the full ask has to fit into a hard counter to be taken."""
+        return WHOLE_SHARE if self.is_sliced else 1
+
+    def cap(self, output: int) -> int | None:
+        """Output tokens per choice that may be promised where *output* are held for all choices; None: no promise."""
+        return output // self.choices if self.is_capped else None
 
 
 def demand(
@@ -111,13 +140,15 @@ def demand(
     estimates: Estimates,
     price: Price | None,
     output_cap: int,
+    slice_tokens: int = 0,
     now: datetime,
     share: Share | None = None,
 ) -> Demand:
     """
     Work out what *ask* asks of *limits*, in their order, and of its *share* of the model's pool.
 
-    *output_cap* is the operator's cap on one choice's output tokens under a hard limit.
+    *output_cap* is the operator's cap on one choice's output tokens under a hard limit, *slice_tokens*
+    what a stream under one is given at a time where not all of it fits (0: it is capped instead).
     """
     limits = list(limits)
     prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
@@ -127,31 +158,37 @@ def demand(
             tenant_id=ask.tenant_id, model=ask.model, named_max=ask.output_tokens_max, cap=output_cap
         )
         worst = min(ask.output_tokens_max or output_cap, output_cap)
-    lean = Usage(input=prompt, output=usual * choices)
+    is_capped = worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits)
+    is_sliced = is_capped and ask.streams and slice_tokens > 0
     full = Usage(input=prompt, output=worst * choices)
-    capped = worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits)
+    usually = Usage(input=prompt, output=usual * choices)
+    lean = Usage(input=prompt, output=min(usually.output, slice_tokens) if is_sliced else usually.output)
+    least = Usage(input=prompt, output=min(lean.output, OUTPUT_TOKENS_LEAST * choices))
     return Demand(
         tenant_id=ask.tenant_id,
         request_id=ask.request_id,
         counters=(
             *(
-                _counter(limit, full=full, lean=lean, price=price, now=now)
+                _counter(limit, full=full, lean=lean if _is_hard(limit) else usually, least=least, price=price, now=now)
                 for limit in limits
                 if limit.unit in (Unit.REQUESTS, Unit.CONCURRENCY) or ask.dialect != _WITHOUT_TOKENS
             ),
-            *(() if share is None else _shared(share, lean.input + lean.output)),
+            *(() if share is None else _shared(share, usually.input + usually.output)),
         ),
         full=full,
         lean=lean,
-        cap_full=worst if capped else None,
-        cap_lean=usual if capped else None,
+        output_least=least.output,
+        choices=choices,
+        is_capped=is_capped,
+        is_sliced=is_sliced,
+        epoch=ask.epoch,
     )
 
 
 def counter(limit: Limit, *, now: datetime) -> Counter:
     """The counter of *limit* at *now*, of which nothing is asked."""
     nothing = Usage(input=0, output=0)
-    return _counter(limit, full=nothing, lean=nothing, price=None, now=now)
+    return _counter(limit, full=nothing, lean=nothing, least=nothing, price=None, now=now)
 
 
 def pool_place(model: str) -> str:
@@ -179,7 +216,9 @@ def _shared(share: Share, tokens: int) -> Iterator[Counter]:
         )  # fmt: skip
 
 
-def _counter(limit: Limit, *, full: Usage, lean: Usage, price: Price | None, now: datetime) -> Counter:
+def _counter(
+    limit: Limit, *, full: Usage, lean: Usage, least: Usage, price: Price | None, now: datetime
+) -> Counter:
     if limit.currency is not None and (price is None or price.currency != limit.currency):
         # What has no price in the budget's currency cannot be charged to it; the ledger does not either.
         price = None
@@ -193,10 +232,14 @@ def _counter(limit: Limit, *, full: Usage, lean: Usage, price: Price | None, now
         current = window(limit.period, now)
         name = f"{name}:{current.name}"
         starts_us, ends_us = _microseconds(current.start), _microseconds(current.end)
+    burst = limit.amount if limit.burst is None else limit.burst
+    usual = hits(limit.unit, lean, price)
+    if kind is Kind.BUCKET:
+        # What is usual may be more than fits into a bucket at all: it is asked for the whole of it, the rest is a debt.
+        usual = min(usual, max(burst, hits(limit.unit, least, price)))
     return Counter(
         name=name, limit_id=limit.limit_id, kind=kind, unit=limit.unit, period=limit.period, amount=limit.amount,
-        burst=limit.amount if limit.burst is None else limit.burst,
-        full=hits(limit.unit, full if _is_hard(limit) else lean, price), lean=hits(limit.unit, lean, price),
+        burst=burst, full=hits(limit.unit, full, price) if _is_hard(limit) else usual, lean=usual,
         effect=limit.effect, on_store_error=limit.on_store_error, scope=limit.scope,
         price=price if limit.unit is Unit.MONEY else None,
         starts_us=starts_us, ends_us=ends_us,

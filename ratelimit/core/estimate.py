@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from typing import Final
 
 #: Bytes of request body per prompt token while nothing is learned, on the low side: English text
@@ -26,28 +28,35 @@ OUTPUT_TOKENS_ASSUMED: Final = 512
 OUTPUT_TOKENS_BELIEVED_MAX: Final = 4096
 #: The share of a tenant's answers that stay within what is held for them.
 _OUTPUT_QUANTILE: Final = 0.95
-#: Samples per ring: enough for the quantiles above, and an hour of odd traffic is forgotten.
-SAMPLES_MAX: Final = 256
+#: Samples of a tenant's answers: enough for their quantile, and an hour of odd traffic is forgotten.
+OUTPUT_SAMPLES_MAX: Final = 256
+#: Samples of a model's prompts. The smallest ratio of the last 1,024 is undercut by one prompt in 1,025: p99.9.
+PROMPT_SAMPLES_MAX: Final = 1_024
 SAMPLES_MIN: Final = 32
-#: Rings kept; beyond it the one that was longest unused goes. A ring has about 10 KB.
+#: Rings kept; beyond it the one that was longest unused goes. A ring has 10 to 50 KB.
 RINGS_MAX: Final = 2_000
 
 
 class _Ring:
     """The last samples, and one quantile of them."""
 
-    __slots__ = ("_quantile", "_samples", "value")
+    __slots__ = ("_ordered", "_quantile", "_samples", "_samples_max", "value")
 
-    def __init__(self, quantile: float) -> None:
+    def __init__(self, quantile: float, samples_max: int) -> None:
         self._quantile = quantile
-        self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
+        self._samples_max = samples_max
+        self._samples: deque[float] = deque()
+        #: The same in order: one sample in and one out cost less than sorting all of them each time.
+        self._ordered: list[float] = []
         self.value: float | None = None
 
     def add(self, sample: float) -> None:
         self._samples.append(sample)
+        insort(self._ordered, sample)
+        if len(self._samples) > self._samples_max:
+            del self._ordered[bisect_left(self._ordered, self._samples.popleft())]
         if len(self._samples) >= SAMPLES_MIN:
-            ordered = sorted(self._samples)
-            self.value = ordered[min(int(self._quantile * len(ordered)), len(ordered) - 1)]
+            self.value = self._ordered[min(int(self._quantile * len(self._ordered)), len(self._ordered) - 1)]
 
 
 class Estimates:
@@ -55,6 +64,7 @@ class Estimates:
 
     def __init__(self) -> None:
         self._rings: OrderedDict[tuple[str, ...], _Ring] = OrderedDict()
+        self._calibrated: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def prompt_tokens(self, *, model: str, prompt_bytes: int) -> int:
@@ -65,21 +75,25 @@ class Estimates:
         41
         """
         learned = self._value(("ratio", model))
-        ratio = min(max(learned or BYTES_PER_TOKEN_ASSUMED, BYTES_PER_TOKEN_MIN), BYTES_PER_TOKEN_MAX)
+        known = learned or self._calibrated.get(model) or BYTES_PER_TOKEN_ASSUMED
+        ratio = min(max(known, BYTES_PER_TOKEN_MIN), BYTES_PER_TOKEN_MAX)
         return math.ceil(prompt_bytes / ratio)
+
+    def calibrate(self, ratios: Mapping[str, float]) -> None:
+        """Bytes per token that models' own tokenizers make of texts like prompts: they stand until more is learned."""
+        self._calibrated = dict(ratios)
 
     def output_tokens(self, *, tenant_id: str, model: str, named_max: int, cap: int) -> int:
         """
-        Tokens to hold for one choice: what the caller named if it is believable, else the usual.
+        Tokens to hold for one choice: what this tenant's answers usually reach, at most what was named or *cap*.
 
-        Never more than *cap* and never more than what was named (0: nothing was named).
+        While nothing is learned, what the caller named (0: nothing) stands if it is believable.
         """
         most = min(named_max or cap, cap)
-        if 0 < named_max <= OUTPUT_TOKENS_BELIEVED_MAX:
-            return most
-        assumed = OUTPUT_TOKENS_BELIEVED_MAX if named_max else OUTPUT_TOKENS_ASSUMED
         learned = self._value(("output", tenant_id, model))
-        return min(most, assumed if learned is None else max(1, math.ceil(learned)))
+        if learned is not None:
+            return min(most, max(1, math.ceil(learned)))
+        return min(most, OUTPUT_TOKENS_BELIEVED_MAX if named_max else OUTPUT_TOKENS_ASSUMED)
 
     def learn(
         self, *, tenant_id: str, model: str, prompt_bytes: int, input_tokens: int, output_tokens: int
@@ -87,10 +101,10 @@ class Estimates:
         """Take in one settled exchange; one whose tokens nobody counted teaches nothing."""
         with self._lock:
             if prompt_bytes > 0 and input_tokens > 0:
-                # The smallest of the ring: its neighbour may be 1 % away, and every miss is an overshoot.
-                self._ring(("ratio", model), 0.0).add(prompt_bytes / input_tokens)
+                # The smallest of the ring: every prompt below it is an overshoot.
+                self._ring(("ratio", model), 0.0, PROMPT_SAMPLES_MAX).add(prompt_bytes / input_tokens)
             if output_tokens > 0:
-                self._ring(("output", tenant_id, model), _OUTPUT_QUANTILE).add(output_tokens)
+                self._ring(("output", tenant_id, model), _OUTPUT_QUANTILE, OUTPUT_SAMPLES_MAX).add(output_tokens)
 
     def __len__(self) -> int:
         return len(self._rings)
@@ -103,10 +117,10 @@ class Estimates:
             self._rings.move_to_end(name)
             return ring.value
 
-    def _ring(self, name: tuple[str, ...], quantile: float) -> _Ring:
+    def _ring(self, name: tuple[str, ...], quantile: float, samples_max: int) -> _Ring:
         ring = self._rings.get(name)
         if ring is None:
-            ring = self._rings[name] = _Ring(quantile)
+            ring = self._rings[name] = _Ring(quantile, samples_max)
             if len(self._rings) > RINGS_MAX:
                 self._rings.popitem(last=False)
         self._rings.move_to_end(name)

@@ -118,6 +118,10 @@ class Ask:
     #: Per choice, as the caller named it; 0 if it named none.
     output_tokens_max: int
     choices: int
+    #: Whether the answer comes as a stream, which can be ended before its end.
+    streams: bool = False
+    #: The life of the Envoy that asks; empty if it does not say.
+    epoch: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

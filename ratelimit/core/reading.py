@@ -11,7 +11,7 @@ from ratelimit.core import bucket
 from ratelimit.core.demand import Counter, Kind
 from ratelimit.core.limits import Effect, Period
 
-#: When a slot becomes free is nobody's to know; asking again each second is cheap for both sides.
+#: When a slot becomes free or what is held comes back is nobody's to know; asking again each second is cheap for both sides.
 LEASE_WAIT_US: Final = 1_000_000
 
 
@@ -25,6 +25,8 @@ class Reading:
     reset_us: int | None
     #: Microseconds until this request would pass: 0 now, None never.
     wait_us: int | None
+    #: What was asked for.
+    hits: int = 0
 
     @property
     def refuses(self) -> bool:
@@ -32,12 +34,13 @@ class Reading:
         return self.wait_us != 0 and self.counter.effect is Effect.REFUSE
 
 
-def read(counter: Counter, level: float, *, hits: int, now_us: int, wait_us: float = 0.0) -> Reading:
+def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: int, wait_us: float = 0.0) -> Reading:
     """
     What *counter* says to *hits* more at *level*.
 
-    The level is a bucket's debt, a quota's used and held, the number of leases, a pool as the tenant sees
-    it; *wait_us* is for how long a pool has no room.
+    The level is a bucket's debt, a quota's used and held, the number of leases, a pool as the tenant sees it.
+    *held* is the part of a quota's that is held: nobody knows when it comes back, but it will be before the quota
+    starts anew. *wait_us* is for how long a pool has no room.
     """
     if counter.is_shared:
         one = counter.period_us or 1
@@ -47,6 +50,7 @@ def read(counter: Counter, level: float, *, hits: int, now_us: int, wait_us: flo
         return Reading(
             counter=counter, remaining=bucket.remaining(counter, debt=level),
             reset_us=bucket.reset_us(counter, debt=level), wait_us=bucket.wait_us(counter, debt=level, hits=hits),
+            hits=hits,
         )  # fmt: skip
     left = counter.amount - int(level)
     reset = max(0, counter.ends_us - now_us) if counter.period not in (Period.EVER, Period.NOW) else None
@@ -54,6 +58,8 @@ def read(counter: Counter, level: float, *, hits: int, now_us: int, wait_us: flo
         wait: int | None = 0
     elif counter.kind is Kind.LEASES:
         wait = LEASE_WAIT_US if counter.amount else None
+    elif hits <= left + held:
+        wait = LEASE_WAIT_US if reset is None else min(LEASE_WAIT_US, reset)
     else:
         wait = reset if hits <= counter.amount else None
-    return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait)
+    return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait, hits=hits)

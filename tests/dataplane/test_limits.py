@@ -85,7 +85,7 @@ def test_a_concurrency_refusal_says_when_to_ask_again(road: Installation) -> Non
         assert 200 == under_way.status_code
 
     assert (429, "1") == (refused.status_code, refused.headers["retry-after"])
-    assert "1 requests at once" in refused.json()["error"]["message"]
+    assert "1 request at once" in refused.json()["error"]["message"]
 
 
 def test_a_budget_is_spent_to_the_price_and_then_402_in_either_dialect(road: Installation) -> None:

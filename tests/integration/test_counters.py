@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ratelimit.adapters import counters as adapter
 from ratelimit.adapters.counters import StoredCounters, connect
-from ratelimit.core.decide import Outcome
+from ratelimit.core.decide import Outcome, Renewal
 from ratelimit.core.demand import Demand, Kind
 from ratelimit.core.usage import Report
 from tests.integration.stores import PATIENCE_SECONDS, debian_redis, store_server
@@ -24,7 +24,7 @@ _TENANTS = itertools.count()
 def with_clock(store: Any) -> StoredCounters:
     """Counters whose scripts read the time from a list in the store instead of its clock."""
     made = StoredCounters(store)
-    for name in ("_admit", "_settle"):
+    for name in ("_admit", "_renew", "_settle"):
         text = getattr(made, name).text.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)")
         setattr(made, name, adapter._script(text))  # noqa: SLF001
     return made
@@ -41,7 +41,7 @@ def lives(store: Any) -> type[Lives]:
     stored = with_clock(store)
 
     class Stored(Lives):
-        """`admit.lua` and `settle.lua` beside the model."""
+        """`admit.lua`, `renew.lua` and `settle.lua` beside the model."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -50,6 +50,10 @@ def lives(store: Any) -> type[Lives]:
         def take(self, demand: Demand) -> Outcome:
             self._set_clock()
             return stored.take(demand, {c.name: 0 for c in demand.counters if c.kind is Kind.QUOTA})
+
+        def renew(self, demand: Demand, renewal: Renewal) -> int:
+            self._set_clock()
+            return stored.renew(tenant_id=self.tenant, request_id=demand.request_id, renewal=renewal)
 
         def settle(self, demand: Demand, report: Report) -> bool:
             self._set_clock()

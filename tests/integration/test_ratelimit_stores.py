@@ -21,6 +21,7 @@ from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.decide import Verdict
 from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Period, Unit
 from ratelimit.core.usage import Report, Usage
 from ratelimit.servicer import Servicer
@@ -171,12 +172,23 @@ def test_one_damaged_counter_is_one_tenant_s_trouble(own_store: str) -> None:
 # --- The servicer on real stores ------------------------------------------------------------------------
 
 
+class Call:
+    """What Envoy's call has beside its message: its life, if somebody named it."""
+
+    epoch: str | None = "life"
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """As gRPC has it."""
+        return () if self.epoch is None else ((contract.EPOCH_CALL_METADATA, self.epoch),)
+
+
 class Desk:
     """A servicer with its stores, asked as Envoy asks."""
 
     def __init__(self, postgres_url: str, store_url: str) -> None:
         self.store = connect(store_url, cluster=False, timeout_seconds=PATIENCE_SECONDS)
         self.opened = 0
+        self.call: Any = Call()
         self.tenant = f"t{next(_NUMBERS)}-{abs(hash(postgres_url)) % 10_000}"
         self.connection = psycopg.connect(postgres_url, autocommit=True)
         self.connection.execute("insert into tenant values (%s, %s, 'active', now())", (self.tenant, self.tenant))
@@ -196,8 +208,8 @@ class Desk:
         self.pool = read_pool(self.postgres_url, name="test", connections=1)
         self.breaker = Breaker(clock=lambda: 0.0, opened=self._opened)
         self.servicer = Servicer(
-            LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker,
-            clock=lambda: NOW, output_cap=100, draft_headers=True,
+            LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker, Estimates(),
+            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True,
         )  # fmt: skip
         return self
 
@@ -209,10 +221,16 @@ class Desk:
             {
                 "phase": "admit", "request_id": request_id, "tenant": self.tenant, "project": "default", "key_id": "k",
                 "model": "m", "dialect": "openai.chat", "prompt_bytes": "25", "output_tokens_max": "10", "choices": "1",
-                "lease": "-",
+                "stream": "no", "lease": "0",
             }
             | values
         )  # fmt: skip
+
+    def renew(self, request_id: str, *, output: int, input_: int = 0) -> int:
+        answer = self._ask(
+            {"phase": "renew", "request_id": request_id, "tenant": self.tenant, "input": str(input_), "output": str(output)}
+        )
+        return int(answer.dynamic_metadata.fields[contract.ADM_SLICE_TOKENS].number_value)
 
     def settle(self, request_id: str, **values: str) -> None:
         self._ask(
@@ -228,7 +246,7 @@ class Desk:
         descriptor = request.descriptors.add()
         for key, value in entries.items():
             descriptor.entries.add(key=key, value=value)
-        return self.servicer.should_rate_limit(request, None)  # type: ignore[arg-type]
+        return self.servicer.should_rate_limit(request, self.call)
 
     def close(self) -> None:
         self.pool.close()
@@ -287,6 +305,77 @@ def test_a_hard_quota_promises_a_cap_and_near_its_end_a_smaller_one(desk: Desk) 
     assert ["50", "30"] == [header(a, "x-ratelimit-remaining-output-tokens") for a in (first, second)]
 
 
+def test_a_caller_without_history_is_capped_to_what_is_left_of_a_quota(desk: Desk) -> None:
+    """What the operator assumes of an answer is more than the quota: the answer is held to the rest of it."""
+    desk.limit("tokens", "calendar_month", 60)
+    desk.open()
+
+    first = desk.admit("one", output_tokens_max="0")
+    refused = desk.admit("two", output_tokens_max="0")
+    desk.settle("one", input="10", output="20")
+    second = desk.admit("three", output_tokens_max="0")
+    desk.settle("three", input="10", output="4")
+    too_late = desk.admit("four", output_tokens_max="0")
+
+    caps = [answer.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value for answer in (first, second)]
+    assert [50, 20] == caps
+    # 16 are left, ten of them for the prompt.
+    assert [OVER, OVER] == [refused.overall_code, too_late.overall_code]
+    assert [b"44", b"0"] == desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+
+
+def test_streams_share_the_last_tokens_slice_by_slice(desk: Desk) -> None:
+    """Each is given a slice and then the next, until there is none; together they never hold more than there is."""
+    desk.limit("tokens", "calendar_month", 95)
+    desk.open()
+
+    admitted = [desk.admit(name, output_tokens_max="90", stream="yes") for name in ("one", "two")]
+    fields = [answer.dynamic_metadata.fields for answer in admitted]
+    held = [desk.renew("two", output=21), desk.renew("one", output=21), desk.renew("two", output=42)]
+    before = desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+    for name, output in (("one", 34), ("two", 41)):
+        desk.settle(name, input="10", output=str(output))
+
+    # The model server may go on to what was asked for; what is held goes with the stream.
+    assert [("one", 20, 90), ("two", 20, 90)] == [
+        (f[contract.ADM_SLICE].string_value, f[contract.ADM_SLICE_TOKENS].number_value, f[contract.ADM_OUTPUT_CAP].number_value)
+        for f in fields
+    ]  # fmt: skip
+    # A whole slice, what is left of one, nothing: 41 are still what it has.
+    assert [41, 34, 41] == held
+    assert [b"0", b"95"] == before
+    assert [b"95", b"0"] == desk.store.hmget(f"peaje:{{{desk.tenant}}}:1:2030-03", "used", "held")
+    assert 0 == desk.renew("one", output=35)
+
+
+def test_a_slice_corrects_the_estimate_of_the_prompt(desk: Desk) -> None:
+    """As soon as the engine has said what the prompt really has, that is what is held."""
+    desk.limit("tokens", "calendar_month", 40)
+    desk.open()
+    desk.admit("one", output_tokens_max="90", stream="yes")
+
+    longer = desk.renew("one", output=1, input_=25)
+    too_long = desk.renew("one", output=1, input_=40)
+
+    assert (15, 15) == (longer, too_long)
+    assert b"40" == desk.store.hget(f"peaje:{{{desk.tenant}}}:1:2030-03", "held")
+
+
+def test_what_is_not_streamed_or_takes_a_quarter_of_what_is_left_is_not_sliced(desk: Desk) -> None:
+    """Only what can be ended before its end, and only near the limit; a token more, and it is."""
+    desk.limit("tokens", "calendar_month", 400 + 110)
+    desk.open()
+
+    answers = [
+        desk.admit("whole", output_tokens_max="100"),
+        desk.admit("quarter", output_tokens_max="90", stream="yes"),
+        desk.admit("more", output_tokens_max="90", stream="yes"),
+    ]
+
+    assert [100, 90, 90] == [a.dynamic_metadata.fields[contract.ADM_OUTPUT_CAP].number_value for a in answers]
+    assert [False, False, True] == [contract.ADM_SLICE in a.dynamic_metadata.fields for a in answers]
+
+
 def test_a_dead_store_is_left_alone_and_each_limit_follows_its_mode(desk: Desk) -> None:
     """Local gives out its share; after three failures the store is not asked again."""
     desk.limit("requests", "minute", 4)
@@ -329,6 +418,22 @@ def test_a_hard_quota_without_its_store_counts_on_from_what_was_last_said(desk: 
 
     # 80 were left, 40 are ours, each holds 20.
     assert [OK, OK, OVER] == codes
+
+
+def test_a_reservation_knows_the_life_of_the_envoy_that_made_it(desk: Desk) -> None:
+    """Whose journal is to be waited for; what is settled waits for none."""
+    desk.limit("tokens", "calendar_month", 1000)
+    desk.open()
+    desk.admit("one")
+    desk.admit("two")
+    desk.settle("two")
+    for request_id, epoch in (("unnamed", "-"), ("silent", None)):
+        desk.call.epoch = epoch
+        desk.admit(request_id)
+
+    epochs = StoredCounters(desk.store).epochs(desk.tenant, ["one", "two", "unnamed", "silent", "never"])
+
+    assert {"one": "life", "unnamed": "", "silent": ""} == epochs
 
 
 def test_draft_headers_name_quota_window_and_what_is_left(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -17,31 +18,45 @@ from tests.integration.test_ratelimit_stores import demand, seeds
 LEASES = "peaje:{sweep}:leases"
 
 
+LATE, EARLY = ORPHAN_AGE_MIN + timedelta(seconds=10), ORPHAN_AGE_MIN - timedelta(seconds=10)
+
+
 @pytest.mark.parametrize(
-    ("known_as", "age", "journal_read", "kept"),
+    ("known_as", "age", "epoch", "own_read", "other_read", "kept"),
     [
-        ("ended", AGE_MIN + timedelta(seconds=1), True, False),
-        ("ended", timedelta(seconds=1), True, True),
-        ("under way", timedelta(hours=1) - timedelta(seconds=60), True, True),
-        ("nothing", ORPHAN_AGE_MIN - timedelta(seconds=10), True, True),
-        ("nothing", ORPHAN_AGE_MIN + timedelta(seconds=10), True, False),
-        ("nothing", ORPHAN_AGE_MIN + timedelta(seconds=10), False, True),
+        ("ended", AGE_MIN + timedelta(seconds=1), "life", True, True, False),
+        ("ended", timedelta(seconds=1), "life", True, True, True),
+        ("under way", timedelta(hours=1) - timedelta(seconds=60), "life", True, True, True),
+        ("nothing", EARLY, "life", True, True, True),
+        ("nothing", LATE, "life", True, True, False),
+        ("nothing", LATE, "life", False, True, True),
+        ("nothing", LATE, "life", True, False, False),
+        ("nothing", LATE, "never read", True, True, True),
+        ("nothing", LATE, "", True, True, False),
+        ("nothing", LATE, "", True, False, True),
     ],
-    ids=["ended", "Envoy's to settle", "a long stream", "not yet read", "never reached an engine", "journal stands still"],
-)
+    ids=[
+        "ended", "Envoy's to settle", "a long stream", "not yet read", "never reached an engine", "its journal stands still",
+        "another journal stands still", "no journal of its Envoy", "Envoy unknown", "Envoy unknown, a journal stands still",
+    ],
+)  # fmt: skip
 def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(
-    postgres_url: str, counter_store: str, *, known_as: str, age: timedelta, journal_read: bool, kept: bool
+    postgres_url: str, counter_store: str, *, known_as: str, age: timedelta, epoch: str, own_read: bool, other_read: bool, kept: bool
 ) -> None:
     """And not before: what may still be under way keeps its slot and its tokens."""
     store = connect(counter_store, cluster=False)
     store.delete(*store.keys("peaje:{sweep}:*") or ["none"])
     stored = StoredCounters(store)
-    asked = demand("sweep", amount=100, kinds=(Kind.QUOTA, Kind.LEASES))
+    asked = dataclasses.replace(demand("sweep", amount=100, kinds=(Kind.QUOTA, Kind.LEASES)), epoch=epoch)
     stored.take(asked, seeds(asked))
     now = datetime.now(UTC) + age
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        moved = now if journal_read else now - age
-        connection.execute("insert into journal_position values ('j', 'f', 1, %s)", (moved,))
+        for journal, is_read in (("own", own_read), ("other", other_read)):
+            connection.execute("insert into journal_state values (%s, %s)", (journal, now if is_read else now - age))
+        connection.execute("insert into journal_stream (journal, stream, epoch) values ('own', 's', 'now'), ('other', 's', 'another')")
+        connection.execute("insert into ended_life (journal, epoch, ended_at) values ('own', 'life', now())")
+        # A file that was rotated away long ago and is kept for a replay.
+        connection.execute("insert into journal_position values ('own', 'f', 1, %s)", (now - timedelta(days=1),))
         if known_as == "ended":
             connection.execute(
                 "insert into usage_event (request_id, tenant_id, project_id, key_id, model, dialect, started_at, ended_at, "

@@ -9,7 +9,7 @@ from fractions import Fraction
 from ratelimit.core.decide import LEASE_US
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Unit
-from ratelimit.core.usage import Report, hits
+from ratelimit.core.usage import Report, Usage, hits
 
 
 @dataclass
@@ -21,6 +21,8 @@ class Model:
     held: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     taken: dict[str, list[tuple[Counter, int]]] = field(default_factory=dict)
     estimates: dict[str, Demand] = field(default_factory=dict)
+    #: Output tokens held, and whether that is all there can be.
+    granted: dict[str, tuple[int, bool]] = field(default_factory=dict)
 
     def level(self, counter: Counter, now: int) -> Fraction:
         """Hits in the counter now."""
@@ -32,12 +34,20 @@ class Model:
         leases = [hits for hits, ends in self.held.get(counter.name, {}).values() if ends > now]
         return Fraction(self.used.get(counter.name, 0) + sum(leases))
 
-    def take(self, demand: Demand, now: int) -> str:
-        """FULL, LEAN or REFUSED."""
-        for verdict in ("FULL", "LEAN"):
-            asked = [(c, c.full if verdict == "FULL" else c.lean) for c in demand.counters]
-            fits = {c.name: self.level(c, now) + n <= c.burst for c, n in asked}
-            if all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
+    def take(self, demand: Demand, now: int) -> tuple[str, int]:
+        """FULL, LEAN or REFUSED, and the output tokens granted: tried one after the other, the most first."""
+        levels = {c.name: self.level(c, now) for c in demand.counters}
+        asks = [("FULL", demand.full.output)]
+        asks += [("LEAN", output) for output in range(demand.lean.output, demand.output_least - 1, -1)]
+        for verdict, output in asks:
+            lean = Usage(input=demand.lean.input, output=output)
+            asked = [
+                (c, c.full if verdict == "FULL" else hits(c.unit, lean, c.price) if c.is_hard else c.lean)
+                for c in demand.counters
+            ]
+            fits = {c.name: levels[c.name] + n <= c.burst for c, n in asked}
+            spare = verdict == "LEAN" or all(levels[c.name] + n * demand.room_for <= c.amount for c, n in asked if c.is_hard)
+            if spare and all(fits[c.name] for c, _ in asked if c.effect is Effect.REFUSE):
                 given = [(c, n) for c, n in asked if fits[c.name] or c.effect is not Effect.SHADOW]
                 for counter, number in given:
                     if counter.kind is Kind.BUCKET:
@@ -45,8 +55,28 @@ class Model:
                     else:
                         self.held.setdefault(counter.name, {})[demand.request_id] = (number, now + LEASE_US)
                 self.taken[demand.request_id], self.estimates[demand.request_id] = given, demand
-                return verdict
-        return "REFUSED"
+                self.granted[demand.request_id] = output, verdict == "FULL"
+                return verdict, output
+        return "REFUSED", 0
+
+    def renew(self, request_id: str, *, input_: int, output: int, more: int, now: int) -> int:
+        """Output tokens held after it: tried one after the other, the most first."""
+        if request_id not in self.taken:
+            return 0
+        before, is_full = self.granted[request_id]
+        hard = [counter for counter, _ in self.taken[request_id] if counter.is_hard]
+        levels = {c.name: self.level(c, now) for c in hard}
+        own = {c.name: self.held[c.name].get(request_id, (0, 0)) for c in hard}
+        own = {name: hits if ends > now else 0 for name, (hits, ends) in own.items()}
+        most = max(output, min(output + more, self.estimates[request_id].full.output))
+        for granted in range(most, output - 1, -1) if not is_full else ():
+            asked = {c.name: hits(c.unit, Usage(input=input_, output=granted), c.price) for c in hard}
+            if all(levels[c.name] - own[c.name] + asked[c.name] <= c.amount for c in hard):
+                for counter in hard:
+                    self.held[counter.name][request_id] = (asked[counter.name], now + LEASE_US)
+                self.granted[request_id] = granted, False
+                return granted
+        return before
 
     def settle(self, request_id: str, report: Report, now: int) -> None:
         """Charge what was used, once."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from ratelimit.core.decide import LEASE_US, Outcome
+from ratelimit.core.decide import LEASE_US, Outcome, Renewal
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Price, Report, Usage, hits
@@ -17,7 +17,7 @@ from tests.ratelimit_model import Model
 
 #: 1 March 2030: ahead of any store's own clock, so that nothing it keeps has expired already.
 BEGIN_US = 1_898_553_600_000_000
-_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003)
+_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, minimum_nano=40_000)
 
 _TOKEN_UNITS = [Unit.TOKENS, Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.CACHED_TOKENS]
 _EFFECTS = st.sampled_from([Effect.REFUSE, Effect.REFUSE, Effect.REFUSE, Effect.COUNT, Effect.SHADOW])
@@ -35,6 +35,7 @@ _LEASES = st.tuples(
 )
 LIMITS = st.lists(_BUCKETS | _QUOTAS | _LEASES, min_size=1, max_size=5)
 _TOKENS = st.integers(0, 1500)
+_LEAST = st.sampled_from([0, 1, 16, 1500])
 
 Take = Callable[[Demand, int], Outcome]
 Settle = Callable[[Demand, Report, int], bool]
@@ -58,6 +59,10 @@ class Lives(RuleBasedStateMachine):
         """The limiter under test."""
         raise NotImplementedError
 
+    def renew(self, demand: Demand, renewal: Renewal) -> int:
+        """The limiter under test."""
+        raise NotImplementedError
+
     def settle(self, demand: Demand, report: Report) -> bool:
         """The limiter under test."""
         raise NotImplementedError
@@ -72,16 +77,19 @@ class Lives(RuleBasedStateMachine):
         self.limits = limits
 
     @precondition(lambda self: self.limits)
-    @rule(target=requests, prompt=_TOKENS, lean=_TOKENS, more=_TOKENS)
-    def admit(self, prompt: int, lean: int, more: int) -> Demand:
-        """The verdict, the room and what is left are the model's."""
+    @rule(target=requests, prompt=_TOKENS, least=_LEAST, lean=_TOKENS, more=_TOKENS, is_sliced=st.booleans())
+    def admit(self, prompt: int, least: int, lean: int, more: int, *, is_sliced: bool) -> Demand:
+        """The verdict, what is granted, the room and what is left are the model's."""
         self.number += 1
-        demand = self._demand(Usage(input=prompt, output=lean), Usage(input=prompt, output=lean + more))
+        demand = self._demand(
+            least=min(least, lean), lean=Usage(input=prompt, output=lean), full=Usage(input=prompt, output=lean + more),
+            is_sliced=is_sliced,
+        )  # fmt: skip
 
         outcome = self.take(demand)
 
-        verdict = self.model.take(demand, self.now)
-        assert verdict == outcome.verdict.name
+        verdict, granted = self.model.take(demand, self.now)
+        assert (verdict, granted) == (outcome.verdict.name, outcome.output)
         for reading in outcome.readings:
             level = self.model.level(reading.counter, self.now)
             assert max(0, int(reading.counter.burst - level)) == reading.remaining
@@ -91,6 +99,20 @@ class Lives(RuleBasedStateMachine):
         if verdict != "REFUSED":
             self.open.add(demand.request_id)
         return demand
+
+    @precondition(lambda self: self.open)
+    @rule(demand=requests, input_=_TOKENS, output=_TOKENS, more=_TOKENS)
+    def go_on(self, demand: Demand, input_: int, output: int, more: int) -> None:
+        """A stream that is renewed holds what the model says, and so does everybody else."""
+        renewal = Renewal(input=input_, output=output, more=more)
+
+        held = self.renew(demand, renewal)
+
+        if demand.settles and demand.request_id in self.open:
+            wanted = self.model.renew(demand.request_id, input_=input_, output=output, more=more, now=self.now)
+            assert wanted == held
+        else:
+            assert held == 0
 
     @precondition(lambda self: self.open)
     @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), input_=st.none() | _TOKENS)
@@ -134,7 +156,7 @@ class Lives(RuleBasedStateMachine):
     def _fits_after(self, counter: Counter, wait_us: int) -> bool:
         return self.model.level(counter, self.now + wait_us) + counter.lean <= counter.burst
 
-    def _demand(self, lean: Usage, full: Usage) -> Demand:
+    def _demand(self, *, least: int, lean: Usage, full: Usage, is_sliced: bool) -> Demand:
         counters = []
         for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
             price = _PRICE if unit is Unit.MONEY else None
@@ -149,5 +171,6 @@ class Lives(RuleBasedStateMachine):
                 counter = dataclasses.replace(counter, full=counter.lean)
             counters.append(counter)
         return Demand(
-            tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean
-        )
+            tenant_id=self.tenant, request_id=f"r{self.number}", counters=tuple(counters), full=full, lean=lean,
+            output_least=least, is_sliced=is_sliced,
+        )  # fmt: skip

@@ -96,8 +96,8 @@ def play(offers: Sequence[Offer], limits: Sequence[Limit], *, take: Take, settle
         actual = Usage(input=offer.input, output=offer.output)
         most = Usage(input=offer.input, output=offer.named_max or _OUTPUT_CAP)
         outcome = take(asked, offer.at_us)
-        could = perfect.take(_charged(asked, actual), offer.at_us)
-        held = flat.take(_charged(asked, most), offer.at_us)
+        could, _ = perfect.take(_charged(asked, actual), offer.at_us)
+        held, _ = flat.take(_charged(asked, most), offer.at_us)
         played.offered += 1
         played.refused += not outcome.admitted
         played.refused_falsely += not outcome.admitted and could != Verdict.REFUSED.name
@@ -136,4 +136,4 @@ def _charged(asked: Demand, usage: Usage) -> Demand:
         wanted = hits(counter.unit, usage, None)
         return dataclasses.replace(counter, full=wanted, lean=wanted)
 
-    return dataclasses.replace(asked, counters=tuple(map(charged, asked.counters)), full=usage, lean=usage)
+    return dataclasses.replace(asked, counters=tuple(map(charged, asked.counters)), full=usage, lean=usage, output_least=usage.output)

@@ -438,6 +438,28 @@ def test_a_full_disk_closes_the_road_if_the_policy_says_so(
     assert [fine, warn, warn, act, act, act, fine] == seen
 
 
+@pytest.mark.parametrize(
+    ("stopped", "flags", "outcome", "basis"),
+    [
+        ("running", "-", "budget_exhausted", "running"),
+        ("counted", "-", "budget_exhausted", "counted"),
+        # Whoever left in the moment of the end left; what was delivered is known all the same.
+        ("counted", "DC", "client_closed", "counted"),
+        ("made up", "-", "ok", "reported"),
+        (7, "-", "ok", "reported"),
+    ],
+)
+def test_a_stream_that_the_gateway_ended_says_so_and_how_its_tokens_are_known(
+    stopped: object, flags: str, outcome: str, basis: str
+) -> None:
+    """Its closing usage is the gateway's own and not reported by the engine."""
+    usage = {"input": 3, "output": 5, "seen": "final", "total": 8, "stopped": stopped}
+
+    event = usage_event(parse(end(1, usage=usage, flags=flags)))
+
+    assert (outcome, basis, 3, 5) == (event.outcome, event.basis, event.input_tokens, event.output_tokens)
+
+
 def test_starts_whose_end_was_read_are_left_out_and_nothing_is_different() -> None:
     """Open exchanges, lives of Envoy and defects are the same as if each had been read."""
     whole = exchanges(200)

@@ -4,7 +4,7 @@
 from chassis.schema.sqlfile import run_beside
 
 revision = "0007"
-down_revision = "0004"
+down_revision = "0006"
 
 
 def upgrade() -> None:

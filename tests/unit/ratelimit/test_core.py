@@ -6,11 +6,13 @@ from __future__ import annotations
 import dataclasses
 import doctest
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 
 from ratelimit.core import answer, estimate, usage, windows
-from ratelimit.core.demand import Counter, Kind, demand
+from ratelimit.core.decide import Memory, Verdict, take
+from ratelimit.core.demand import OUTPUT_TOKENS_LEAST, Counter, Kind, demand
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import Ask, Effect, Limit, LimitTable, Period, Unit
 from ratelimit.core.reading import read
@@ -96,13 +98,65 @@ def test_only_a_hard_limit_is_asked_for_the_worst_case() -> None:
     assert [(usual, usual), (usual + 1024, usual + 1024), (worst, usual + 1024), (0, 0)] == [
         (c.full, c.lean) for c in asked.counters
     ]
-    assert (5000, 512) == (asked.cap_full, asked.cap_lean)
-    assert (None, None) == (_demand(bucket, soft).cap_full, _demand(bucket, soft).cap_lean)
+    assert (5000, 512) == (asked.cap(asked.full.output), asked.cap(asked.lean.output))
+    assert _demand(bucket, soft).cap(1024) is None
 
 
-@pytest.mark.parametrize(("named", "held"), [(0, 300), (1, 1), (4096, 4096), (4097, 300), (200_000, 300)])
-def test_a_maximum_that_says_nothing_is_held_at_what_is_usual(named: int, held: int) -> None:
-    """A believable one is held as it was named."""
+def _quota(amount: int, **scope: Any) -> Limit:
+    return Limit(limit_id=1, tenant_id="t", unit=Unit.TOKENS, period=Period.CALENDAR_MONTH, amount=amount, **scope)
+
+
+@pytest.mark.parametrize(
+    ("left", "verdict", "cap"),
+    [
+        (10 + 2 * 5000, Verdict.FULL, 5000),
+        (10 + 2 * 5000 - 1, Verdict.LEAN, 512),
+        (10 + 2 * 512 - 1, Verdict.LEAN, 511),
+        (10 + 2 * OUTPUT_TOKENS_LEAST, Verdict.LEAN, OUTPUT_TOKENS_LEAST),
+        (10 + 2 * OUTPUT_TOKENS_LEAST - 1, Verdict.REFUSED, None),
+    ],
+)
+def test_a_caller_without_history_is_capped_to_what_is_left(left: int, verdict: Verdict, cap: int | None) -> None:
+    """It is refused only where what is left does not pay the prompt and the least that is worth an answer."""
+    asked = _demand(_quota(left), output_tokens_max=0)
+
+    outcome = take(Memory(), asked, 0)
+
+    assert (verdict, cap) == (outcome.verdict, asked.cap(outcome.output) if outcome.admitted else None)
+
+
+def test_a_caller_who_names_fewer_than_the_least_is_not_refused_for_it() -> None:
+    """The least is of what was asked for."""
+    asked = _demand(_quota(10 + 2 * 3), output_tokens_max=3)
+
+    outcome = take(Memory(), asked, 0)
+
+    assert (Verdict.FULL, 3) == (outcome.verdict, asked.cap(outcome.output))
+
+
+def test_a_refusal_by_a_hard_quota_says_what_would_have_sufficed() -> None:
+    """The prompt and the least, not the most that could have come."""
+    asked = _demand(_quota(20), output_tokens_max=0)
+
+    refusal, _ = answer.refusal(take(Memory(), asked, 0).readings)
+
+    assert f"needs about {10 + 2 * OUTPUT_TOKENS_LEAST} tokens" in refusal.message
+
+
+@pytest.mark.parametrize(("burst", "served"), [(10 + 2 * 512, True), (300, True), (10 + 2 * OUTPUT_TOKENS_LEAST - 1, False)])
+def test_a_bucket_smaller_than_the_usual_answer_is_asked_for_all_of_it(burst: int, served: bool) -> None:
+    """What comes above is a debt; without a history nobody is told that it can never pass."""
+    bucket = Limit(limit_id=1, tenant_id="t", unit=Unit.TOKENS, period=Period.MINUTE, amount=burst)
+
+    outcome = take(Memory(), _demand(bucket, output_tokens_max=0), 0)
+
+    assert served == outcome.admitted
+    assert served == (outcome.readings[0].wait_us is not None)
+
+
+@pytest.mark.parametrize(("named", "held"), [(0, 300), (1, 1), (300, 300), (4096, 300), (200_000, 300)])
+def test_what_is_held_is_what_is_usual_and_never_more_than_was_named(named: int, held: int) -> None:
+    """A client that always sends the model's maximum does not hold it each time."""
     estimates = Estimates()
     for _ in range(estimate.SAMPLES_MIN):
         estimates.learn(tenant_id="t", model="m", prompt_bytes=400, input_tokens=100, output_tokens=300)
@@ -111,6 +165,12 @@ def test_a_maximum_that_says_nothing_is_held_at_what_is_usual(named: int, held: 
     # Four bytes a token were learned.
     assert 25 == estimates.prompt_tokens(model="m", prompt_bytes=100)
     assert 40 == estimates.prompt_tokens(model="other", prompt_bytes=100)
+
+
+@pytest.mark.parametrize(("named", "held"), [(0, 512), (1, 1), (4096, 4096), (4097, 4096), (200_000, 4096)])
+def test_without_a_history_a_believable_maximum_is_held(named: int, held: int) -> None:
+    """The context's length is none."""
+    assert held == Estimates().output_tokens(tenant_id="t", model="m", named_max=named, cap=16_384)
 
 
 def test_a_million_models_keep_memory_bounded() -> None:
@@ -134,6 +194,39 @@ def test_retry_after_is_right_to_the_second(wait_us: int, seconds: int) -> None:
 
     assert wait_us == reading.wait_us
     assert str(seconds) == headers["retry-after"]
+
+
+@pytest.mark.parametrize(("held", "seconds"), [(0, "3600"), (9, "3600"), (10, "1"), (80, "1")])
+def test_what_is_only_held_is_not_waited_for_until_the_quota_starts_anew(held: int, seconds: str) -> None:
+    """Thirty are asked where twenty are left: they fit once ten of what is held come back."""
+    counter = dataclasses.replace(
+        BUCKET, kind=Kind.QUOTA, unit=Unit.TOKENS, period=Period.CALENDAR_MONTH, amount=100, burst=100, ends_us=3_600_000_000
+    )
+
+    _, headers = answer.refusal([read(counter, 80, held=held, hits=30, now_us=0)])
+
+    assert seconds == headers["retry-after"]
+
+
+def test_a_budget_that_is_only_held_may_be_asked_again() -> None:
+    """The client is not told to give up."""
+    prepaid = dataclasses.replace(BUCKET, kind=Kind.QUOTA, unit=Unit.MONEY, period=Period.EVER, amount=5, burst=5)
+
+    refusal, headers = answer.refusal([read(prepaid, 5, held=3, hits=3, now_us=0)])
+
+    assert (402, "1") == (refusal.status, headers["retry-after"])
+    assert "x-should-retry" not in headers
+    assert "held" in refusal.message
+
+
+@pytest.mark.parametrize(("amount", "said"), [(1, "1 request per minute"), (2, "2 requests per minute")])
+def test_one_is_not_told_as_several(amount: int, said: str) -> None:
+    """People read it."""
+    counter = dataclasses.replace(BUCKET, amount=amount, burst=1)
+
+    refusal, _ = answer.refusal([read(counter, 60_000_000, hits=1, now_us=0)])
+
+    assert said in refusal.message
 
 
 def test_the_longest_wait_is_told_and_shadow_limits_are_not() -> None:
@@ -167,7 +260,6 @@ def test_money_is_402_and_is_not_asked_for_again_in_a_loop() -> None:
 
 def test_a_clock_that_went_back_drains_nothing_and_locks_nobody_out() -> None:
     """After a failover to a slower clock, one burst is the most that anybody waits for."""
-    from ratelimit.core.decide import Memory, Verdict, take  # noqa: PLC0415
     from ratelimit.core.demand import Demand  # noqa: PLC0415
 
     memory = Memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-from ratelimit.core.decide import Memory, Outcome, settle, take
+from ratelimit.core.decide import Memory, Outcome, Renewal, renew, settle, take
 from ratelimit.core.demand import Demand
 from ratelimit.core.usage import Report
 from tests.ratelimit_model.machine import Lives
@@ -20,6 +20,9 @@ class InMemory(Lives):
 
     def take(self, demand: Demand) -> Outcome:
         return take(self.memory, demand, self.now)
+
+    def renew(self, demand: Demand, renewal: Renewal) -> int:
+        return renew(self.memory, demand.request_id, renewal, self.now)
 
     def settle(self, demand: Demand, report: Report) -> bool:
         return settle(self.memory, demand.request_id, report, self.now)
