@@ -61,13 +61,13 @@ class News:
         self._changes.clear()
 
     def text(self) -> str:
-        """
+        r"""
         Write the news as envoy/lua/lane.lua reads it.
 
         >>> news = News(sequence=7)
         >>> news.change("acme")
         >>> news.text()
-        '8\\n8 acme\\n'
+        '8\n8 acme\n'
         """
         return f"{self.sequence}\n" + "".join(f"{sequence} {who}\n" for sequence, who in self._changes)
 

@@ -123,7 +123,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _guarded(path: str, handler: Unary) -> Unary:
-    def call(request: Any, context: grpc.ServicerContext) -> Message:  # noqa: ANN401
+    def call(request: Any, context: grpc.ServicerContext) -> Message:
         try:
             return handler(request, context)
         except Invalid as exc:

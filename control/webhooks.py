@@ -36,7 +36,7 @@ CUSTOMER_LENGTH_MAX: Final = 200
 #: Bytes; the Standard Webhooks specification asks for 24 to 64.
 _SECRET_BYTES: Final = 32
 #: The specification's own; what follows is the secret.
-_SECRET_PREFIX: Final = "whsec_"  # noqa: S105
+_SECRET_PREFIX: Final = "whsec_"
 _ID_PREFIX: Final = "wh_"
 
 _COLUMNS: Final = (

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Keep a daily partition ready for every usage row that may come, and a default one for the rest; drop
-those that are older than anybody wants to keep.
+Keep a daily partition ready for every usage row that may come, and a default one for the rest.
+
+Those that are older than anybody wants to keep are dropped.
 
 A usage row is a bill: it must never be refused because nobody made its partition. So there is a
 default partition, and a day that first fell into it gets its own partition later, rows and all.

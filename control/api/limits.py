@@ -32,9 +32,7 @@ class _LimitScope(Body):
 
 
 #: Numbers to set by name; null removes one, a missing one stays.
-_FIELDS: dict[str, Any] = {name: (_NUMBER, None) for name in limits.NUMBERS} | {
-    name: (_BUDGET, None) for name in limits.BUDGETS
-}
+_FIELDS: dict[str, Any] = dict.fromkeys(limits.NUMBERS, (_NUMBER, None)) | dict.fromkeys(limits.BUDGETS, (_BUDGET, None))
 LimitChange = create_model("LimitChange", __base__=_LimitScope, **_FIELDS)
 
 

@@ -65,7 +65,7 @@ def check_configuration(
     as_json: Json = False,
 ) -> None:
     """Check settings, Envoy's configuration and limits; refuses what would silently do nothing."""
-    from control.cli.check import check  # noqa: PLC0415 - starts Envoy, which the other commands need not pay for
+    from control.cli.check import check
 
     raise typer.Exit(check(directory, as_json=as_json))
 
@@ -76,7 +76,7 @@ def run_psql(
     billing: Annotated[bool, typer.Option("--billing", help="As the role that reads views and nothing else.")] = False,
 ) -> None:
     """Open psql on the ledger; further arguments go to psql."""
-    from control.cli.psql import run  # noqa: PLC0415
+    from control.cli.psql import run
 
     raise typer.Exit(run(context.args, billing=billing))
 

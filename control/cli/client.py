@@ -45,7 +45,7 @@ def call(
     is_public: bool = False, timeout_seconds: float = _TIMEOUT_SECONDS,
 ) -> Any:
     """The answer's JSON; raises `Invalid` with the API's own sentence, or `Unavailable`."""
-    import httpx  # noqa: PLC0415 - half of a command's start-up time
+    import httpx
 
     home = read_home(os.environ)
     token = None if is_public else operator_token(home)

@@ -96,7 +96,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _encoded(document: dict[str, Any], chosen: Format) -> bytes:
-    from control import invoices  # noqa: PLC0415 - the use cases are most of a command's start-up time
+    from control import invoices
 
     match chosen:
         case Format.PARQUET:

@@ -7,7 +7,6 @@ import json
 import sys
 from typing import Any
 
-
 #: Characters; wider than any row.
 _PIPE_WIDTH = 2000
 
@@ -39,8 +38,8 @@ def _pairs(document: dict[str, Any]) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - not for --json
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:

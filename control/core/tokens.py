@@ -92,7 +92,7 @@ def read_request(*, authorization: str | None, content_type: str | None, body: b
     return TokenRequest(client_id=client[0], client_secret=client[1], scopes=scopes)
 
 
-def grant(asked: Sequence[str] | None, *, allowed: Collection[str] | None) -> tuple[str, ...] | None | Refused:
+def grant(asked: Sequence[str] | None, *, allowed: Collection[str] | None) -> tuple[str, ...] | Refused | None:
     """
     Scopes of the token: what was asked for, or all that are allowed; None means every scope there is.
 

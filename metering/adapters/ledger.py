@@ -225,8 +225,10 @@ class Ledger:
 
     def close_orphans(self, *, ended: Collection[str], silent: bool, now: datetime) -> int:
         """
-        Give a row to each open exchange whose Envoy is gone: of one of the *ended* lives or, if *silent*,
-        not heard of since `mark_open` although a live stream reports each second.
+        Give a row to each open exchange whose Envoy is gone.
+
+        That is one of the *ended* lives or, if *silent*, not heard of since `mark_open` although a live
+        stream reports each second.
         """
         with self._connection.transaction():
             rows = self._connection.execute(

@@ -45,16 +45,17 @@ def defect(data: bytes, *, offset: int, reason: str) -> Defect:
 def read(
     data: bytes, *, offset: int, torn: bytes = b"", is_over: Callable[[str], bool] | None = None
 ) -> tuple[list[Entry], list[Defect], bytes]:
-    """
-    Entries and defects of *data*, which are whole lines that begin at *offset* of their file, and what
-    to give as *torn* with the lines that follow.
+    r"""
+    Entries and defects of *data*, and what to give as *torn* with the lines that follow.
+
+    *data* is whole lines that begin at *offset* of their file.
 
     A writer that died within a record leaves a piece without a line end, and the next writer's record
     follows in the same line: the piece is a defect, the record counts. Envoy writes its buffer in
     slices; in a journal of one file, from before the starts had their own, a start record may also
     stand within one of Envoy's, whose other half then is a line of its own: the halves are put together.
 
-    >>> entries, [found], _ = read(b'{"type":"Sta\\n\\n', offset=100)
+    >>> entries, [found], _ = read(b'{"type":"Sta\n\n', offset=100)
     >>> entries, found.offset, found.byte_count
     ([], 100, 12)
     """

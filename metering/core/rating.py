@@ -63,8 +63,10 @@ def amount_nano(
     card: RateCard, *, input_tokens: int, output_tokens: int, cached_tokens: int, reasoning_tokens: int
 ) -> int:
     """
-    What the tokens cost. Cached tokens are part of the input, reasoning tokens part of the output;
-    each token is charged once. No token costs nothing, whatever the minimum.
+    What the tokens cost.
+
+    Cached tokens are part of the input, reasoning tokens part of the output; each token is charged
+    once. No token costs nothing, whatever the minimum.
 
     A million tokens at 0.15 of which half are cached at 0.075:
 

@@ -27,7 +27,7 @@ class Outcome(Enum):
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     ADDRESS_REFUSED = "address_refused"
-    SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105 - an outcome
+    SECRET_UNREADABLE = "secret_unreadable"
 
     @property
     def is_success(self) -> bool:

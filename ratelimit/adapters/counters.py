@@ -38,7 +38,7 @@ _UNSEEDED: Final = -1
 _BESIDE: Final = {Kind.QUOTA: "held", Kind.BUCKET: "leases", Kind.SLOTS: "by", Kind.BACKLOG: "ends"}
 
 
-class Unseeded(Exception):  # noqa: N818 - not an error: the caller fetches and asks again
+class Unseeded(Exception):
     """The store knows nothing of a quota, and no seed was given: nothing was taken."""
 
 

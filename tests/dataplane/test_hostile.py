@@ -14,11 +14,11 @@ import pytest
 from chassis import keys
 from chassis.clock import utc_now
 from chassis.secrets import load_peppers
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation
 from tests.hostile import callers as every
 from tests.hostile.callers import Caller
 from tests.hostile.http import Answer, send_http1, send_http2
 from tests.hostile.rows import Row, load
-from tests.dataplane.installation import VISIBLE_SECONDS, Installation
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_every_verb_on_every_object_of_another_tenant_is_404(
         for operation in refused
     }
 
-    assert {operation: 404 for operation in answers} == {key: answer.status_code for key, answer in answers.items()}
+    assert dict.fromkeys(answers, 404) == {key: answer.status_code for key, answer in answers.items()}
     assert before == everything(postgres_url)
     assert len(answers) > 15
 

@@ -26,7 +26,7 @@ def with_clock(store: Any) -> StoredCounters:
     made = StoredCounters(store)
     for name in ("_admit", "_renew", "_settle"):
         text = getattr(made, name).text.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)")
-        setattr(made, name, adapter._script(text))  # noqa: SLF001
+        setattr(made, name, adapter._script(text))
     return made
 
 

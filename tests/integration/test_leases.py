@@ -18,7 +18,7 @@ from ratelimit.core.decide import Outcome
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.lease import LENGTH_US, REQUESTS_MAX, Lease, offer
 from ratelimit.core.limits import Effect, Period, Unit
-from ratelimit.core.usage import Report, Usage
+from ratelimit.core.usage import Usage
 from tests.integration.test_counters import with_clock
 from tests.ratelimit_model.machine import BEGIN_US
 
@@ -50,8 +50,8 @@ class Store:
     def __init__(self, client: Any) -> None:
         self.client, self.counters, self.tenant, self.now = client, with_clock(client), f"lease-{next(_TENANTS)}", BEGIN_US
         # Keys end by the store's clock, whatever the scripts' says: on a busy machine too soon.
-        text = self.counters._admit.text.replace("redis.call('PEXPIRE',", "tostring(")  # noqa: SLF001
-        self.counters._admit = adapter._script(text)  # noqa: SLF001
+        text = self.counters._admit.text.replace("redis.call('PEXPIRE',", "tostring(")
+        self.counters._admit = adapter._script(text)
 
     def take(self, asked: Demand, **leases: Lease | None) -> Outcome:
         """Ask now."""

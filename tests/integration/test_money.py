@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from metering.adapters.invariants import verify
 from metering.adapters.replay import examine, replay
 from tests.journals import (
     collect,
-    collecting,
     end,
     exchanges,
     request_id,
@@ -131,7 +131,7 @@ def test_a_price_set_between_two_others_lasts_until_the_later_one(store: Store) 
 
     listed = prices.list_all(store, act(NEXT_MONTH), tenant=None, at=None)
     edges = [THEN, datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC), None]
-    assert list(zip(edges, edges[1:], strict=False)) == [(it["effective_from"], it["effective_until"]) for it in listed]
+    assert list(pairwise(edges)) == [(it["effective_from"], it["effective_until"]) for it in listed]
     assert ["0.15", "2.00", "3.00"] == [it["input"] for it in listed]
 
 

@@ -381,7 +381,7 @@ def test_a_dead_store_is_left_alone_and_each_limit_follows_its_mode(desk: Desk) 
     desk.limit("requests", "minute", 4)
     desk.open()
     desk.store = connect("redis://127.0.0.1:1", cluster=False)
-    desk.servicer._stored = StoredCounters(desk.store)  # noqa: SLF001
+    desk.servicer._stored = StoredCounters(desk.store)
 
     codes = [desk.admit(f"r{number}").overall_code for number in range(FAILURES_TO_OPEN + 3)]
 
@@ -394,7 +394,7 @@ def test_a_dead_store_with_a_limit_that_allows_or_denies(desk: Desk, mode: str, 
     """Allow lets all pass, deny is an error that Envoy answers with 503."""
     desk.limit("requests", "minute", 1, on_store_error=mode)
     desk.open()
-    desk.servicer._stored = StoredCounters(connect("redis://127.0.0.1:1", cluster=False))  # noqa: SLF001
+    desk.servicer._stored = StoredCounters(connect("redis://127.0.0.1:1", cluster=False))
 
     if served:
         assert [OK, OK, OK] == [desk.admit(f"r{number}").overall_code for number in range(3)]
@@ -408,11 +408,11 @@ def test_a_hard_quota_without_its_store_counts_on_from_what_was_last_said(desk: 
     desk.limit("tokens", "calendar_month", 100)
     desk.open()
     with pytest.raises(Unavailable):
-        desk.servicer._local.take(  # noqa: SLF001
+        desk.servicer._local.take(
             demand("t", amount=10, kinds=(Kind.QUOTA,)), now_us=0, away_seconds=0.0
         )
     desk.admit("one")
-    desk.servicer._stored = StoredCounters(connect("redis://127.0.0.1:1", cluster=False))  # noqa: SLF001
+    desk.servicer._stored = StoredCounters(connect("redis://127.0.0.1:1", cluster=False))
 
     codes = [desk.admit(f"r{number}").overall_code for number in range(3)]
 

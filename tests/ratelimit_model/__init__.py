@@ -29,7 +29,8 @@ class Model:
         if counter.kind is Kind.BUCKET:
             debt, at = self.buckets.get(counter.name, (Fraction(0), now))
             if now < at:  # the clock went back: from here on
-                self.buckets[counter.name] = debt, at = debt, now
+                at = now
+                self.buckets[counter.name] = (debt, at)
             return max(Fraction(0), debt - Fraction(max(0, now - at) * counter.amount, counter.period_us))
         leases = [hits for hits, ends in self.held.get(counter.name, {}).values() if ends > now]
         return Fraction(self.used.get(counter.name, 0) + sum(leases))
