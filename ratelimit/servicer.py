@@ -42,8 +42,8 @@ METHOD = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 _NUMBER_MAX = 1_000_000_000
 #: A life's name is ours and short.
 _EPOCH_LENGTH_MAX = 100
-#: An Envoy whose configuration is older than leases has none to speak of.
-_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key != contract.DESC_LEASE)
+#: An Envoy whose configuration is older than these says nothing of them: no lease, and no stream that could be held in slices.
+_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key not in (contract.DESC_LEASE, contract.DESC_STREAM))
 #: What Envoy answers to OVER_LIMIT by itself.
 _RATE_LIMITED = 429
 
@@ -261,7 +261,7 @@ def _ask(entries: Mapping[str, str], call: Mapping[str, str | bytes]) -> Ask | N
         prompt_bytes=numbers[0],
         output_tokens_max=numbers[1],
         choices=numbers[2],
-        streams=values[contract.DESC_STREAM] == "yes",
+        streams=entries.get(contract.DESC_STREAM) == "yes",
         epoch=_epoch(call),
     )
 

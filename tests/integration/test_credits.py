@@ -133,7 +133,8 @@ def test_usage_beyond_the_credits_is_owed_and_taken_from_the_next_grant(books: B
     after = books.show()
 
     assert (0, 2 * COST, 0) == (owed["balance_nano"], owed["owed_nano"], owed["available_nano"])
-    assert (3 * COST, 0, [0, 3 * COST]) == (after["balance_nano"], after["owed_nano"], remaining(after))
+    # Of two grants of one moment either may be told first.
+    assert (3 * COST, 0, [0, 3 * COST]) == (after["balance_nano"], after["owed_nano"], sorted(remaining(after)))
 
 
 def test_a_reference_is_granted_once(books: Books) -> None:

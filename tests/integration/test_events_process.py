@@ -72,7 +72,8 @@ def test_one_process_sends_and_another_takes_over_when_it_is_killed(control: Con
         second.send_signal(signal.SIGTERM)
 
         assert 0 == second.wait(timeout=_SECONDS_MAX)
-        assert 2 == len(receiver.got)
+        # At least once: the first may have died before it could write down that it had sent.
+        assert 2 == len({got.headers["webhook-id"] for got in receiver.got})
 
 
 def test_without_a_pepper_it_refuses_to_start_in_one_line(postgres_url: str, tmp_path: Path) -> None:

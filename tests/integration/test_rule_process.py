@@ -68,6 +68,8 @@ def test_a_process_with_rules_answers_both_kinds_of_domain_and_shows_what_it_did
     directory = tmp_path / "rules"
     directory.mkdir()
     (directory / "shop.yaml").write_text("domain: [")
+    (tmp_path / "envoy").mkdir()
+    (tmp_path / contract.MODELS_PATH).write_text('models: [{name: m, engine: vllm, endpoints: ["127.0.0.1:1"]}]\n')
     (metrics,) = free_ports(1)
     admit = request(contract.RLS_DOMAIN, ["phase=admit"])
     settle = request(contract.RLS_DOMAIN, ["phase=settle, tenant=t, request_id=r, hold=no"])
