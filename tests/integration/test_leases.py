@@ -19,6 +19,7 @@ from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.lease import LENGTH_US, REQUESTS_MAX, Lease, offer
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Usage
+from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_counters import with_clock
 from tests.ratelimit_model.machine import BEGIN_US
 
@@ -71,7 +72,7 @@ class Store:
 @pytest.fixture
 def store(counter_store: str) -> Store:
     """Give an empty store."""
-    return Store(connect(counter_store, cluster=False))
+    return Store(connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS))
 
 
 def test_a_lease_is_taken_on_top_and_given_back(store: Store) -> None:
@@ -261,7 +262,7 @@ class Workers(RuleBasedStateMachine):
 
 def test_no_bucket_is_overdrawn_whenever_leases_are_spent(counter_store: str) -> None:
     """Requests and tokens: zero over the limit, by what really passed."""
-    machine = type("StoredWorkers", (Workers,), {"client": connect(counter_store, cluster=False)})
+    machine = type("StoredWorkers", (Workers,), {"client": connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     )
