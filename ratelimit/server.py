@@ -17,6 +17,7 @@ from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
+from chassis.telemetry.metrics import serve
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics, tokenizers
 from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
@@ -95,7 +96,7 @@ def main() -> None:
     breaker = Breaker(clock=time.monotonic, opened=probe)
     metrics.STORE_AWAY.set_function(lambda: breaker.is_open)
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        serve(settings.metrics_port)
 
     def swept() -> list[str]:
         if settings.cluster:

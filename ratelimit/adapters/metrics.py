@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
 from ratelimit.core.decide import Outcome, Verdict
 from ratelimit.core.demand import Counter as Limit
@@ -103,8 +103,3 @@ def settled(excess_tokens: int) -> None:
     """Count a settle from Envoy; less than 0 is what was held and not used."""
     SETTLED_BY_ENVOY.inc()
     (_EXCESS if excess_tokens > 0 else _RETURNED).inc(abs(excess_tokens))
-
-
-def serve(port: int) -> None:
-    """Show the metrics on loopback; Envoy's listener never leads there."""
-    start_http_server(port, addr="127.0.0.1")

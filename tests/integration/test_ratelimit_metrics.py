@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from chassis.errors import Unavailable
+from chassis.telemetry.metrics import serve
 from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, connect
 from tests.integration.ports import free_ports
@@ -23,7 +24,7 @@ __all__ = ["own_store"]
 def port() -> int:
     """Where the metrics of this process are shown."""
     [found] = free_ports(1)
-    metrics.serve(found)
+    serve(found)
     return found
 
 
