@@ -281,7 +281,8 @@ def running(home: Path, *options: str, environment: dict[str, str] | None = None
     source = home.with_name(f"{home.name}-envoy")
     shutil.copytree(REPOSITORY / "envoy", source)
     bootstrap = source / "envoy.yaml"
-    bootstrap.write_text(re.sub(r"(?m)^( +(?:message_)?timeout: )0\.5s$", r"\g<1>5s", bootstrap.read_text()))
+    waits = re.compile(r"(?<=timeout: )0\.5s$|(?<=max_interval: )0\.5s", re.MULTILINE)
+    bootstrap.write_text(waits.sub("5s", bootstrap.read_text()))
     patience = {"PEAJE_ENVOY_SOURCE": str(source), "PEAJE_RATELIMIT_STORE_TIMEOUT_SECONDS": "0.5"}
     arguments: Sequence[str] = ("up", "--detach", "--restarts", "50", *options)
     started = subprocess.run(
