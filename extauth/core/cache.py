@@ -20,8 +20,8 @@ Value = TypeVar("Value")
 FRESH_FOR = timedelta(seconds=5)
 #: While Postgres is away a key that was good keeps working this long.
 GRACE_FOR = timedelta(seconds=300)
-#: How long an unknown id stays unknown without asking again.
-UNKNOWN_FOR = timedelta(seconds=30)
+#: How long an unknown id stays unknown without asking again; one that is made meanwhile is pushed.
+UNKNOWN_FOR = timedelta(seconds=60)
 KNOWN_COUNT_MAX = 100_000
 UNKNOWN_COUNT_MAX = 10_000
 #: Changes that are remembered; one more forgets everything, which costs reads and is never wrong.
@@ -71,6 +71,10 @@ class Remembered(Generic[Value]):
             return None
         self._unknown.move_to_end(key)
         return found
+
+    def has(self, key: str, now: datetime) -> bool:
+        """Whether *key* is known to exist or to have existed, or known not to: nobody guesses it by looking."""
+        return key in self._known or self.fresh(key, now) is not None
 
     def stale(self, key: str, now: datetime) -> Found[Value] | None:
         """
