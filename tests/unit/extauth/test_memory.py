@@ -39,6 +39,17 @@ def test_a_flood_of_unknown_ids_pushes_out_no_known_one() -> None:
     assert table.fresh("k", NOW) is not None
 
 
+def test_what_once_was_is_remembered_as_no_strangers_however_old_and_what_never_was_while_it_is_believed() -> None:
+    """Nobody guesses an id that exists; an id that is known not to costs no read."""
+    table: Remembered[str] = Remembered()
+    table.put("k", "v", NOW)
+    table.put("none", None, NOW)
+    table.mark("k", NOW + INSTANT)
+
+    assert (True, True, False) == tuple(table.has(key, NOW + 2 * INSTANT) for key in ("k", "none", "new"))
+    assert (True, False) == tuple(table.has(key, NOW + 10 * GRACE_FOR) for key in ("k", "none"))
+
+
 def test_the_least_recently_used_goes_first() -> None:
     """A use counts, not only a write."""
     table: Remembered[str] = Remembered(known_count_max=2)
