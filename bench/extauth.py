@@ -3,7 +3,8 @@
 `python -m bench.extauth`: what a decision costs extauth with a million keys of a hundred thousand tenants.
 
 In an installation's own Postgres, loaded by COPY; the servicer as it is served, without Envoy and gRPC, whose
-shares `python -m bench` shows. `--write` puts the table into docs/benchmarks.md.
+shares `python -m bench` shows; and a process of it over its Unix socket, in a closed loop. `--write` puts the table
+into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -26,6 +28,7 @@ from typing import Any, Final
 import grpc
 import psycopg
 
+from bench.__main__ import cpu_seconds
 from chassis import contract, keys
 from chassis.clock import utc_now
 from chassis.models import ModelCatalogue
@@ -37,9 +40,10 @@ from extauth.adapters.directory import Directory
 from extauth.adapters.identities import Identities
 from extauth.adapters.key_writes import KeyWrites
 from extauth.core.cache import KNOWN_COUNT_MAX
-from extauth.servicer import Servicer
+from extauth.core.strangers import Strangers
+from extauth.servicer import METHOD, Servicer
 from tests.dataplane.installation import REPOSITORY, Installation, running
-from tests.identities import FakeDirectory, document_for, identities_in, write_home
+from tests.identities import Call, FakeDirectory, document_for, identities_in, write_home
 from tests.provider import running_provider
 
 KEYS: Final = 1_000_000
@@ -47,6 +51,10 @@ TENANTS: Final = 100_000
 #: Decisions of each kind that are timed; a miss reads Postgres, so there are fewer.
 HITS: Final = 100_000
 MISSES: Final = 10_000
+#: Calls over gRPC, those before they are timed, and how many are under way at the same time: two for each of its threads.
+CALLS: Final = 20_000
+WARM_CALLS: Final = 1_000
+UNDER_WAY: Final = 8
 #: Tokens whose key id nobody has heard of, each another.
 STRANGE_KEYS: Final = 10_000
 _DOCUMENT: Final = REPOSITORY / "docs/benchmarks.md"
@@ -123,21 +131,26 @@ def _measure(url: str, installation: Installation, count: int) -> dict[str, str]
     # As served, each denial is a line of JSON; here it goes nowhere.
     with contextlib.redirect_stderr(Path(os.devnull).open("w")):
         configure("bench")
-    figures = {"start of extauth until it serves": f"{_cold_start(url, installation):.1f} s"}
+    figures = _measure_process(url, installation)
     with read_pool(url, name="bench", connections=4) as pool:
         pool.wait()
         peppers = load_peppers(installation.home)
-        identities = Identities(
-            Directory(pool, clock=utc_now), peppers=peppers,
-            writes=KeyWrites(url, clock=utc_now, newest_pepper=max(peppers)), home=installation.home,
-            control_url="http://127.0.0.1:1",
-        )  # fmt: skip
-        servicer = Servicer(identities, catalogue=lambda: _MODELS, clock=utc_now)
+
+        def serve(unknown_per_minute: int) -> Servicer:
+            identities = Identities(
+                Directory(pool, clock=utc_now), peppers=peppers,
+                writes=KeyWrites(url, clock=utc_now, newest_pepper=max(peppers)), home=installation.home,
+                control_url="http://127.0.0.1:1", strangers=Strangers(per_minute=unknown_per_minute),
+            )  # fmt: skip
+            return Servicer(identities, catalogue=lambda: _MODELS, clock=utc_now)
+
+        # Without the bound, because what a look-up costs is asked here; with it a second one.
+        unbounded, bounded = serve(0), serve(1)
         before = _resident_mib()
 
-        def ask(key: str, model: str = "tiny") -> Callable[[], str | None]:
+        def ask(key: str, model: str = "tiny", servicer: Servicer = unbounded) -> Callable[[], str | None]:
             raw = _request(key, model)
-            return lambda: servicer.check(wire.CheckRequest.FromString(raw), None).WhichOneof("http_response")
+            return lambda: servicer.check(wire.CheckRequest.FromString(raw), Call()).WhichOneof("http_response")
 
         step = count // MISSES
         misses = [ask(key_of(number * step)) for number in range(MISSES)]
@@ -149,6 +162,9 @@ def _measure(url: str, installation: Installation, count: int) -> dict[str, str]
         strangers = [ask(keys.mint("live", secrets.token_bytes).key) for _ in range(MISSES)]
         figures["deny: a key that nobody has, each another (K04), read from Postgres"] = _row(strangers, "denied_response")
         figures["deny: the same ones again, nothing looked up"] = _row(strangers, "denied_response")
+        unseen = [ask(keys.mint("live", secrets.token_bytes).key, servicer=bounded) for _ in range(MISSES)]
+        unseen[0]()
+        figures["deny: the same from an address that has no turn left, not looked up"] = _row(unseen, "denied_response")
         for number in range(min(count, KNOWN_COUNT_MAX)):
             ask(key_of(number))()
         held = _resident_mib() - before
@@ -166,7 +182,7 @@ def _measure_tokens() -> dict[str, str]:
 
         def ask(token: str) -> Callable[[], str | None]:
             raw = _request(token, "tiny")
-            return lambda: servicer.check(wire.CheckRequest.FromString(raw), None).WhichOneof("http_response")
+            return lambda: servicer.check(wire.CheckRequest.FromString(raw), Call()).WhichOneof("http_response")
 
         good = ask(provider.mint())
         while good() != "ok_response":
@@ -216,19 +232,59 @@ def _request(key: str, model: str) -> bytes:
     return bytes(request.SerializeToString())
 
 
-def _cold_start(url: str, installation: Installation) -> float:
-    """From the start of a process of its own, in a directory of its own, until it answers gRPC."""
+def _measure_process(url: str, installation: Installation) -> dict[str, str]:
+    """A process of its own: how soon it serves, and how many requests a second over its Unix socket."""
+    began = time.monotonic()
+    with _process(url, installation) as (process, socket):
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+            figures = {"start of extauth until it serves": f"{time.monotonic() - began:.1f} s"}
+            for name, key in {"a remembered key": key_of(0), "not a key": "nonsense"}.items():
+                _closed_loop(channel, _request(key, "tiny"), WARM_CALLS)
+                figures[f"one process over gRPC, {UNDER_WAY} calls under way: {name}"] = _throughput(channel, process.pid, key)
+    return figures
+
+
+def _throughput(channel: grpc.Channel, pid: int, key: str) -> str:
+    began, served, sent = time.monotonic(), cpu_seconds(pid), time.process_time()
+    _closed_loop(channel, _request(key, "tiny"), CALLS)
+    seconds, served, sent = time.monotonic() - began, cpu_seconds(pid) - served, time.process_time() - sent
+    return (
+        f"{CALLS / seconds:,.0f} requests/s with {served / seconds:.2f} of a core, {1e6 * served / CALLS:.0f} µs CPU each; "
+        f"the load generator takes {sent / seconds:.2f} of another"
+    )
+
+
+def _closed_loop(channel: grpc.Channel, request: bytes, count: int) -> None:
+    """Send *request* *count* times, as many under way at all times; raises if a call fails."""
+    call = channel.unary_unary(METHOD)
+    room = threading.Semaphore(UNDER_WAY)
+    failed: list[grpc.RpcError] = []
+
+    def done(answer: grpc.Future) -> None:
+        if (exc := answer.exception()) is not None:
+            failed.append(exc)
+        room.release()
+
+    for _ in range(count):
+        room.acquire()
+        call.future(request).add_done_callback(done)
+    for _ in range(UNDER_WAY):
+        room.acquire()
+    if failed:
+        raise SystemExit(f"{len(failed)} calls failed, the first with {failed[0]}")
+
+
+@contextlib.contextmanager
+def _process(url: str, installation: Installation) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """extauth as a process of its own, in a directory of its own, and its socket."""
     with tempfile.TemporaryDirectory(prefix="peaje-") as directory:
         environment = {
             **os.environ, "PEAJE_HOME": str(installation.home), "PEAJE_POSTGRES_URL": url, "PYTHONPATH": str(REPOSITORY),
         }  # fmt: skip
-        began = time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "extauth"], cwd=directory, env=environment, stderr=subprocess.DEVNULL)
         try:
-            socket = Path(directory) / contract.SOCKETS[contract.CLUSTER_EXTAUTH]
-            with grpc.insecure_channel(f"unix:{socket}") as channel:
-                grpc.channel_ready_future(channel).result(timeout=60)
-            return time.monotonic() - began
+            yield process, Path(directory) / contract.SOCKETS[contract.CLUSTER_EXTAUTH]
         finally:
             process.terminate()
             process.wait(timeout=30)

@@ -3,7 +3,8 @@
 `python -m bench.hostile`: what an attack costs everybody else (H09, K04).
 
 Requests of a good caller through the whole installation, alone and while somebody resets HTTP/2 streams as fast
-as Envoy takes them, or sends keys that nobody has, with a right checksum and never the same. The attackers share
+as Envoy takes them, never ends a header, splits a cookie into thousands, or sends keys that nobody has, with a right
+checksum and never the same, from the good caller's own address. The attackers share
 the processors with the attacked, so part of any difference is theirs. `--write` puts the table into docs/benchmarks.md.
 """
 
@@ -31,6 +32,8 @@ from tests.hostile.http import send_http2
 
 _REQUESTS: Final = 2000
 _RESETS: Final = 10_000
+_CONTINUATIONS: Final = 20_000
+_COOKIES: Final = 10_000
 _DOCUMENT: Final = REPOSITORY / "docs/benchmarks.md"
 _BEGIN, _END = "<!-- hostile: begin -->", "<!-- hostile: end -->"
 
@@ -38,6 +41,17 @@ _BEGIN, _END = "<!-- hostile: begin -->", "<!-- hostile: end -->"
 def _reset_streams(port: int, stop: Event) -> None:
     while not stop.is_set():
         send_http2(port, {"resets": _RESETS})
+
+
+def _never_end_headers(port: int, stop: Event) -> None:
+    while not stop.is_set():
+        send_http2(port, {"continuations": _CONTINUATIONS})
+
+
+def _split_cookies(port: int, stop: Event) -> None:
+    headers = [[":method", "GET"], [":scheme", "http"], [":authority", "a"], [":path", "/v1/models"]]
+    while not stop.is_set():
+        send_http2(port, {"headers": headers, "end": True, "cookies": _COOKIES})
 
 
 def _guess_keys(port: int, stop: Event) -> None:
@@ -68,7 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
-    attacks = {"nobody": None, "HTTP/2 streams reset, 10,000 a connection": _reset_streams, "keys that nobody has": _guess_keys}
+    attacks = {
+        "nobody": None,
+        f"HTTP/2 streams reset, {_RESETS:,} a connection": _reset_streams,
+        f"a flood of CONTINUATION, {_CONTINUATIONS:,} a connection": _never_end_headers,
+        f"a cookie in {_COOKIES:,} pieces": _split_cookies,
+        "keys that nobody has": _guess_keys,
+    }
     lines = ["| attack | p50, ms | p99, ms | failures |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="peaje-bench-") as directory:
         with running(Path(directory) / "home", "--engine", "fake") as road:

@@ -240,6 +240,8 @@ J_EPOCH: Final = "epoch"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
 #: The same, as Envoy sends it with each call to ratelimit.
 EPOCH_CALL_METADATA: Final = "x-peaje-envoy-epoch"
+#: The client's address, as Envoy tells extauth with each call: behind proxies that it trusts not its own peer's.
+ADDRESS_CALL_METADATA: Final = "x-peaje-address"
 #: "off" in Envoy's environment: the gate asks for every request.
 EXPRESS_ENVIRONMENT: Final = "PEAJE_EXPRESS"
 
@@ -335,6 +337,7 @@ ERROR_CODES: Final = (
     "not_found",
     "rate_limit_exceeded",
     "fair_share",
+    "too_many_unknown_credentials",
     "insufficient_quota",
     "upstream_unavailable",
     "upstream_timeout",

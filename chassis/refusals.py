@@ -36,6 +36,8 @@ class Refusal:
     param: str | None = None
     #: OpenAI tells a request limit from a token limit by `type`; None takes the status's own type.
     type: str | None = None
+    #: Whole seconds after which it may be tried again; None where that would change nothing.
+    retry_after: int | None = None
 
     def __post_init__(self) -> None:
         if self.code not in contract.ERROR_CODES:

@@ -139,6 +139,12 @@ def _connection_manager(manager: Mapping, file: str) -> Iterator[Finding]:
             yield Finding(
                 file=file, line=manager.line, what=f"{name} is {_say(manager.at(*path))}.", mend=f"Write {name}: {_say(accepted[0])}."
             )
+    if not (manager.at("internal_address_config") or Mapping()).mappings("cidr_ranges"):
+        yield Finding(
+            file=file, line=manager.line,
+            what="internal_address_config names no range, so Envoy trusts what callers from private addresses say in x-envoy-*.",
+            mend="Name one that nobody has: cidr_ranges: [{address_prefix: 255.255.255.255, prefix_len: 32}].",
+        )  # fmt: skip
     if manager.get("preserve_external_request_id"):
         yield Finding(
             file=file, line=manager.line,

@@ -18,7 +18,7 @@ from chassis import keys as formats
 from chassis.errors import PeajeError
 from control import audit, operators, service_accounts
 from control.act import Act
-from control.core.attempts import Attempts
+from chassis.attempts import Attempts
 from control.store import Store
 
 log = structlog.get_logger()

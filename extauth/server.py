@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
@@ -18,6 +19,7 @@ from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters.directory import Directory
 from extauth.adapters.identities import Identities
 from extauth.adapters.key_writes import KeyWrites
+from extauth.core.strangers import PER_MINUTE, Strangers
 from extauth.servicer import METHOD, Servicer
 
 
@@ -43,6 +45,9 @@ class Settings(BaseSettings):
     workers: int = 4
     #: Postgres connections per process; a read takes about a millisecond.
     connections: int = 4
+    #: Unknown keys and opaque tokens of one client address that are looked up a minute, as many at once; further ones are
+    #: refused unseen, what is remembered never. 0: no bound.
+    unknown_per_minute: int = Field(default=PER_MINUTE, ge=0)
     #: Loopback port for Prometheus; 0 shows no metrics.
     metrics_port: int = 0
 
@@ -60,6 +65,7 @@ def main() -> None:
     identities = Identities(
         directory, peppers=peppers, writes=writes, home=stores.home,
         control_url=control.issuer.rstrip("/") or f"http://127.0.0.1:{control.port}",
+        strangers=Strangers(per_minute=settings.unknown_per_minute),
     )  # fmt: skip
     identities.watch()
     writes.start()

@@ -57,7 +57,6 @@ class Servicer:
 
     def check(self, request: wire.CheckRequest, context: grpc.ServicerContext) -> wire.CheckResponse:
         """Decide one request."""
-        del context
         began = time.perf_counter()
         http = request.attributes.request.http
         headers = _headers(http)
@@ -73,7 +72,7 @@ class Servicer:
                 model=facts.fields[contract.REQ_MODEL].string_value or None,
                 path=http.path.partition("?")[0],
                 host=http.host,
-                address=request.attributes.source.address.socket_address.address,
+                address=_address(request, context),
                 now=self._clock(),
             )
             decided, remember_ms = self._decide(ask, headers, _certificate_names(request, facts))
@@ -152,6 +151,12 @@ def _headers(http: wire.AttributeContext.HttpRequest) -> list[tuple[str, bytes]]
     return headers
 
 
+def _address(request: wire.CheckRequest, call: grpc.ServicerContext) -> str:
+    """The client's: Envoy tells it with the call, since it names as the source the last proxy before it."""
+    said = next((value for name, value in call.invocation_metadata() if name == contract.ADDRESS_CALL_METADATA), "")
+    return str(said or request.attributes.source.address.socket_address.address)
+
+
 def _certificate_names(request: wire.CheckRequest, facts: Struct) -> Sequence[str]:
     """All names of the peer's certificate, if Envoy has verified one; it says the first, the gate the others."""
     principal = request.attributes.source.principal
@@ -176,8 +181,8 @@ def _refused(refusal: Refusal, *, dialect: str, request_id: str) -> wire.CheckRe
     headers = {"content-type": "application/json"}
     if refusal.status == 401:
         headers["www-authenticate"] = 'Bearer realm="peaje"'
-    if refusal.status == 503:
-        headers["retry-after"] = "1"
+    if refusal.retry_after is not None:
+        headers["retry-after"] = str(refusal.retry_after)
     for key, value in headers.items():
         option = denied.headers.add(append_action="OVERWRITE_IF_EXISTS_OR_ADD")
         option.header.key, option.header.value = key, value

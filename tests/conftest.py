@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from bench.revocation import SEVERAL
 from tests.dataplane.installation import Installation, Tenant, free_ports, running
+from tests.hostile.guessing import UNKNOWN_PER_MINUTE
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
@@ -96,7 +97,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
-    settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1"}
+    settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
     ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR"), free_ports(4), strict=True))
     settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:

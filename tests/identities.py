@@ -24,6 +24,7 @@ from extauth.core import decision
 from extauth.core.credential import find_credential
 from extauth.core.identity import AccountState, Ask, Denial, Identity, Standing
 from extauth.core.patterns import NOTHING
+from extauth.core.strangers import Strangers
 from extauth.servicer import METHOD, Servicer
 from tests.provider import CLIENT_ID, CLIENT_SECRET, Provider
 
@@ -87,6 +88,11 @@ class FakeDirectory:
         """There are no keys here."""
         del key_id
 
+    def remembers(self, key_id: str) -> bool:
+        """As `Directory`: nothing is."""
+        del key_id
+        return False
+
     def find_project(self, tenant_id: str, project_id: str) -> Standing | None:
         """As `Directory`."""
         if self.is_away:
@@ -106,9 +112,24 @@ class FakeDirectory:
         self.accounts[account_id] = AccountState(**facts)
 
 
-def identities_in(home: Path, directory: FakeDirectory, *, control_url: str = "http://127.0.0.1:1") -> Identities:
+class Call:
+    """What Envoy's call has beside its message: the client's address, if it tells one."""
+
+    def __init__(self, address: str = "") -> None:
+        self._metadata = ((contract.ADDRESS_CALL_METADATA, address),) if address else ()
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """As gRPC has it."""
+        return self._metadata
+
+
+def identities_in(
+    home: Path, directory: FakeDirectory, *, control_url: str = "http://127.0.0.1:1", strangers: Strangers | None = None
+) -> Identities:
     """Everybody who may call by the document in *home*."""
-    return Identities(directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url)  # type: ignore[arg-type]
+    return Identities(
+        directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url, strangers=strangers  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def ask_function(

@@ -70,6 +70,11 @@ class Directory:
         # A key id, a tenant id and an account id never look alike, so one table holds all.
         return self._find(key_id, KEY_BY_ID, (key_id,), read_key)
 
+    def remembers(self, key_id: str) -> bool:
+        """Whether a key is in memory as one that exists or existed, or as one that does not: no stranger's."""
+        with self._lock:
+            return self._remembered.has(key_id, self._clock())
+
     def find_account(self, account_id: str) -> AccountState | None:
         """The state of a service account, None if there is no such account; raises `Unavailable`."""
         return self._find(account_id, ACCOUNT_BY_ID, (account_id,), read_account)

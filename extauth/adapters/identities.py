@@ -36,6 +36,7 @@ from extauth.core.decision import CANNOT_DECIDE, INVALID_TOKEN, prove_key
 from extauth.core.identity import Ask, Denial, Identity, Phase, Standing
 from extauth.core.patterns import Patterns
 from extauth.core.policy import Policy
+from extauth.core.strangers import Strangers
 
 log = structlog.get_logger()
 
@@ -89,6 +90,7 @@ class Identities:
         writes: KeyWrites | None,
         home: Path,
         control_url: str,
+        strangers: Strangers | None = None,
     ) -> None:
         """Raise `Invalid` for a faulty document: policies that are not understood must not be left out."""
         self._directory = directory
@@ -97,6 +99,8 @@ class Identities:
         self._writes = writes
         self._home = home
         self._control_url = control_url
+        self._strangers = Strangers() if strangers is None else strangers
+        self._strangers_lock = threading.Lock()
         self._path = home / contract.IDENTITY_PATH
         self._seen = file_version(self._path)
         self._digests = self._digest()
@@ -170,9 +174,9 @@ class Identities:
         try:
             match credential:
                 case keys.ParsedKey():
-                    identity = self._key(credential)
+                    identity = self._key(credential, ask)
                 case Token():
-                    identity = self._token(credential, ask.now)
+                    identity = self._token(credential, ask)
                 case Certificate():
                     identity = self._certificate(credential.names)
         except Unusable as exc:
@@ -188,8 +192,13 @@ class Identities:
         if self._writes is not None and isinstance(credential, keys.ParsedKey):
             self._writes.used(identity.key_id, now, is_rotated=identity.is_rotated)
 
-    def _key(self, parsed: keys.ParsedKey) -> Identity | Denial:
+    def _key(self, parsed: keys.ParsedKey, ask: Ask) -> Identity | Denial:
+        is_stranger = not self._directory.remembers(parsed.key_id)
+        if is_stranger and (denial := self._refused(ask)):
+            return denial
         state = self._directory.find(parsed.key_id)
+        if is_stranger and state is None:
+            self._turn_away(ask)
         identity = prove_key(parsed, state, self._peppers)
         if isinstance(identity, Denial) or state is None or self._writes is None:
             return identity
@@ -198,17 +207,20 @@ class Identities:
             self._writes.rehash(parsed.key_id, old=state.key_hash, new=new)
         return identity
 
-    def _token(self, token: Token, now: datetime) -> Identity | Denial:
+    def _token(self, token: Token, ask: Ask) -> Identity | Denial:
         built = self._built
         if token.is_jwt:
             if not built.issuers:
                 return _denied("no_issuers", INVALID_TOKEN)
-            name, claims = built.verifier.verify(token.text, now)
+            name, claims = built.verifier.verify(token.text, ask.now)
         else:
             found = next((one for one in built.introspections if token.text.startswith(one[0])), None)
             if found is None:
                 return _denied("malformed", INVALID_KEY)
-            name, claims = found[1], found[2].claims(token.text, now)
+            asked = self._introspect(found[2], token.text, ask)
+            if isinstance(asked, Denial):
+                return asked
+            name, claims = found[1], asked
         issuer = built.issuers[name]
         subject = read_subject(claims, issuer.places, _KNOWN_SCOPES)
         if issuer.fence is not None and subject.tenant_id not in issuer.fence:
@@ -220,6 +232,27 @@ class Identities:
             return _denied("project_unknown", _TENANT_NOT_ALLOWED)
         digest = hashlib.sha256(subject.subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return _of_token(subject, claims, key_id=f"{issuer.name}:{digest}", standing=standing)
+
+    def _introspect(self, introspection: Introspection, token: str, ask: Ask) -> Mapping[str, Any] | Denial:
+        is_stranger = not introspection.remembers(token, ask.now)
+        if is_stranger and (denial := self._refused(ask)):
+            return denial
+        try:
+            return introspection.claims(token, ask.now)
+        except Unusable:
+            if is_stranger:
+                self._turn_away(ask)
+            raise
+
+    def _refused(self, ask: Ask) -> Denial | None:
+        """A no to what would have to be looked up, if too much of it from the same address turned out to be unknown."""
+        with self._strangers_lock:
+            refusal = self._strangers.refusal(ask.address, ask.now)
+        return None if refusal is None else _denied("too_many_unknown", refusal)
+
+    def _turn_away(self, ask: Ask) -> None:
+        with self._strangers_lock:
+            self._strangers.turned_away(ask.address, ask.now)
 
     def _account(self, subject: Subject, claims: Mapping[str, Any]) -> Identity | Denial:
         account = self._directory.find_account(subject.subject)

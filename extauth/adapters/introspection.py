@@ -88,6 +88,14 @@ class Introspection:
         except FutureTimeout as exc:
             raise Unavailable("The token's issuer is slow.") from exc
 
+    def remembers(self, token: str, now: datetime) -> bool:
+        """Whether *token* was good when it was last asked about, or is known not to be: no stranger's."""
+        digest = hashlib.sha256(token.encode("ascii")).digest()
+        with self._lock:
+            good, bad = self._remembered
+            found = bad.get(digest)
+            return digest in good or (found is not None and now.timestamp() < found[1])
+
     def close(self) -> None:
         """End the threads after the questions under way."""
         self._pool.shutdown(wait=False)

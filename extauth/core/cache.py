@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 FRESH_FOR = timedelta(seconds=5)
 #: While Postgres is away a key that was good keeps working this long.
 GRACE_FOR = timedelta(seconds=300)
-#: How long an unknown id stays unknown without asking again.
-UNKNOWN_FOR = timedelta(seconds=30)
+#: How long an unknown id stays unknown without asking again; one that is made meanwhile is pushed.
+UNKNOWN_FOR = timedelta(seconds=60)
 KNOWN_COUNT_MAX = 100_000
 UNKNOWN_COUNT_MAX = 10_000
-#: Changes that are remembered; one more forgets everything, which costs reads and is never wrong.
+#: Changes that are remembered; one more makes every answer outdated, which costs reads and is never wrong.
 MARKS_COUNT_MAX = 10_000
 
 _NEVER = datetime.min.replace(tzinfo=UTC)
@@ -53,7 +53,9 @@ class Remembered(Generic[Value]):
         self._known: OrderedDict[str, Found[Value]] = OrderedDict()
         self._unknown: OrderedDict[str, Found[Value]] = OrderedDict()
         self._marks: OrderedDict[str, datetime] = OrderedDict()
+        #: What was asked for until then is asked for again; until the second, it is not used in an outage either.
         self._floor = _NEVER
+        self._outdated_before = _NEVER
         self._known_count_max = known_count_max
         self._unknown_count_max = unknown_count_max
         self._marks_count_max = marks_count_max
@@ -71,6 +73,10 @@ class Remembered(Generic[Value]):
             return None
         self._unknown.move_to_end(key)
         return found
+
+    def has(self, key: str, now: datetime) -> bool:
+        """Whether *key* is known to exist or to have existed, or known not to: nobody guesses it by looking."""
+        return key in self._known or self.fresh(key, now) is not None
 
     def stale(self, key: str, now: datetime) -> Found[Value] | None:
         """
@@ -104,9 +110,8 @@ class Remembered(Generic[Value]):
         self._marks.move_to_end(name)
         if len(self._marks) > self._marks_count_max:
             self._marks.clear()
-            self._known.clear()
             self._unknown.clear()
-            self._floor = now
+            self._outdated_before = now
 
     def expire_all(self, now: datetime) -> None:
         """Anything may have changed: make every answer ask again, keeping known ones for the outage grace."""
@@ -117,6 +122,8 @@ class Remembered(Generic[Value]):
         return len(self._known) + len(self._unknown)
 
     def _is_outdated(self, key: str, found: Found[Value]) -> bool:
+        if found.asked_at <= self._outdated_before:
+            return True
         marks = self._marks
         if not marks:
             return False

@@ -22,7 +22,7 @@ from extauth.core.identity import Ask, Denial, Identity, KeyState, Phase, is_wit
 from extauth.core.policy import Policy
 
 CANNOT_DECIDE: Final = Refusal(
-    status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again."
+    status=503, code="service_unavailable", message="The gateway cannot decide right now. Try again.", retry_after=1
 )
 INVALID_TOKEN: Final = Refusal(status=401, code="invalid_token", message="The token is not valid.")
 _KEY_DISABLED: Final = Refusal(status=403, code="key_disabled", message="This key is disabled.")

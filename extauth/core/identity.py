@@ -49,7 +49,7 @@ class Ask(NamedTuple):
     model: str | None
     path: str
     host: str
-    #: The peer of the connection, as text; empty when it has no address.
+    #: The client's, as Envoy tells it, as text; empty when it has none.
     address: str
     now: datetime
 
@@ -112,15 +112,16 @@ class AccountState:
 
 
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
-    """
-    Whether *address* lies in one of *networks*; what is no address lies nowhere.
+    """Whether *address* lies in one of *networks*; what is no address lies nowhere."""
+    parsed = parse_address(address)
+    return parsed is not None and any(parsed in network for network in networks if network.version == parsed.version)
 
-    An IPv4 address that arrives on an IPv6 socket counts as the IPv4 address it is.
-    """
+
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address, None for what is none; an IPv4 address that arrives on an IPv6 socket is the IPv4 address it is."""
     try:
-        parsed = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(text)
     except ValueError:
-        return False
+        return None
     mapped = getattr(parsed, "ipv4_mapped", None)
-    parsed = mapped if mapped is not None else parsed
-    return any(parsed in network for network in networks if network.version == parsed.version)
+    return parsed if mapped is None else mapped

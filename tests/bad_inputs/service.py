@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from chassis.clock import utc_now
 from chassis.models import Endpoint, Model, ModelCatalogue
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.servicer import METHOD, Servicer
+from tests.identities import Call
 
 CATALOGUE = ModelCatalogue(
     models=(Model(name="tiny", engine="openai", endpoints=(Endpoint(scheme="http", host="127.0.0.1", port=1),)),)
@@ -34,6 +35,7 @@ class Answer:
     status: int
     code: str | None
     metadata: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 def request(
@@ -64,7 +66,10 @@ def read(response: wire.CheckResponse) -> Answer:
     error = orjson.loads(response.denied_response.body)["error"]
     assert response.status.code != 0
     assert "r-1" == error["request_id"]
-    return Answer(status=int(response.denied_response.status.code), code=error["code"], metadata=metadata)
+    return Answer(
+        status=int(response.denied_response.status.code), code=error["code"], metadata=metadata,
+        headers={option.header.key: option.header.value for option in response.denied_response.headers},
+    )  # fmt: skip
 
 
 Check = Callable[..., Answer]
@@ -72,7 +77,7 @@ Check = Callable[..., Answer]
 
 def directly(servicer: Servicer) -> Check:
     """Ask the servicer without a transport."""
-    return lambda headers, **attributes: read(servicer.check(request(headers, **attributes), None))  # type: ignore[arg-type]
+    return lambda headers, **attributes: read(servicer.check(request(headers, **attributes), Call()))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -93,7 +98,9 @@ def on_a_socket(servicer: Servicer, directory: Path) -> Iterator[Check]:
             response_deserializer=wire.CheckResponse.FromString,
         )  # fmt: skip
         try:
-            yield lambda headers, **attributes: read(call(request(headers, **attributes), timeout=10))
+            yield lambda headers, told="", **attributes: read(
+                call(request(headers, **attributes), timeout=10, metadata=Call(told).invocation_metadata())
+            )
         finally:
             server.stop(None).wait()
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -18,14 +19,18 @@ from hypothesis import strategies as st
 
 from chassis import keys
 from chassis.clock import utc_now
-from chassis.stores.postgres import read_pool
+from chassis.stores.postgres import ReadPool, fetch_all, read_pool
 from extauth.adapters.directory import Directory
 from extauth.adapters.identities import Identities
 from extauth.adapters.key_writes import KeyWrites
-from extauth.core.cache import GRACE_FOR
+from extauth.core.cache import FRESH_FOR, GRACE_FOR
+from extauth.core.strangers import Strangers
 from extauth.servicer import Servicer
 from tests.bad_inputs import world as worlds
-from tests.bad_inputs.service import CATALOGUE, Check, Clock, on_a_socket, request
+from tests.bad_inputs.service import CATALOGUE, Answer, Check, Clock, on_a_socket, request
+from tests.hostile import callers as hostile_callers
+from tests.hostile import rows as hostile_rows
+from tests.identities import Call
 
 #: Version 2 is newer than what the keys were made with.
 PEPPERS = {1: b"p" * 32, 2: b"q" * 32}
@@ -91,6 +96,27 @@ def test_every_row_gets_what_it_says(service: Service) -> None:
         answer = service.check(service.world.headers(row), host=row.get("host", "a.example"))
         wrong += [(row["id"], answer)] if (row["status"], row.get("code")) != (answer.status, answer.code) else []
 
+    assert [] == wrong
+
+
+def test_every_hostile_key_gets_what_the_function_gives_it(service: Service) -> None:
+    """Rows K of tests/hostile, which say function and Envoy: over gRPC and on Postgres it is the same."""
+    callers = hostile_callers.make()
+    with psycopg.connect(service.url, autocommit=True) as connection:
+        for caller in callers.values():
+            caller.insert(connection, {1: PEPPERS[1]}, service.clock())
+    stored = keys.hash_key(PEPPERS[1], callers["good"].key).hex()
+    spellings = hostile_callers.spellings(callers) | {"stored_hash": stored}
+    rows, wrong = hostile_rows.load("function"), []
+
+    for row in rows:
+        expected = row.expected["function"]
+        answer = service.check(row.header_bytes(spellings), model=row.model, host=row.host, address=row.address)
+        caller = callers[expected.caller].key_id if expected.caller else None
+        if (answer.status, answer.code, answer.metadata.get("key_id")) != (expected.status[0], expected.code, caller):
+            wrong.append((row.id, answer))
+
+    assert len(rows) > 50
     assert [] == wrong
 
 
@@ -165,6 +191,86 @@ def test_postgres_away_known_keys_within_the_grace_unknown_ones_503(service: Ser
     assert 401 == service.check([("authorization", b"Bearer nonsense")]).status
     service.clock.move(start + GRACE_FOR)
     assert 503 == service.use("good")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids that were looked for in Postgres."""
+    asked: list[str] = []
+    def counted(pool: ReadPool, query: LiteralString, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+        asked.append(arguments[0])
+        return fetch_all(pool, query, arguments)
+
+    monkeypatch.setattr("extauth.adapters.directory.fetch_all", counted)
+    return asked
+
+
+def guess(service: Service, **attributes: Any) -> Answer:
+    """Present a well-formed key that nobody has."""
+    key = keys.mint("live", secrets.token_bytes).key
+    return service.check([("authorization", f"Bearer {key}".encode())], **attributes)
+
+
+def test_made_up_keys_cost_so_many_reads_and_a_key_in_use_is_never_touched(service: Service, reads: list[str]) -> None:
+    """K04: after that each is refused unseen, until the next turn; who is remembered is asked about again all the same."""
+    service.identities._strangers = Strangers(per_minute=6)
+    assert 200 == service.use("good")
+    before = len(reads)
+
+    answers = [guess(service) for _ in range(20)]
+
+    assert [401] * 6 + [429] * 14 == [answer.status for answer in answers]
+    assert {"too_many_unknown_credentials"} == {answer.code for answer in answers[6:]}
+    assert "10" == answers[-1].headers["retry-after"]
+    assert 6 == len(reads) - before
+    service.clock.move(service.clock() + FRESH_FOR)
+    assert 200 == service.use("good")
+    assert 7 == len(reads) - before
+
+
+def test_who_comes_from_another_address_has_not_guessed(service: Service, reads: list[str]) -> None:
+    """It is Envoy's word for the client that counts, where it says one, not the last proxy before Envoy."""
+    service.identities._strangers = Strangers(per_minute=1)
+    guess(service, told="192.0.2.7", address="10.0.0.1")
+
+    assert 429 == guess(service, told="192.0.2.7", address="10.0.0.2").status
+    assert 401 == guess(service, told="192.0.2.8", address="10.0.0.1").status
+    assert 401 == guess(service, address="10.0.0.1").status
+    assert 3 == len(reads)
+
+
+def test_an_unknown_key_is_looked_for_once_in_a_minute_and_takes_one_turn(service: Service, reads: list[str]) -> None:
+    """K04's other bound; a client with a dead key does not use up the turns of its office."""
+    service.identities._strangers = Strangers(per_minute=2)
+    start = service.clock()
+
+    for seconds in (0, 1, 59):
+        service.clock.move(start + timedelta(seconds=seconds))
+        assert 401 == service.use("unknown")
+    before = len(reads)
+    service.clock.move(start + timedelta(seconds=60))
+    assert 401 == service.use("unknown")
+
+    assert (1, 2) == (before, len(reads))
+
+
+def test_a_cold_start_of_many_good_keys_takes_no_turn(service: Service, reads: list[str]) -> None:
+    """They are looked for, found, and nobody is refused."""
+    service.identities._strangers = Strangers(per_minute=1)
+
+    answers = {name: service.use(name) for name in service.world.rows}
+
+    assert len(service.world.rows) == len(reads)
+    assert 429 not in answers.values()
+    assert 401 == guess(service).status
+
+
+def test_a_network_of_a_key_is_judged_by_the_address_that_envoy_tells(service: Service) -> None:
+    """H02 behind a proxy: not by the proxy's own."""
+    key = [("authorization", f"Bearer {service.world.texts['elsewhere']}".encode())]
+
+    assert 200 == service.check(key, told="192.0.2.7", address="127.0.0.1").status
+    assert 403 == service.check(key, told="127.0.0.1", address="192.0.2.7").status
 
 
 def test_uses_are_written_once_a_minute_and_those_after_rotation_are_counted(service: Service) -> None:
@@ -251,7 +357,7 @@ def test_whatever_is_sent_nobody_crashes_it_and_nobody_passes(
         if name != "x-request-id":
             check.attributes.request.http.header_map.headers.add(key=name, raw_value=value)
 
-    answer = service.servicer.check(type(check).FromString(check.SerializeToString()), None)  # type: ignore[arg-type]
+    answer = service.servicer.check(type(check).FromString(check.SerializeToString()), Call())  # type: ignore[arg-type]
 
     assert 0 != answer.status.code
     assert 400 <= int(answer.denied_response.status.code) < 600

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
+import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,11 +19,16 @@ import pytest
 from chassis import keys
 from chassis.clock import utc_now
 from chassis.secrets import load_peppers
-from tests.dataplane.installation import VISIBLE_SECONDS, Installation
+from extauth.core.cache import FRESH_FOR
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant
 from tests.hostile import callers as every
 from tests.hostile.callers import Caller
+from tests.hostile.guessing import GUESSERS, GUESSES_BEYOND, REFUSED, UNKNOWN_PER_MINUTE, UNSEEN, Said, ask, guess
 from tests.hostile.http import Answer, send_http1, send_http2
 from tests.hostile.rows import Row, load
+
+#: Of this machine as well; what is guessed from here is on nobody else's account.
+_GUESSING_FROM = "127.0.0.9"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,43 @@ def test_envoy_gives_each_bad_input_what_it_must_get(
     if expected.code is not None and answer.status != 200:
         assert expected.code == json.loads(answer.body)["error"]["code"]
     assert 200 == httpx.get(f"{road.url}/health").status_code
+
+
+def test_made_up_keys_cost_postgres_so_many_reads_and_a_key_from_the_same_address_nothing(road: Installation, tenant: Tenant) -> None:
+    """K04: each has a right checksum and an id that nobody has; beyond the turns of their address they are refused unseen."""
+    connection = http.client.HTTPConnection("127.0.0.1", road.port, timeout=60, source_address=(_GUESSING_FROM, 0))
+    assert (200, None) == ask(connection, tenant.key)
+    before, began, meanwhile = reads_of_postgres(road), time.monotonic(), Counter[Said]()
+
+    with ThreadPoolExecutor(1) as pool:
+        made_up = [keys.mint("live", secrets.token_bytes).key for _ in range(UNKNOWN_PER_MINUTE + GUESSES_BEYOND)]
+        guessed = pool.submit(guess, road.port, made_up, address=_GUESSING_FROM)
+        while not guessed.done():
+            meanwhile[ask(connection, tenant.key)] += 1
+    answers, minutes = guessed.result(), (time.monotonic() - began) / 60
+
+    # Beside the turns: guesses under way together are not counted yet, and the key in use is read again now and then.
+    read_again = 1 + minutes * 60 / FRESH_FOR.total_seconds()
+    assert reads_of_postgres(road) - before <= UNKNOWN_PER_MINUTE * (1 + minutes) + GUESSERS + read_again
+    assert {(200, None)} == set(meanwhile)
+    # On a busy machine one may not be judged in time, which is a refusal too.
+    assert {REFUSED, UNSEEN} <= set(answers) <= {REFUSED, UNSEEN, (503, "service_unavailable")}
+    assert UNKNOWN_PER_MINUTE <= answers.total() - answers[UNSEEN]
+    assert 'denials_total{phase="identity",rule="too_many_unknown"}' in metrics_of_extauth(road)
+    # Nobody else has guessed.
+    assert REFUSED == ask(http.client.HTTPConnection("127.0.0.1", road.port, timeout=60), made_up[-1])
+
+
+def metrics_of_extauth(road: Installation) -> str:
+    """As Prometheus reads them."""
+    return httpx.get(f"http://127.0.0.1:{road.metrics_ports[0]}/metrics", timeout=30).raise_for_status().text
+
+
+def reads_of_postgres(road: Installation) -> int:
+    """How often extauth has asked it about somebody."""
+    line = re.search(r'^peaje_extauth_directory_lookups_total\{source="postgres"\} (\S+)$', metrics_of_extauth(road), re.MULTILINE)
+    assert line is not None
+    return int(float(line[1]))
 
 
 def test_no_key_is_in_any_log_or_journal(road: Installation, callers: dict[str, Caller], spellings: dict[str, str]) -> None:

@@ -95,6 +95,8 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         while door.send(good, host="b.example")[0] != 403 and time.monotonic() < deadline:  # its policy acts
             time.sleep(0.2)
         yield door
+        installation.issued += [text for name, text in world.texts.items() if name in world.rows]
+        assert [] == installation.leaks()
 
 
 @pytest.mark.parametrize("row", worlds.rows("keys", "envoy"), ids=lambda row: row["id"])

@@ -188,6 +188,8 @@ def test_explain_says_what_became_of_a_request(road: Installation) -> None:
     assert "billed" == road.cli("explain", billed)["state"]
     assert "refused" == road.cli("explain", refused)["state"]
     assert 0 != road.run("explain", "00000000-0000-4000-8000-000000000000").returncode
+    would = road.cli("explain", "--key-id", caller.key_id, "--model", "nobody-serves-this")
+    assert (False, "model_served") == (would["allowed"], would["rule"])
 
 
 def test_the_bill_says_which_tenant(road: Installation) -> None:

@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from chassis.contract import IDENTITY_PATH
+from chassis.secrets import SECRET_LENGTH_MIN
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, chat, running
+from tests.hostile.guessing import GUESSERS, GUESSES_BEYOND, UNKNOWN_PER_MINUTE, UNSEEN, guess
 from tests.identities import document_for, rows, write_document, write_home
-from tests.provider import Provider, running_provider
+from tests.provider import CLIENT_SECRET, Provider, running_provider
 
 #: The promise is one second, and five where a push was lost.
 REVOKED_WITHIN_SECONDS = 5.0
@@ -34,6 +36,8 @@ class Trusting:
 
     def ask(self, token: str, **fields: Any) -> httpx.Response:
         """A chat request with *token*."""
+        if len(token) >= SECRET_LENGTH_MIN:
+            self.installation.issued.append(token)
         return self.installation.post(None, json=chat(**fields), headers={"authorization": f"Bearer {token}"})
 
     def wait_for(self, status: int, token: Callable[[], str], *, within: float = REVOKED_WITHIN_SECONDS) -> httpx.Response:
@@ -63,10 +67,14 @@ def trusting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
         path = directory / "named.yaml"
         path.write_text(yaml.safe_dump(document))
         home = tmp_path_factory.mktemp("tokens")
-        with running(home, "--engine", "fake", environment={"PEAJE_IDENTITY": str(path)}) as installation:
+        settings = {"PEAJE_IDENTITY": str(path), "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
+        with running(home, "--engine", "fake", environment=settings) as installation:
             made = installation.control("POST", "/v1/tenants", json={"name": TENANT})
             assert 201 == made.status_code, made.text
             yield Trusting(installation=installation, provider=provider, document=document)
+            # Nothing that was presented, good or bad, nor what this installation shows its issuer, can be read anywhere.
+            installation.issued.append(CLIENT_SECRET)
+            assert [] == installation.leaks()
 
 
 @pytest.mark.parametrize("kid", ["es", "rs"])
@@ -160,6 +168,22 @@ def test_an_active_opaque_token_is_asked_about_once(trusting: Trusting) -> None:
 
     assert {200} == statuses
     assert 1 == trusting.provider.introspections - before
+
+
+def test_made_up_opaque_tokens_are_asked_about_so_often(trusting: Trusting) -> None:
+    """K04 for tokens: their issuer hears of no more of one address than its turns, and a token in use passes."""
+    trusting.provider.active["opaque-in-use"] = {"active": True, "sub": "u", "tenant": TENANT}
+    assert 200 == trusting.ask("opaque-in-use").status_code
+    before, began = trusting.provider.introspections, time.monotonic()
+
+    made_up = [f"opaque-guess-{number}" for number in range(UNKNOWN_PER_MINUTE + GUESSES_BEYOND)]
+    answers = guess(trusting.installation.port, made_up)
+    in_use = trusting.ask("opaque-in-use")
+
+    minutes = (time.monotonic() - began) / 60
+    assert trusting.provider.introspections - before <= UNKNOWN_PER_MINUTE * (1 + minutes) + GUESSERS + 1 + 2 * minutes
+    assert {(401, "invalid_token"), UNSEEN} <= set(answers) <= {(401, "invalid_token"), UNSEEN, (503, "service_unavailable")}
+    assert 200 == in_use.status_code, in_use.text
 
 
 def test_a_roll_of_keys_under_load_fails_no_request(trusting: Trusting) -> None:

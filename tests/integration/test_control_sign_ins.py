@@ -54,7 +54,7 @@ def test_an_address_has_so_many_turns_whatever_names_it_gives(
     control: ControlPlane, acme: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names that nobody can have are counted on it too."""
-    from control.core.attempts import Attempts  # noqa: PLC0415 - to make the bound small
+    from chassis.attempts import Attempts  # noqa: PLC0415 - to make the bound small
 
     monkeypatch.setattr(control.services.sign_ins, "_addresses", Attempts(most=3, per=timedelta(minutes=1)))
 

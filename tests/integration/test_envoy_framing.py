@@ -154,6 +154,20 @@ def test_a_bare_carriage_return_never_gets_past_envoy(road: Road, value: bytes) 
     assert [] == [line for line in lines if line.startswith((b"x-peaje-", b"x: "))]
 
 
+@pytest.mark.parametrize("forwarded", [(), (b"x-forwarded-for: 10.0.0.1",), (b"x-forwarded-for: 192.0.2.7",)])
+def test_nothing_that_a_client_says_in_envoys_own_names_goes_on(road: Road, forwarded: tuple[bytes, ...]) -> None:
+    """H02: no retries, no timeouts, no trace, and nobody is internal, whatever the address is or is said to be."""
+    names = (
+        "internal", "retry-on", "retry-grpc-on", "max-retries", "retriable-status-codes", "upstream-rq-timeout-ms", "original-path",
+        "original-method", "attempt-count", "decorator-operation", "force-trace", "ip-tags", "immediate-health-check-fail", "external-address",
+    )  # fmt: skip
+
+    lines = road.lines(*forwarded, *(f"X-Envoy-{name}: true".encode() for name in names))
+
+    said = [line.lower() for line in lines if line.lower().startswith(b"x-envoy-")]
+    assert {b"x-envoy-external-address: 127.0.0.1"} >= set(said)
+
+
 @pytest.mark.parametrize("headers", [(b"authorization:", b"authorization: Bearer good"), (b"authorization: Bearer good", b"authorization:")])
 def test_an_empty_authorization_beside_another_is_none(road: Road, headers: tuple[bytes, ...]) -> None:
     """K08e: one credential goes on, the same that every filter saw."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from control.core.attempts import Attempts
+from chassis.attempts import Attempts
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -23,6 +23,27 @@ def test_a_bucket_is_used_up_at_once_and_refills_evenly() -> None:
     assert NONE < attempts.take("a", NOON + wait - timedelta(microseconds=1))
     assert NONE == attempts.take("a", NOON + wait)
     assert NONE < attempts.take("a", NOON + wait)
+
+
+def test_who_only_asks_how_long_makes_no_attempt() -> None:
+    """And is told the same as who makes one."""
+    attempts = Attempts(most=1, per=MINUTE)
+    asked = {attempts.wait("a", NOON) for _ in range(10)}
+    attempts.take("a", NOON)
+
+    assert {NONE} == asked
+    assert MINUTE == attempts.wait("a", NOON) == attempts.take("a", NOON)
+    assert NONE == attempts.wait("a", NOON + 2 * MINUTE)
+
+
+def test_an_attempt_that_was_made_anyway_is_waited_for() -> None:
+    """Several that were granted by the same look at the bucket are no more than one after the other."""
+    attempts = Attempts(most=2, per=MINUTE)
+    for _ in range(4):
+        attempts.count("a", NOON)
+
+    assert 1.5 * MINUTE == attempts.wait("a", NOON)
+    assert NONE == attempts.take("a", NOON + 1.5 * MINUTE)
 
 
 def test_a_refused_attempt_costs_nothing_and_names_are_apart() -> None:

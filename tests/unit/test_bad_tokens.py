@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from chassis.clock import utc_now
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters.identities import Identities
 from extauth.core.identity import Denial, Identity
+from extauth.core.strangers import Strangers
 from tests.identities import FakeDirectory, ask_function, bearer, document_for, identities_in, rows, serving, write_home
 from tests.provider import Provider, running_provider
 
@@ -33,7 +35,10 @@ def identities(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> 
     home = tmp_path_factory.mktemp("home")
     write_home(home, document_for(provider))
     made = identities_in(home, FakeDirectory())
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        # On a busy machine a fetch takes longer than Envoy would wait; which answer it leads to is asked here.
+        patch.setattr("extauth.adapters.jwks.WAIT_SECONDS_MAX", 30.0)
+        yield made
     made.close()
 
 
@@ -79,6 +84,87 @@ def test_a_bad_token_is_refused_over_grpc(
     assert "denied_response" == answer.WhichOneof("http_response")
     assert (row["expect"]["status"], row["expect"]["code"]) == (denied.status.code, json.loads(denied.body)["error"]["code"])
     assert 0 == provider.elsewhere
+
+
+def answers_to(
+    identities: Identities, check: Callable[..., wire.CheckResponse], function: str, grpc: str
+) -> list[tuple[int, str | None]]:
+    """Status and code of a token by the function, and of another over gRPC."""
+    decided, answer = ask_function(identities, bearer(function)), check(bearer(grpc))
+    by_function = (decided.refusal.status, decided.refusal.code) if isinstance(decided, Denial) else (200, None)
+    if answer.WhichOneof("http_response") == "ok_response":
+        return [by_function, (200, None)]
+    denied = answer.denied_response
+    return [by_function, (int(denied.status.code), json.loads(denied.body)["error"]["code"])]
+
+
+def test_made_up_key_ids_cause_one_fetch_at_both_levels(
+    provider: Provider, identities: Identities, check: Callable[..., wire.CheckResponse]
+) -> None:
+    """J05: the next one is thirty seconds later, should the machine take that long."""
+    before, began = provider.fetches, time.monotonic()
+
+    for number in range(200):
+        tokens = [provider.cook({"header": {"kid": f"made-up-{number}-{level}"}}) for level in ("function", "grpc")]
+        assert [(401, "invalid_token")] * 2 == answers_to(identities, check, *tokens)
+
+    assert provider.fetches - before <= 1 + (time.monotonic() - began) // 30
+
+
+@pytest.mark.parametrize("row", rows("key_set_fault"))
+def test_a_key_set_that_breaks_costs_no_token_at_either_level(
+    provider: Provider, identities: Identities, check: Callable[..., wire.CheckResponse], row: dict[str, Any]
+) -> None:
+    """J14: what was good stays in force, for tokens that nobody has verified yet."""
+    [source] = identities._built.sources.values()
+    source.refresh()
+    provider.fault = row["fault"]
+    try:
+        is_taken = source.refresh()
+    finally:
+        provider.fault = ""
+
+    assert (row["fault"] == "malformed_key") == is_taken
+    assert [(row["expect"]["status"], None)] * 2 == answers_to(identities, check, provider.mint(), provider.mint())
+
+
+@pytest.mark.parametrize("row", rows("introspection"))
+def test_an_introspection_that_is_no_yes_lets_nobody_in_at_either_level(
+    provider: Provider, identities: Identities, check: Callable[..., wire.CheckResponse], row: dict[str, Any]
+) -> None:
+    """J15: fail closed."""
+    tokens = [f"opaque-{row['id']}-{level}" for level in ("function", "grpc")]
+    for token in tokens:
+        provider.active[token] = row.get("text") or row.get("answer", {"active": True, "sub": "u", "tenant": "acme"})
+    provider.introspection_fault = row.get("fault", "")
+    try:
+        answers = answers_to(identities, check, *tokens)
+    finally:
+        provider.introspection_fault = ""
+
+    assert [(row["expect"]["status"], row["expect"]["code"])] * 2 == answers
+
+
+def test_made_up_opaque_tokens_cost_so_many_questions(provider: Provider, tmp_path: Path) -> None:
+    """K04 for tokens: the rest is refused unasked, a token that is remembered is not, and no answer is nobody's fault."""
+    write_home(tmp_path, document_for(provider))
+    identities = identities_in(tmp_path, FakeDirectory(), strangers=Strangers(per_minute=3))
+    provider.active["opaque-mine"] = {"active": True, "sub": "u", "tenant": "acme"}
+    assert isinstance(ask_function(identities, bearer("opaque-mine")), Identity)
+    provider.introspection_fault = "500"
+    unanswered = ask_function(identities, bearer("opaque-unanswered"))
+    provider.introspection_fault = ""
+    before = provider.introspections
+
+    denials = [ask_function(identities, bearer(f"opaque-made-up-{number}")) for number in range(10)]
+    good = ask_function(identities, bearer("opaque-mine"))
+    questions = provider.introspections - before
+    identities.close()
+
+    assert [401] * 3 + [429] * 7 == [denial.refusal.status for denial in denials if isinstance(denial, Denial)]
+    assert isinstance(good, Identity)
+    assert isinstance(unanswered, Denial)
+    assert (503, 3) == (unanswered.refusal.status, questions)
 
 
 PROVIDER = Provider(url="https://id.example.com")

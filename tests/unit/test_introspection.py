@@ -165,6 +165,20 @@ def test_made_up_tokens_do_not_push_out_good_ones() -> None:
     assert [1, 2] == [len(table) for table in asked._remembered]
 
 
+def test_a_good_token_is_remembered_as_no_strangers_when_it_must_be_asked_about_again() -> None:
+    """A no only for as long as it is believed; what was never asked about, never."""
+    endpoint = Endpoint()
+    asked = made(endpoint)
+    asked.claims("good", NOW)
+    endpoint.answer = {"active": False}
+    with pytest.raises(Unusable):
+        asked.claims("bad", NOW)
+    later = NOW + timedelta(seconds=introspection.REMEMBER_SECONDS_MAX)
+
+    assert (True, True, False) == tuple(asked.remembers(token, NOW) for token in ("good", "bad", "new"))
+    assert (True, False, False) == tuple(asked.remembers(token, later) for token in ("good", "bad", "new"))
+
+
 @pytest.mark.parametrize(("claims", "is_let_in"), [({"iss": "a"}, True), ({"iss": "b"}, False), ({}, False)])
 def test_an_answer_for_another_issuer_is_a_no(claims: dict[str, str], is_let_in: bool) -> None:
     """Where the document names one."""

@@ -29,17 +29,23 @@ class Attempts:
         #: When each bucket is full again.
         self._full_at: OrderedDict[str, datetime] = OrderedDict()
 
+    def wait(self, name: str, now: datetime) -> timedelta:
+        """How long until an attempt would be granted, zero if now; none is made."""
+        return max(_NOW, max(self._full_at.get(name, now), now) + self._each - now - self._per)
+
     def take(self, name: str, now: datetime) -> timedelta:
         """Make an attempt; zero if it is granted, else how long until one would be."""
-        full_at = max(self._full_at.get(name, now), now)
-        wait = full_at + self._each - now - self._per
-        if wait > _NOW:
-            return wait
-        self._full_at[name] = full_at + self._each
+        wait = self.wait(name, now)
+        if not wait:
+            self.count(name, now)
+        return wait
+
+    def count(self, name: str, now: datetime) -> None:
+        """An attempt was made, granted or not: one too many is waited for later."""
+        self._full_at[name] = max(self._full_at.get(name, now), now) + self._each
         self._full_at.move_to_end(name)
         if len(self._full_at) > self._names_max:
             self._full_at.popitem(last=False)
-        return _NOW
 
     def __len__(self) -> int:
         return len(self._full_at)
