@@ -18,6 +18,7 @@ import structlog
 from hypothesis import settings
 
 from bench.revocation import SEVERAL
+from tests.chaos.storm import REQUESTS_PER_ENVOY_DEATH
 from tests.dataplane.installation import Installation, Tenant, free_ports, running
 
 #: Marker and option of the tests that only run when asked for, and what they are.
@@ -40,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, what in ON_REQUEST.items():
         group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
     group.addoption("--storm-requests", type=int, default=1_000_000, help="requests of the longest kill storm")
+    group.addoption(
+        "--storm-requests-per-envoy-death", type=int, default=REQUESTS_PER_ENVOY_DEATH, help="how rarely Envoy is killed in it"
+    )
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
 
 
