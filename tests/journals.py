@@ -132,7 +132,7 @@ def collect(url: str, live: Path, *, now: datetime = NOON, **settings: Any) -> N
 
 def sums(url: str) -> list[tuple[Any, ...]]:
     """The hourly sums, all of them."""
-    return rows(url, "select * from usage_hour order by 1, 2, 3, 4, 5, currency")
+    return rows(url, "select * from usage_hour order by 1, 2, 3, 4, 5, currency, meter")
 
 
 def rows(url: str, query: str, *arguments: Any) -> list[tuple[Any, ...]]:

@@ -243,7 +243,7 @@ def test_closing_under_load_puts_each_request_into_exactly_one_month(store: Stor
     [
         ([start(1, at=THEN)], "1 exchanges that began before its end are still open"),
         ([end(1, at=THEN), end(1, at=THEN, output=6)], "1 of its exchanges are told differently"),
-        ([end(1, at=THEN, model="large")], "1 of its exchanges used tokens and have no price"),
+        ([end(1, at=THEN, model="large")], "1 of its exchanges used something and have no price"),
     ],
     ids=["open", "conflict", "no price"],
 )
@@ -361,7 +361,7 @@ def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_u
     header, line = invoices.as_csv(document).splitlines()
 
     assert header.startswith("period,tenant,project,model,kind,request_count,input_tokens,")
-    assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open" == line
+    assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open,,0" == line
 
 
 def test_an_invoice_as_parquet_is_exact_and_typed(store: Store, ledger_url: str, live: Path) -> None:

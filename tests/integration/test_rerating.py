@@ -169,7 +169,8 @@ def test_amounts_are_those_of_the_ledgers_own_rounding(store: Store, ledger_url:
     chance = random.Random(10)
     card = RateCard(
         rate_card_id=1, tenant_id=None, model="tiny", currency="USD", input_nano=123_456_789, output_nano=987_654_321,
-        cached_nano=11_111_111, reasoning_nano=987_654_321, minimum_nano=70, starts_at=THEN, ends_at=None,
+        cached_nano=11_111_111, reasoning_nano=987_654_321, minimum_nano=70, meter="", each_nano=0,
+        starts_at=THEN, ends_at=None,
     )
     counts = [(chance.choice([0, 1, chance.randrange(10**6)]), chance.choice([0, 1, chance.randrange(10**5)])) for _ in range(1000)]
     write(live, [end(n, at=THEN, input=i, output=o, cached=i // 3) for n, (i, o) in enumerate(counts)])
