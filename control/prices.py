@@ -131,7 +131,7 @@ def columns(price: Price) -> dict[str, Any]:
     numbers = {name: nano(text, what=name) for name, text in texts.items()}
     for name, number in numbers.items():
         if number > nano(str(PRICE_MAX), what=name):
-            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens.")
+            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens, a meter's for each.")
     return {f"{name}_nano": number for name, number in numbers.items()} | {"meter": price.meter or ""}
 
 

@@ -20,7 +20,7 @@ from control.store import Store
 from metering.adapters.invariants import verify
 from metering.core.rating import RateCard, amount_nano
 from tests.integration.control_plane import CATALOGUE
-from tests.journals import collect, end, rows, write
+from tests.journals import collect, end, images, rows, write
 
 THEN = datetime(2026, 10, 11, 9, 30, tzinfo=UTC)
 NEXT_MONTH = datetime(2026, 11, 2, 8, 0, tzinfo=UTC)
@@ -101,6 +101,23 @@ def test_an_open_months_invoice_gets_a_line_and_its_rows_stay(store: Store, ledg
     assert [(OCTOBER, OCTOBER, 4_000_000), (OCTOBER, OCTOBER, -4_000_000)] == rows(
         ledger_url, "select period, of_period, amount_nano from billing_reratings_v1 order by rerating_id"
     )
+
+
+def test_a_meters_price_is_corrected_like_any_other(store: Store, ledger_url: str, live: Path) -> None:
+    """Rows that only the meter can charge are left alone by a correction that says nothing of it."""
+    write(live, [images(1, 2, at=THEN), end(2, at=THEN, input=1000, output=0)])
+    collect(ledger_url, live, now=THEN)
+
+    of_tokens = rerate(store, apply=False)
+    of_images = rerate(store, input="1", meter="images", each="0.04")
+    corrected = rerate(store, input="1", meter="images", each="0.05", reason="another typo")
+
+    assert [("acme", 1, 1_000_000, 3_000_000)] == differences(of_tokens)
+    assert [("acme", 1, 0, 80_000_000)] == differences(of_images)
+    assert [("acme", 1, 80_000_000, 100_000_000)] == differences(corrected)
+    assert [101_000_000] == totals(store)
+    with psycopg.connect(ledger_url) as connection:
+        assert verify(connection).holds
 
 
 def test_a_closed_month_is_charged_in_the_first_open_one_and_stays_what_it_was(store: Store, ledger_url: str, live: Path) -> None:
