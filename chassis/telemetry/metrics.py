@@ -65,6 +65,10 @@ SIGHTINGS_DROPPED: Final = Counter(
     "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."
 )
 
+JOURNALS_BEHIND_SECONDS: Final = Gauge(
+    "peaje_metering_journals_behind_seconds", "Since the slowest of all journals was read to its end; one that nobody reads is among them."
+)
+
 #: Journals have operators' own names, of which a collector has a bounded number.
 LAG_BYTES: Final = Gauge("peaje_collector_lag_bytes", "Bytes of a journal that are not read yet.", ["journal"])
 LAG_SECONDS: Final = Gauge(

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from chassis.telemetry import metrics
 from metering.adapters import retiring
 from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane
@@ -53,6 +54,7 @@ def test_a_retired_journal_holds_back_neither_a_month_nor_a_comparison(plane: Co
     heard = reconcile(postgres_url, seen(5, started_at=THEN, heard_at=LATER, input_tokens=0, output=0))
     assert "gone was last read to its end at" in refused.json()["error"]["message"]
     assert 1 == len(heard.before(NOON + timedelta(days=1)))
+    assert 300 * 24 * 3600 < metrics.JOURNALS_BEHIND_SECONDS._value.get()
 
     status, said = retire(plane)
 
