@@ -44,6 +44,8 @@ REQ_STREAM: Final = "stream"
 REQ_PROMPT_BYTES: Final = "prompt_bytes"
 REQ_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 REQ_CHOICES: Final = "choices"
+#: How much is asked for of what the dialect is metered by besides tokens (`DIALECT_METERS`), as text; absent if it is not.
+REQ_QUANTITY: Final = "quantity"
 #: Who asks the engine for usage: "insert" or "replace" the tap, "service" metering/ by ext_proc, "no" nobody.
 REQ_SHAPE: Final = "shape"
 #: True when the caller itself asked for the usage frame; tap.lua hides it otherwise.
@@ -70,6 +72,7 @@ REQUEST_KEYS: Final = (
     REQ_PROMPT_BYTES,
     REQ_OUTPUT_TOKENS_MAX,
     REQ_CHOICES,
+    REQ_QUANTITY,
     REQ_SHAPE,
     REQ_WANTS_USAGE,
     REQ_RECOGNISED,
@@ -130,6 +133,8 @@ USE_INPUT: Final = "input"
 USE_OUTPUT: Final = "output"
 USE_CACHED: Final = "cached"
 USE_REASONING: Final = "reasoning"
+#: How much was delivered of what the dialect is metered by besides tokens; absent if nobody has said.
+USE_QUANTITY: Final = "quantity"
 #: input + output as last seen: the hits addend of the settle call.
 USE_TOTAL: Final = "total"
 #: "final" once the engine's closing usage was read, "running" before that, "none" until any was.
@@ -147,6 +152,7 @@ USAGE_KEYS: Final = (
     USE_OUTPUT,
     USE_CACHED,
     USE_REASONING,
+    USE_QUANTITY,
     USE_TOTAL,
     USE_SEEN,
     USE_FRAMES,
@@ -170,6 +176,7 @@ DESC_DIALECT: Final = "dialect"
 DESC_PROMPT_BYTES: Final = "prompt_bytes"
 DESC_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 DESC_CHOICES: Final = "choices"
+DESC_QUANTITY: Final = "quantity"
 #: "yes" if the answer is to be streamed.
 DESC_STREAM: Final = "stream"
 DESC_LEASE: Final = "lease"
@@ -188,6 +195,7 @@ ADMIT_KEYS: Final = (
     DESC_OUTPUT_TOKENS_MAX,
     DESC_CHOICES,
     DESC_STREAM,
+    DESC_QUANTITY,
     DESC_LEASE,
 )
 #: Present only if the request reached the tap; Envoy drops the descriptor (and the call) otherwise.
@@ -207,6 +215,7 @@ SETTLE_KEYS: Final = (
     DESC_INPUT,
     DESC_OUTPUT,
     DESC_CACHED,
+    DESC_QUANTITY,
     DESC_FRAMES,
     DESC_SEEN,
 )
@@ -300,7 +309,19 @@ PATHS: Final = {
     "/v1/responses": "openai.responses",
     "/v1/messages": "anthropic.messages",
     "/v1/models": "openai.models",
+    "/v1/rerank": "rerank",
+    "/v1/images/generations": "openai.images",
+    "/v1/audio/speech": "openai.speech",
 }
+
+#: What is counted besides tokens, or instead of them: dialect → its meter. Each is a whole number: images that were
+#: delivered, characters (code points) of the text that was spoken, searches of up to a hundred documents.
+DIALECT_METERS: Final = {
+    "openai.images": "images",
+    "openai.speech": "characters",
+    "rerank": "searches",
+}
+METERS: Final = tuple(sorted(DIALECT_METERS.values()))
 
 #: What a credential may be limited to: dialect → the scope that it needs.
 DIALECT_SCOPES: Final = {
@@ -310,6 +331,9 @@ DIALECT_SCOPES: Final = {
     "anthropic.messages": "inference",
     "openai.embeddings": "embeddings",
     "openai.models": "models",
+    "rerank": "rerank",
+    "openai.images": "images",
+    "openai.speech": "speech",
 }
 SCOPES: Final = tuple(sorted(set(DIALECT_SCOPES.values())))
 

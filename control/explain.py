@@ -13,14 +13,14 @@ from control.store import Store
 _USAGE = """
 select request_id, tenant_id as tenant, project_id as project, key_id, model, dialect, started_at, ended_at,
        status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis,
-       currency, amount_nano, rate_card_id, anomaly, upstream, streamed
+       currency, amount_nano, rate_card_id, meter, quantity, anomaly, upstream, streamed
 from usage_event where request_id = %s
 """
 
 _BASIS = {
     "reported": "the engine's closing usage",
     "running": "the engine's last running usage before the stream ended",
-    "counted": "the frames that were delivered, a token each",
+    "counted": "what was delivered: frames, a token each, or what else the request is metered by",
     "checkpoint": "what the journal last heard before Envoy died",
     "estimated": "an estimate, because the engine said nothing",
     "none": "nothing: it failed before a token, or has none",
@@ -60,9 +60,10 @@ _OUTCOME = {
 
 
 def _billed(row: dict[str, Any]) -> str:
+    metered = f", {row['quantity']} {row['meter']}" if row["meter"] else ""
     ended = _OUTCOME.get(row["outcome"], f"ended {row['outcome']}")
     return (
         f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, {ended} with status "
-        f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens by "
+        f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens{metered} by "
         f"{_BASIS[row['basis']]}."
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from chassis.contract import METERS
 from chassis.errors import Conflict, Invalid
 from control import audit, projects, tenants
 from control.act import Act
@@ -41,7 +42,7 @@ on conflict do nothing returning request_id
 """
 _KNOWN: Final = """
 select request_id, tenant_id, project_id, key_id, model, started_at, ended_at, input_tokens, output_tokens, cached_tokens,
-       reasoning_tokens
+       reasoning_tokens, meter, quantity
 from usage_event where request_id = any(%s)
 """
 
@@ -58,6 +59,9 @@ class Item:
     started_at: datetime
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    #: One of `contract.METERS`, if something else than tokens was used, and how much of it.
+    meter: str | None = None
+    quantity: int = 0
     #: None: at once.
     ended_at: datetime | None = None
     project: str = tenants.DEFAULT_PROJECT
@@ -102,7 +106,7 @@ def _events(connection: Connection, items: Sequence[Item]) -> dict[str, UsageEve
             request_id=request_id, tenant_id=tenant_id, project_id=item.project, key_id=item.key_id or "", model=item.model,
             dialect=DIALECT, started_at=item.started_at, ended_at=item.ended_at or item.started_at, status=200, outcome="ok",
             input_tokens=item.input_tokens, output_tokens=item.output_tokens, cached_tokens=item.cached_tokens,
-            reasoning_tokens=item.reasoning_tokens, basis="reported", anomaly=None, streamed=False, upstream=None,
+            reasoning_tokens=item.reasoning_tokens, meter=item.meter, quantity=item.quantity, basis="reported", anomaly=None, streamed=False, upstream=None,
         )
     return events
 
@@ -118,13 +122,15 @@ def _tenant_of(connection: Connection, item: Item) -> str:
 
 
 def _refuse_bad(number: int, item: Item, now: datetime) -> None:
-    counts = (item.input_tokens, item.output_tokens, item.cached_tokens, item.reasoning_tokens)
+    counts = (item.input_tokens, item.output_tokens, item.cached_tokens, item.reasoning_tokens, item.quantity)
     faults = (
         (not (1 <= len(item.id) <= ID_LENGTH_MAX and item.id.isprintable()), f"its id has 1 to {ID_LENGTH_MAX} printable characters"),
         (not (1 <= len(item.model) <= MODEL_LENGTH_MAX and item.model.isprintable()), "its model is no name"),
         (not all(0 <= count <= TOKENS_MAX for count in counts), f"a count is from 0 to {TOKENS_MAX}"),
         (item.cached_tokens > item.input_tokens, "cached tokens are part of the input"),
         (item.reasoning_tokens > item.output_tokens, "reasoning tokens are part of the output"),
+        (item.meter is not None and item.meter not in METERS, f"a meter is one of {', '.join(METERS)}"),
+        ((item.meter is None) != (item.quantity == 0), "a meter and a quantity above 0 belong together"),
         (item.started_at.tzinfo is None or (item.ended_at or now).tzinfo is None, "a moment says its zone"),
     )
     for is_fault, what in faults:

@@ -28,9 +28,9 @@ _MONTH = re.compile(r"([0-9]{4})-(0[1-9]|1[0-2])")
 
 _LINES = """
 select period, tenant, project, model, kind, request_count, input_tokens, output_tokens, cached_tokens, reasoning_tokens,
-       currency, amount_nano, state
+       meter, quantity, currency, amount_nano, state
 from control_invoice where tenant = %(tenant)s and period = %(period)s
-order by kind desc, project, model, currency nulls last
+order by kind desc, project, model, currency nulls last, meter nulls first
 """
 _PRICED_LATER = """
 select coalesce(sum(unpriced_count), 0)::bigint as count from rerating_line where tenant_id = %(tenant)s and of_period = %(period)s
@@ -41,7 +41,7 @@ where period = %(period)s and currency is not null group by 1, 2 order by 1, 2
 """
 _CSV_COLUMNS = (
     "period", "tenant", "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens",
-    "reasoning_tokens", "currency", "amount", "state",
+    "reasoning_tokens", "currency", "amount", "state", "meter", "quantity",
 )
 
 
@@ -78,10 +78,10 @@ def invoice(store: Store, act: Act, tenant: str, period: date) -> dict[str, Any]
             {"currency": currency, "amount_nano": amount, "amount": decimal_text(amount)}
             for currency, amount in sorted(totals.items())
         ],
-        # Requests that used no token need none.
+        # Requests that used nothing need none.
         "requests_without_price": sum(
             line["request_count"] for line in lines
-            if line["currency"] is None and line["input_tokens"] + line["output_tokens"] > 0
+            if line["currency"] is None and line["input_tokens"] + line["output_tokens"] + line["quantity"] > 0
         ) - priced_later["count"],
         "lines": [_shown(line) for line in lines],
     }
@@ -109,8 +109,8 @@ def as_parquet(document: dict[str, Any]) -> bytes:
         raise Unavailable(
             "Parquet needs the library pyarrow, which is not installed.", mend="Install the extra `parquet`, or use --format csv."
         ) from exc
-    texts = ("tenant", "project", "model", "kind", "currency", "state")
-    counts = ("request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "amount_nano")
+    texts = ("tenant", "project", "model", "kind", "currency", "state", "meter")
+    counts = ("request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "quantity", "amount_nano")
     kinds = {name: pa.string() for name in texts} | dict.fromkeys(counts, pa.int64())
     kinds |= {"period": pa.date32(), "amount": pa.decimal128(38, 9)}
     rows = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from chassis.contract import METERS
 from chassis.errors import Conflict, Invalid
 from chassis.models import ModelCatalogue
 from control import audit, keys, tenants
@@ -31,7 +32,7 @@ CURRENCY_DEFAULT = "USD"
 
 _COLUMNS = (
     "rate_card_id, tenant_id as tenant, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, "
-    "minimum_nano, lower(effective) as effective_from, upper(effective) as effective_until"
+    "minimum_nano, nullif(meter, '') as meter, each_nano, lower(effective) as effective_from, upper(effective) as effective_until"
 )
 _SAME_SCOPE = "tenant_id is not distinct from %(tenant_id)s::text and model = %(model)s"
 _END_PRESENT = f"""
@@ -40,9 +41,9 @@ where {_SAME_SCOPE} and effective @> %(starts_at)s::timestamptz
 """
 _INSERT = f"""
 insert into rate_card (tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-                       effective, created_at)
+                       meter, each_nano, effective, created_at)
 values (%(tenant_id)s, %(model)s, %(currency)s, %(input_nano)s, %(output_nano)s, %(cached_nano)s, %(reasoning_nano)s,
-        %(minimum_nano)s,
+        %(minimum_nano)s, %(meter)s, %(each_nano)s,
         tstzrange(%(starts_at)s, (select min(lower(effective)) from rate_card
                                   where {_SAME_SCOPE} and lower(effective) > %(starts_at)s)),
         %(now)s)
@@ -52,7 +53,7 @@ returning {_COLUMNS}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """What a million tokens of a model cost, as decimal texts."""
+    """What a million tokens of a model cost, and one of what else it is metered by, as decimal texts."""
 
     model: str
     input: str
@@ -61,8 +62,11 @@ class Price:
     cached: str | None = None
     #: None: as any output token.
     reasoning: str | None = None
-    #: The least that a request with any token costs.
+    #: The least that a request that used anything costs.
     minimum: str = "0"
+    #: One of `contract.METERS`, and what one costs; None: nothing but tokens.
+    meter: str | None = None
+    each: str | None = None
     currency: str = CURRENCY_DEFAULT
     #: None: for every tenant without a price of its own.
     tenant: str | None = None
@@ -75,7 +79,7 @@ def put(
 ) -> dict[str, Any]:
     """Set a price from a moment on, until the next one already set; raises `Invalid`, `NotFound` or `Conflict`."""
     keys.refuse_unknown_models([price.model], catalogue)
-    values: dict[str, Any] = nanos(price) | {"model": price.model, "currency": _currency(price.currency)}
+    values: dict[str, Any] = columns(price) | {"model": price.model, "currency": _currency(price.currency)}
     with store.transaction(act.scope) as connection:
         values["tenant_id"] = tenants.resolve_id(connection, price.tenant)
         lock_charging(connection)
@@ -112,19 +116,23 @@ def list_all(store: Store, act: Act, *, tenant: str | None, at: datetime | None)
     return [_shown(row) for row in found]
 
 
-def nanos(price: Price) -> dict[str, int]:
-    """The prices in nano-currency, by their columns; raises `Invalid`."""
+def columns(price: Price) -> dict[str, Any]:
+    """The prices in nano-currency, and the meter, by their columns; raises `Invalid`."""
+    if (price.meter is None) != (price.each is None):
+        raise Invalid("A meter and the price of each belong together.", mend="Give both, or neither.")
+    if price.meter is not None and price.meter not in METERS:
+        raise Invalid(f"The meter is {price.meter!r}.", mend=f"Use one of {', '.join(METERS)}.")
     texts = {
         "input": price.input, "output": price.output,
         "cached": price.input if price.cached is None else price.cached,
         "reasoning": price.output if price.reasoning is None else price.reasoning,
-        "minimum": price.minimum,
+        "minimum": price.minimum, "each": price.each or "0",
     }
     numbers = {name: nano(text, what=name) for name, text in texts.items()}
     for name, number in numbers.items():
         if number > nano(str(PRICE_MAX), what=name):
-            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens.")
-    return {f"{name}_nano": number for name, number in numbers.items()}
+            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens, a meter's for each.")
+    return {f"{name}_nano": number for name, number in numbers.items()} | {"meter": price.meter or ""}
 
 
 def _currency(text: str) -> str:
@@ -136,4 +144,5 @@ def _currency(text: str) -> str:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A card with its prices as people write them, next to the integers."""
     names = ("input", "output", "cached", "reasoning", "minimum")
-    return row | {name: decimal_text(row[f"{name}_nano"]) for name in names}
+    each = None if row["meter"] is None else decimal_text(row["each_nano"])
+    return row | {name: decimal_text(row[f"{name}_nano"]) for name in names} | {"each": each}

@@ -23,6 +23,13 @@ _GROUPS: Final[dict[str, LiteralString]] = {
     "hour": "date_trunc('hour', started_at at time zone 'UTC') at time zone 'UTC'",
 }
 
+#: Each meter is summed by itself: images and characters are never added up.
+_METERED: Final[LiteralString] = (
+    "coalesce(sum(quantity) filter (where meter = 'images'), 0)::bigint as images, "
+    "coalesce(sum(quantity) filter (where meter = 'characters'), 0)::bigint as characters, "
+    "coalesce(sum(quantity) filter (where meter = 'searches'), 0)::bigint as searches"
+)
+
 
 def report(store: Store, act: Act, *, tenant: str | None, since: datetime, by: By) -> list[dict[str, Any]]:
     """Requests and tokens since *since*, one entry per value of *by*. Reading them is an entry of the audit log."""
@@ -33,7 +40,9 @@ def report(store: Store, act: Act, *, tenant: str | None, since: datetime, by: B
         rows = connection.execute(
             f"select {group} as {name}, count(*) as requests, "
             "sum(input_tokens)::bigint as input_tokens, sum(output_tokens)::bigint as output_tokens, "
-            "sum(cached_tokens)::bigint as cached_tokens, sum(reasoning_tokens)::bigint as reasoning_tokens "
+            "sum(cached_tokens)::bigint as cached_tokens, sum(reasoning_tokens)::bigint as reasoning_tokens, "
+            + _METERED
+            + " "
             "from usage_event "
             "where started_at >= %(since)s and (%(it)s::text is null or tenant_id = %(it)s) "
             "group by 1 order by 1",

@@ -30,7 +30,21 @@ local DIALECTS = {
   ['/v1/responses'] = 'openai.responses',
   ['/v1/messages'] = 'anthropic.messages',
   ['/v1/models'] = 'openai.models',
+  ['/v1/rerank'] = 'rerank',
+  ['/v1/images/generations'] = 'openai.images',
+  ['/v1/audio/speech'] = 'openai.speech',
 }
+
+-- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025).
+local UNMETERED = { '^/v1/audio/', '^/v1/images/' }
+local UNMETERED_MESSAGE = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
+
+local function unknown(path)
+  for _, pattern in ipairs(UNMETERED) do
+    if string.find(path, pattern) then return UNMETERED_MESSAGE end
+  end
+  return 'Unknown path.'
+end
 
 local function refuse(handle, dialect, denial)
   local id = handle:headers():get('x-request-id') or ''
@@ -50,6 +64,7 @@ local function publish(handle, facts)
   metadata:set(NAMESPACE, 'prompt_bytes', tostring(facts.prompt_bytes))
   metadata:set(NAMESPACE, 'output_tokens_max', tostring(facts.output_tokens_max))
   metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
+  if facts.quantity then metadata:set(NAMESPACE, 'quantity', tostring(facts.quantity)) end
 end
 
 local MODELS_FACTS = {
@@ -62,7 +77,7 @@ function envoy_on_request(handle)
   if path == '/health' then return end
   local dialect = DIALECTS[path]
   if not dialect then
-    return refuse(handle, 'openai', { status = 404, code = 'not_found', message = 'Unknown path.' })
+    return refuse(handle, 'openai', { status = 404, code = 'not_found', message = unknown(path) })
   end
   local method = dialect == 'openai.models' and 'GET' or 'POST'
   if headers:get(':method') ~= method then
@@ -119,7 +134,7 @@ function envoy_on_request(handle)
   local text = buffered:getBytes(0, length)
   local facts, denial = request.read(text, dialect)
   if not facts then return refuse(handle, dialect, denial) end
-  facts.dialect, facts.started_at, facts.prompt_bytes = dialect, started_at, length
+  facts.dialect, facts.started_at, facts.prompt_bytes = dialect, started_at, length + (facts.repeated_bytes or 0)
   publish(handle, facts)
   express.try(handle, facts, credential, request_id, tonumber(string.sub(micros, 1, -4)), buffered, text)
   -- The route (which model, which pool) is chosen by this metadata.

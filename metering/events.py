@@ -35,6 +35,7 @@ from chassis.errors import Unavailable
 from chassis.secrets import load_peppers
 from chassis.serving import run
 from chassis.settings import StoreSettings
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from metering.adapters.credits import settle_all as settle_credits
 from metering.adapters.notices import (
@@ -45,7 +46,7 @@ from metering.adapters.notices import (
     tell_hours,
     tell_thresholds,
 )
-from metering.adapters.outbox import Outbox, Webhook, trim
+from metering.adapters.outbox import Outbox, Webhook, backlog, trim
 from metering.adapters.sending import Answer, Sender
 from metering.core.outgoing import Event, Outgoing, Recipe, bundles, is_sendable, requests
 from metering.core.retry import Outcome, after_failure
@@ -68,6 +69,7 @@ _RECENT_HOURS_EVERY: Final = 60.0
 _ALL_HOURS_EVERY: Final = 6 * 3600.0
 _TRIM_EVERY: Final = 600.0
 _CREDITS_EVERY: Final = 30.0
+_MEASURE_EVERY: Final = 5.0
 #: Times its own length that a look rests.
 _REST: Final = 20
 
@@ -88,6 +90,8 @@ class Settings(BaseSettings):
     idle_seconds: float = Field(default=0.5, gt=0)
     #: Between looks at budgets; each sums the hours of the tenants that want to know.
     threshold_seconds: float = Field(default=10.0, gt=0)
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = Field(default=0, ge=0, le=65535)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,6 +170,7 @@ class Deliveries:
             if not answer.outcome.is_success:
                 await self._failed(webhook, request, answer, duration_ms)
                 return False
+            metrics.WEBHOOK_ATTEMPTS.labels(answer.outcome.value).inc()
             await self.outbox.succeeded(
                 webhook.webhook_id, request, outcome=answer.outcome.value, status=answer.status, duration_ms=duration_ms,
                 now=self.clock(),
@@ -173,6 +178,7 @@ class Deliveries:
         return True
 
     async def _failed(self, webhook: Webhook, request: Outgoing | None, answer: Answer, duration_ms: int) -> None:
+        metrics.WEBHOOK_ATTEMPTS.labels(answer.outcome.value).inc()
         now = self.clock()
         fate = after_failure(
             answer.outcome, failing_since=webhook.failing_since, failure_count=webhook.failure_count, now=now,
@@ -202,6 +208,7 @@ class Notices(threading.Thread):
             (_ALL_HOURS_EVERY, lambda connection, now: tell_hours(connection, now, back=ALL_HOURS)),
             (_TRIM_EVERY, _trim),
             (_CREDITS_EVERY, settle_credits),
+            (_MEASURE_EVERY, _measure),
         ]
 
     def run(self) -> None:
@@ -229,6 +236,15 @@ class Notices(threading.Thread):
                 self._stop_event.wait(1.0)
 
 
+def _measure(connection: psycopg.Connection[Any], now: datetime) -> None:
+    del now
+    found = backlog(connection)
+    for state, count in found.counts.items():
+        metrics.WEBHOOKS.labels(state).set(count)
+    metrics.WEBHOOK_MISSED_EVENTS.set(found.missed)
+    metrics.OUTBOX_OLDEST_SECONDS.set(found.oldest_seconds)
+
+
 def _trim(connection: psycopg.Connection[Any], now: datetime) -> None:
     removed, missing = trim(connection, now)
     if removed:
@@ -242,6 +258,8 @@ def main() -> None:
     configure("events")
     stores, settings = StoreSettings(), Settings()
     stop = threading.Event()
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
     asyncio.run(_serve(stores, settings, stop))
 
 

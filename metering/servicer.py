@@ -51,6 +51,10 @@ _USED_UP: Final = Stop(
 )
 _NOT_DECIDED: Final = Stop(code="service_unavailable", message="The gateway cannot decide right now whether this answer may go on.")
 
+_UNREADABLE: Final = Stop(
+    code="upstream_unavailable", message="The model server's answer is encoded in a way that cannot be read here, so it may not go on."
+)
+
 
 class Servicer:
     """Shapes requests and ends streams; holds no state between streams."""
@@ -180,13 +184,28 @@ class _Stream(_Passing):
         return answer
 
 
+class _Encoded(_Stream):
+    """An answer in an encoding that nobody asked for and Envoy does not undo: what cannot be weighed may not pass."""
+
+    def headers(self) -> wire.ProcessingResponse:
+        """What is handed back is plain."""
+        answer = super().headers()
+        answer.response_headers.response.header_mutation.remove_headers.append("content-encoding")
+        return answer
+
+    async def piece(self, body: wire.HttpBody) -> wire.ProcessingResponse:
+        """The end, whatever comes."""
+        del body
+        return self._ended(b"", _UNREADABLE)
+
+
 def _stream(message: wire.ProcessingRequest, slices: Slices) -> _Stream | None:
     """The stream that begins with *message*; None for an answer that is none (an error, no events)."""
     known = message.metadata_context.filter_metadata
     admission, request = known[contract.NS_ADMISSION].fields, known[contract.NS_REQUEST].fields
     headers = {header.key: header.raw_value.decode("latin-1") or header.value for header in message.response_headers.headers.headers}
     is_events = headers.get("content-type", "").lower().startswith("text/event-stream")
-    if not is_events or headers.get("content-encoding", "identity") != "identity" or not headers.get(":status", "").startswith("2"):
+    if not is_events or not headers.get(":status", "").startswith("2"):
         return None
     held = int(admission[contract.ADM_SLICE_TOKENS].number_value)
     valve = Valve(
@@ -195,7 +214,8 @@ def _stream(message: wire.ProcessingRequest, slices: Slices) -> _Stream | None:
         held_input=int(admission[contract.ADM_RESERVED_TOKENS].number_value) - held,
         held=held,
     )
-    return _Stream(
+    is_plain = headers.get("content-encoding", "identity") == "identity"
+    return (_Stream if is_plain else _Encoded)(
         valve, slices,
         tenant_id=known[contract.NS_IDENTITY].fields[contract.ID_TENANT].string_value,
         request_id=admission[contract.ADM_SLICE].string_value,

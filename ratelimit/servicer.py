@@ -43,7 +43,7 @@ _NUMBER_MAX = 1_000_000_000
 #: A life's name is ours and short.
 _EPOCH_LENGTH_MAX = 100
 #: An Envoy whose configuration is older than these says nothing of them: no lease, and no stream that could be held in slices.
-_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key not in (contract.DESC_LEASE, contract.DESC_STREAM))
+_REQUIRED = tuple(key for key in contract.ADMIT_KEYS if key not in (contract.DESC_LEASE, contract.DESC_STREAM, contract.DESC_QUANTITY))
 #: What Envoy answers to OVER_LIMIT by itself.
 _RATE_LIMITED = 429
 
@@ -261,6 +261,7 @@ def _ask(entries: Mapping[str, str], call: Mapping[str, str | bytes]) -> Ask | N
         prompt_bytes=numbers[0],
         output_tokens_max=numbers[1],
         choices=numbers[2],
+        quantity=_number(entries.get(contract.DESC_QUANTITY)),
         streams=entries.get(contract.DESC_STREAM) == "yes",
         epoch=_epoch(call),
     )
@@ -280,6 +281,7 @@ def _report(entries: Mapping[str, str]) -> Report:
         input=_number(entries.get(contract.DESC_INPUT)),
         output=_number(entries.get(contract.DESC_OUTPUT)),
         cached=_number(entries.get(contract.DESC_CACHED)),
+        quantity=_number(entries.get(contract.DESC_QUANTITY)),
     )
 
 

@@ -18,6 +18,7 @@ import structlog
 from hypothesis import settings
 
 from bench.revocation import SEVERAL
+from tests.chaos.storm import REQUESTS_PER_ENVOY_DEATH
 from tests.dataplane.installation import Installation, Tenant, free_ports, running
 from tests.hostile.guessing import UNKNOWN_PER_MINUTE
 
@@ -41,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, what in ON_REQUEST.items():
         group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
     group.addoption("--storm-requests", type=int, default=1_000_000, help="requests of the longest kill storm")
+    group.addoption(
+        "--storm-requests-per-envoy-death", type=int, default=REQUESTS_PER_ENVOY_DEATH, help="how rarely Envoy is killed in it"
+    )
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
 
 
@@ -98,7 +102,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
-    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR"), free_ports(4), strict=True))
+    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR", "EVENTS"), free_ports(5), strict=True))
     settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
         installation.metrics_ports = tuple(ports.values())

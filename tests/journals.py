@@ -78,6 +78,12 @@ def end(
     return _line({name: value for name, value in fields.items() if value is not None})
 
 
+def images(number: int, quantity: int, *, at: datetime = NOON, model: str = "tiny", **facts: Any) -> bytes:
+    """The last record of an exchange that made images and reported no tokens."""
+    asked = {"started_at": stamp(at), "dialect": "openai.images", "model": model, "quantity": str(quantity), "prompt_bytes": "50"}
+    return end(number, at=at, request=asked, usage={"seen": "none", "quantity": quantity, "total": 0}, **facts)
+
+
 def exchanges(count: int, *, at: datetime = NOON, first: int = 0, seed: int = 1) -> list[bytes]:
     """Start and end records of *count* exchanges of three tenants, mixed as they are under load."""
     chance = random.Random(seed)
@@ -132,7 +138,7 @@ def collect(url: str, live: Path, *, now: datetime = NOON, **settings: Any) -> N
 
 def sums(url: str) -> list[tuple[Any, ...]]:
     """The hourly sums, all of them."""
-    return rows(url, "select * from usage_hour order by 1, 2, 3, 4, 5, currency")
+    return rows(url, "select * from usage_hour order by 1, 2, 3, 4, 5, currency, meter")
 
 
 def rows(url: str, query: str, *arguments: Any) -> list[tuple[Any, ...]]:

@@ -65,6 +65,10 @@ SIGHTINGS_DROPPED: Final = Counter(
     "peaje_metering_sightings_dropped_total", "Exchanges that could not be kept to be compared: Postgres is away too long."
 )
 
+JOURNALS_BEHIND_SECONDS: Final = Gauge(
+    "peaje_metering_journals_behind_seconds", "Since the slowest of all journals was read to its end; one that nobody reads is among them."
+)
+
 #: Journals have operators' own names, of which a collector has a bounded number.
 LAG_BYTES: Final = Gauge("peaje_collector_lag_bytes", "Bytes of a journal that are not read yet.", ["journal"])
 LAG_SECONDS: Final = Gauge(
@@ -84,6 +88,16 @@ ROW_DELAY_SECONDS: Final = Histogram(
     buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600, 3600),
 )
 EXCEPTIONS_OPEN: Final = Gauge("peaje_reconciliation_exceptions_open", "Disagreements that nobody has explained or signed for.")
+WEBHOOK_ATTEMPTS: Final = Counter(
+    "peaje_webhook_attempts_total", "Requests to webhooks by what became of them.", ["outcome"]
+)
+WEBHOOKS: Final = Gauge("peaje_webhooks", "Webhooks by state; one that failed for too long is not tried any more.", ["state"])
+WEBHOOK_MISSED_EVENTS: Final = Gauge(
+    "peaje_webhook_missed_events", "Events that webhooks which are there now have never been sent and never will be."
+)
+OUTBOX_OLDEST_SECONDS: Final = Gauge(
+    "peaje_outbox_oldest_seconds", "Age of the oldest event that an active webhook has not taken; 0 if all have all."
+)
 #: Models are the operator's own names.
 DRIFT_TOKENS: Final = Gauge(
     "peaje_conservation_drift_tokens", "Ledger less engine, in the newest interval that could be compared.", ["model", "kind"]

@@ -21,6 +21,7 @@ from control.api import (
     explain_decision,
     external_usage,
     invoices,
+    journals,
     keys,
     ledger,
     limits,
@@ -49,7 +50,7 @@ _BODY_BYTES_MAX_BY_PATH = {secret_scanning.PATH: ALERTS_BYTES_MAX, external_usag
 
 _NOUNS = (
     tenants, projects, keys, service_accounts, operators, limits, shares, reports, audit, signing_keys, oauth,
-    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings, reconciliation,
+    secret_scanning, bootstrap, explain_decision, prices, invoices, ledger, webhooks, credits, reratings, reconciliation, journals,
     external_usage,
 )
 

@@ -35,6 +35,8 @@ class Item(Body):
     output_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    meter: str | None = Field(default=None, description="What else than tokens was used: images, characters or searches.")
+    quantity: int = 0
     started_at: AwareDatetime = Field(strict=False, description="With its zone; the price of this moment counts.")
     ended_at: AwareDatetime | None = Field(default=None, strict=False)
 

@@ -27,6 +27,8 @@ class NewPrice(Body):
     cached: str | None = None
     reasoning: str | None = None
     minimum: str = "0"
+    meter: str | None = Field(default=None, description="What else is charged: images, characters or searches.")
+    each: str | None = Field(default=None, description="What one of it costs, such as 0.04.")
     currency: str = prices.CURRENCY_DEFAULT
     tenant: str | None = None
     starts: str | None = Field(default=None, alias="from", description="A date, a time or a duration; default now.")

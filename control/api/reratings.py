@@ -29,6 +29,8 @@ class NewRerating(Body):
     cached: str | None = None
     reasoning: str | None = None
     minimum: str = "0"
+    meter: str | None = Field(default=None, description="What else is charged: images, characters or searches.")
+    each: str | None = Field(default=None, description="What one of it costs, such as 0.04.")
     currency: str = prices.CURRENCY_DEFAULT
     tenant: str | None = None
     starts: str | None = Field(default=None, alias="from")
@@ -44,7 +46,7 @@ def add(app: FastAPI, services: Services) -> None:
     def rerate(body: NewRerating, act: CurrentAct) -> dict[str, Any]:
         price = prices.Price(
             model=body.model, input=body.input, output=body.output, cached=body.cached, reasoning=body.reasoning,
-            minimum=body.minimum, currency=body.currency, tenant=body.tenant,
+            minimum=body.minimum, meter=body.meter, each=body.each, currency=body.currency, tenant=body.tenant,
         )
         asked = reratings.Asked(price=price, month=month(body.month), starts=body.starts, ends=body.ends, reason=body.reason)
         done = reratings.rerate(services.store, act, asked, is_applied=body.apply)

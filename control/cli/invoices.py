@@ -30,7 +30,7 @@ class Format(StrEnum):
 Month = Annotated[str, typer.Argument(help="Such as 2026-11.")]
 _SHOWN = (
     "project", "model", "kind", "request_count", "input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens",
-    "currency", "amount",
+    "meter", "quantity", "currency", "amount",
 )
 
 
@@ -113,4 +113,4 @@ def _print(document: dict[str, Any]) -> None:
     for total in document["totals"]:
         print(f"total {total['currency']} {total['amount']}")
     if document["requests_without_price"]:
-        print(f"{document['requests_without_price']} requests used tokens and have no price: see `peaje prices list`")
+        print(f"{document['requests_without_price']} requests used something and have no price: see `peaje prices list`")

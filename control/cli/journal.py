@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`peaje journal`: whether the journal is whole, and its ledger made again from nothing."""
+"""`peaje journal`: whether the journal is whole, its ledger made again from nothing, and journals that are gone for good."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from chassis.contract import JOURNAL_PATH
+from chassis.errors import Conflict, Invalid
+from control.cli.client import at, call
 from control.cli.options import Json
 from control.cli.show import show
 from control.laptop.places import read_home
@@ -61,6 +63,53 @@ def replay_journal(
     migrate(into, now.date())
     done = replay(_live(file), into, prices_from=ledger_url() if prices else None, now=now)
     show(asdict(done), as_json=as_json)
+
+
+@app.command("list")
+def list_journals(as_json: Json = False) -> None:
+    """List the journals that months and comparisons wait for, the slowest first, and those that were retired."""
+    found = call("GET", "/v1/journals")
+    if as_json:
+        show(found, as_json=True)
+        return
+    show({"journals": [{name: it[name] for name in ("journal", "read_until", "open_exchanges")} for it in found["journals"]]}, as_json=False)
+    if found["retired"]:
+        show({"retired": found["retired"]}, as_json=False)
+
+
+@app.command("retire")
+def retire_journal(
+    journal: Annotated[str, typer.Argument(help="Of `peaje journal list`.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why it will never be read again; kept with it.")],
+    file: Annotated[
+        Path | None, typer.Option("--file", help="Its live file, looked at for what is not read yet.", show_default=False)
+    ] = None,
+    files_gone: Annotated[bool, typer.Option("--files-gone", help="Its files are gone with their disk.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let nothing wait any more for a journal whose Envoy is gone for good; refused while it is alive or not read to its end."""
+    if (file is None) != files_gone:
+        raise Invalid("Say where its files are or that they are gone.", mend="Give either --file or --files-gone.")
+    if file is not None:
+        _refuse_unread(journal, file)
+    body = {"reason": reason, "files": "gone" if files_gone else "read"}
+    show(call("POST", at("/v1/journals/{}/retire", journal), body=body), as_json=as_json)
+
+
+def _refuse_unread(journal: str, file: Path) -> None:
+    """Raise `Conflict` if the files beside *file* have a whole line that was not read."""
+    from metering.adapters.tail import Place, look, next_piece, starts_of
+
+    found = next((it for it in call("GET", "/v1/journals")["journals"] if it["journal"] == journal), None)
+    if not look(file):
+        raise Invalid(f"There is no journal at {file}.", mend="If its disk is gone, say --files-gone.")
+    places = {it["file_id"]: Place(it["file_id"], it["file"], it["offset"]) for it in (found or {"files": []})["files"]}
+    # A line without an end will never have one: its writer is gone, and it is no record.
+    if any(next_piece(live, places) is not None for live in (starts_of(file), file)):
+        raise Conflict(
+            f"The journal at {file} has records that are not read.",
+            mend=f"Have a collector read it: PEAJE_COLLECTOR_JOURNALS={journal}={file}.",
+        )
 
 
 def _live(file: Path | None) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`peaje prices`: what a million tokens cost."""
+"""`peaje prices`: what a million tokens cost, and one of what else is metered."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ app = typer.Typer(no_args_is_help=True, help="What a million tokens cost.")
 
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Id or name; everybody if left out.", show_default=False)]
 _SHOWN = (
-    "rate_card_id", "tenant", "model", "currency", "input", "output", "cached", "reasoning", "minimum", "effective_from",
-    "effective_until",
+    "rate_card_id", "tenant", "model", "currency", "input", "output", "cached", "reasoning", "minimum", "meter", "each",
+    "effective_from", "effective_until",
 )
 
 
@@ -27,7 +27,9 @@ def set_price(
     output_price: Annotated[str, typer.Option("--output", help="Per million output tokens.")],
     cached: Annotated[str | None, typer.Option("--cached", help="Per million cached input tokens; default as input.")] = None,
     reasoning: Annotated[str | None, typer.Option("--reasoning", help="Per million reasoning tokens; default as output.")] = None,
-    minimum: Annotated[str, typer.Option("--minimum", help="The least that a request with any token costs.")] = "0",
+    minimum: Annotated[str, typer.Option("--minimum", help="The least that a request that used anything costs.")] = "0",
+    meter: Annotated[str | None, typer.Option("--meter", help="What else is charged: images, characters or searches.", show_default=False)] = None,
+    each: Annotated[str | None, typer.Option("--each", help="What one of it costs, such as 0.04.", show_default=False)] = None,
     currency: Annotated[str, typer.Option("--currency")] = "USD",
     tenant: Tenant = None,
     starts: Annotated[str | None, typer.Option("--from", help="A date, a time or a duration; default now.")] = None,
@@ -36,7 +38,7 @@ def set_price(
     """Set a price; the one before it ends then. What was charged stays as it was."""
     body = {
         "model": model, "input": input_price, "output": output_price, "cached": cached, "reasoning": reasoning,
-        "minimum": minimum, "currency": currency, "tenant": tenant, "from": starts,
+        "minimum": minimum, "meter": meter, "each": each, "currency": currency, "tenant": tenant, "from": starts,
     }
     made = call("POST", "/v1/prices", body=body)
     show(made if as_json else {name: made[name] for name in _SHOWN}, as_json=as_json)

@@ -24,6 +24,8 @@ def rerate(
     cached: Annotated[str | None, typer.Option("--cached", show_default=False)] = None,
     reasoning: Annotated[str | None, typer.Option("--reasoning", show_default=False)] = None,
     minimum: Annotated[str, typer.Option("--minimum")] = "0",
+    meter: Annotated[str | None, typer.Option("--meter", help="What else is charged: images, characters or searches.", show_default=False)] = None,
+    each: Annotated[str | None, typer.Option("--each", help="What one of it costs, such as 0.04.", show_default=False)] = None,
     currency: Annotated[str, typer.Option("--currency")] = "USD",
     tenant: AnyTenant = None,
     starts: Annotated[str | None, typer.Option("--from", help="Within the month.", show_default=False)] = None,
@@ -34,7 +36,7 @@ def rerate(
     """Show what a corrected price changes, and with --apply charge it: rows stay, the invoice gets a line."""
     body = {
         "model": model, "month": month, "input": input_price, "output": output_price, "cached": cached, "reasoning": reasoning,
-        "minimum": minimum, "currency": currency, "tenant": tenant, "from": starts, "until": ends, "reason": reason,
+        "minimum": minimum, "meter": meter, "each": each, "currency": currency, "tenant": tenant, "from": starts, "until": ends, "reason": reason,
         "apply": is_applied,
     }
     done = call("POST", "/v1/reratings", body=body, timeout_seconds=_SECONDS)

@@ -12,6 +12,10 @@ local USAGE = 'peaje.usage'
 -- Dialects in which the caller can ask for usage, and so can also not have asked.
 local HIDES = { ['openai.chat'] = true, ['openai.completions'] = true }
 
+-- What is counted besides tokens, and where: in the answer, or in the request, which says it all.
+local METERS = { ['openai.images'] = 'images', ['rerank'] = 'searches' }
+local METERED_BY_REQUEST = { ['openai.speech'] = true }
+
 -- Tell what is new: each set costs as much as reading a frame does.
 local function publish(handle, reader, told)
   local metadata = handle:streamInfo():dynamicMetadata()
@@ -26,6 +30,7 @@ local function publish(handle, reader, told)
   tell('output', counts.output)
   tell('cached', counts.cached)
   tell('reasoning', counts.reasoning)
+  tell('quantity', reader.quantity)
   -- What settles with ratelimit when the stream is done; on the express lane nobody is told.
   if told.total then tell('total', usage.total(reader)) end
   tell('seen', reader.seen)
@@ -66,12 +71,17 @@ function M.read(handle, request, metadata)
   local status = tonumber(headers:get(':status'))
   if status < 200 or status > 299 then return 0 end
   local kind = kind_of(headers)
+  if METERED_BY_REQUEST[request.dialect] then
+    metadata:set(USAGE, 'quantity', tonumber(request.quantity))
+    -- Sound is no usage; only a stream of events has some at its end.
+    if kind ~= 'events' then return 0 end
+  end
   local encoding = headers:get('content-encoding')
   if not kind or (encoding and encoding ~= 'identity') then
     metadata:set(USAGE, 'anomaly', kind and 'encoded' or 'unreadable')
     return 0
   end
-  local reader = usage.reader(kind, HIDES[request.dialect] and request.wants_usage or 'running')
+  local reader = usage.reader(kind, HIDES[request.dialect] and request.wants_usage or 'running', METERS[request.dialect])
   if kind == 'events' and reader.hides then headers:remove('content-length') end
   follow(handle, reader, { seen = 'none', total = not request.express and 0 or nil })
   return usage.total(reader)

@@ -51,7 +51,7 @@ local function object(fields, names)
 end
 
 local IDENTITY = { 'tenant', 'project', 'key_id' }
-local REQUEST = { 'started_at', 'dialect', 'model', 'stream', 'prompt_bytes', 'output_tokens_max', 'choices' }
+local REQUEST = { 'started_at', 'dialect', 'model', 'stream', 'prompt_bytes', 'output_tokens_max', 'choices', 'quantity' }
 local ADMISSION = { 'admitted', 'reserved_tokens' }
 
 -- Append the start record; false if it could not be written.

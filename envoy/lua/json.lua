@@ -132,14 +132,14 @@ function M.document(s)
 end
 
 -- Number of elements of the array at s[first..last] and the kind of its first element ("string",
--- "array", "number"); nil when it is not a well-formed array. Stops counting beyond `most`, and
+-- "array", "object", "number"); nil when it is not a well-formed array. Stops counting beyond `most`, and
 -- at a first number: token ids are one prompt, however many they are.
 function M.array(s, first, last, most)
   if byte(s, first) ~= OPEN_BRACKET then return nil end
   local i = find(s, '[^ \t\r\n]', first + 1)
   if i == last then return 0, nil end
   local c = byte(s, i)
-  local kind = c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or 'number'
+  local kind = c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or c == OPEN_BRACE and 'object' or 'number'
   if kind == 'number' then return 1, kind end
   local count = 0
   while i and i < last do

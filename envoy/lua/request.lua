@@ -5,7 +5,7 @@
 
 local json = require('envoy.lua.json')
 local shape = require('envoy.lua.shape')
-local sub, find = string.sub, string.find
+local byte, sub, find = string.byte, string.sub, string.find
 
 local M = {}
 
@@ -14,8 +14,12 @@ M.MODEL_BYTES_MAX = 200
 -- A request for more tokens than any model's context is a mistake or an attack.
 M.OUTPUT_TOKENS_MAX = 10000000
 M.CHOICES_MAX = 128
--- Array elements (prompts, inputs) in one request.
+-- Array elements (prompts, inputs, documents) in one request.
 M.PROMPTS_MAX = 2048
+-- A reranker reads its query once with each document; more than this is more than any limit is counted in.
+M.REPEATED_BYTES_MAX = 900000000
+-- Documents of one search, as Cohere counts them.
+M.DOCUMENTS_PER_SEARCH = 100
 
 -- Which member caps the output, per dialect; the first name is the one preferred in messages.
 local OUTPUT_LIMITS = {
@@ -24,6 +28,9 @@ local OUTPUT_LIMITS = {
   ['openai.responses'] = { 'max_output_tokens' },
   ['anthropic.messages'] = { 'max_tokens' },
   ['openai.embeddings'] = {},
+  ['rerank'] = {},
+  ['openai.images'] = {},
+  ['openai.speech'] = {},
 }
 
 local STREAMS_WITHOUT_USAGE = { ['openai.chat'] = true, ['openai.completions'] = true }
@@ -101,8 +108,39 @@ local function asked_for_usage(body, members)
   return 'no'
 end
 
--- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape },
--- or nil and a refusal { status, code, message, param }.
+-- Of a request that is metered by more than tokens, or by something else: how much of it is asked for, as
+-- { quantity, repeated_bytes }; or nil, what is wrong with it, and where.
+local METERS = {}
+
+-- Searches, of which each has so many documents. The query is read as often as there are documents.
+METERS['rerank'] = function(body, members)
+  local query = value(body, members, 'query')
+  if not query or byte(query, 1) ~= 34 then return nil, 'query is required and must be a string.', 'query' end
+  local span = members.documents
+  local count = span and json.array(body, span[1], span[2], M.PROMPTS_MAX)
+  if not count or count < 1 then return nil, 'documents is required and must be an array.', 'documents' end
+  if count > M.PROMPTS_MAX then return nil, 'Too many documents in one request.', 'documents' end
+  return {
+    quantity = math.ceil(count / M.DOCUMENTS_PER_SEARCH),
+    repeated_bytes = math.min((count - 1) * (#query - 2), M.REPEATED_BYTES_MAX),
+  }
+end
+
+METERS['openai.images'] = function(_, _, count) return { quantity = count } end
+
+-- Characters (code points) of the text to be spoken.
+METERS['openai.speech'] = function(body, members)
+  local quoted = value(body, members, 'input')
+  local text = quoted and json.text(quoted)
+  if not text or text == '' then return nil, 'input is required and must be a string.', 'input' end
+  local _, first_bytes = string.gsub(text, '[^\128-\191]', '')
+  -- Escaped, a character beyond U+FFFF is two halves; the second half is none.
+  local _, second_halves = string.gsub(text, '\237[\176-\191]', '')
+  return { quantity = first_bytes - second_halves }
+end
+
+-- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape, quantity and
+-- repeated_bytes where there is a meter }, or nil and a refusal { status, code, message, param }.
 function M.read(body, dialect)
   local members, reason = json.document(body)
   if not members then return refusal('The body is not a usable JSON object: ' .. reason .. '.') end
@@ -125,6 +163,13 @@ function M.read(body, dialect)
   local count
   count, message, param = choices(body, members, dialect)
   if not count then return refusal(message, param) end
+  local meter = METERS[dialect]
+  local metered = {}
+  if meter then
+    if stream then return refusal('A streamed answer of this kind is not served: it could not be metered.', 'stream') end
+    metered, message, param = meter(body, members, count)
+    if not metered then return refusal(message, param) end
+  end
 
   local wants_usage = asked_for_usage(body, members)
   if not wants_usage then return refusal('stream_options is not a usable JSON object.', 'stream_options') end
@@ -135,6 +180,8 @@ function M.read(body, dialect)
     choices = count,
     wants_usage = wants_usage,
     shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and shape.need(body, members) or shape.NO,
+    quantity = metered.quantity,
+    repeated_bytes = metered.repeated_bytes,
   }
 end
 

@@ -35,13 +35,15 @@ local function nested(text, members, name)
   return (json.members(text, span[1]))
 end
 
--- Merge the usage object at text[first..] into counts; says whether it had any count.
+-- Merge the usage object at text[first..] into counts; says whether it had any count. of_total: an engine that
+-- generates nothing may say the sum only.
 -- OpenAI counts cached tokens inside the prompt; Anthropic counts them beside the input.
-local function merge(counts, text, first)
+local function merge(counts, text, first, of_total)
   local members = json.members(text, first)
   if not members then return false end
   local input = number(text, members, 'prompt_tokens') or number(text, members, 'input_tokens')
   local output = number(text, members, 'completion_tokens') or number(text, members, 'output_tokens')
+  if of_total and not input and not output then input = number(text, members, 'total_tokens') end
   local details = nested(text, members, 'prompt_tokens_details') or nested(text, members, 'input_tokens_details')
   local output_details = nested(text, members, 'completion_tokens_details')
     or nested(text, members, 'output_tokens_details')
@@ -84,7 +86,7 @@ end
 
 local FINAL_TYPES = {
   ['"response.completed"'] = true, ['"response.incomplete"'] = true, ['"response.failed"'] = true,
-  ['"message_delta"'] = true,
+  ['"message_delta"'] = true, ['"speech.audio.done"'] = true,
 }
 
 -- Where a usage object begins, if the member belongs to the outermost object for certain.
@@ -259,11 +261,43 @@ local function feed_events(self, piece)
   return table.concat(out)
 end
 
--- Feed a piece of a JSON body: follow depth and strings, keep only the top-level usage object.
+-- Searches that Cohere's `meta` says were billed.
+local function billed_searches(text)
+  local members = json.members(text)
+  local billed = members and nested(text, members, 'billed_units')
+  return billed and number(text, billed, 'search_units')
+end
+
+-- A captured object is complete: what it says.
+local function read_captured(self)
+  if self.captured == 'meta' then
+    local searches = billed_searches(self.capture)
+    if searches then self.quantity, self.readings = searches, self.readings + 1 end
+  elseif merge(self.counts, self.capture, 1, self.meter == 'searches') then
+    self.seen, self.readings = 'final', self.readings + 1
+  end
+  self.capture = nil
+end
+
+-- An object or array opens at piece[at]: what of it is to be kept or counted.
+local function opens(self, piece, at, c)
+  if self.depth == 1 then
+    local key = self.key
+    local is_read = key == 'usage' or (key == 'meta' and self.meter == 'searches')
+    if c == 123 and is_read and not self.capture then self.capture, self.captured = sub(piece, at), key end
+    self.in_data = c == 91 and key == 'data'
+  elseif self.depth == 2 and self.in_data and c == 123 and self.meter == 'images' then
+    -- Counted as its first byte passes: by then it was made, and who leaves within it has had it.
+    self.quantity, self.readings = self.quantity + 1, self.readings + 1
+  end
+  self.depth, self.key = self.depth + 1, nil
+end
+
+-- Feed a piece of a JSON body: follow depth and strings, keep only the top-level usage object and what is metered.
 local function feed_object(self, piece)
   local i, n = 1, #piece
   -- Most answers come whole, and then need no following.
-  if self.depth == 0 and not self.in_string and self.readings == 0 and byte(piece, 1) == 123 then
+  if not self.meter and self.depth == 0 and not self.in_string and self.readings == 0 and byte(piece, 1) == 123 then
     local at = find(piece, '^%b{}%s*$') and plain_usage(piece)
     local input, output, cached = nil, nil, nil
     if at then input, output, cached = plain_counts(piece, at) end
@@ -301,18 +335,10 @@ local function feed_object(self, piece)
       if c == 34 then
         self.in_string, self.key = true, self.depth == 1 and '' or nil
       elseif c == 123 or c == 91 then
-        if c == 123 and self.depth == 1 and self.key == 'usage' and not self.capture then
-          self.capture = sub(piece, j)
-        end
-        self.depth, self.key = self.depth + 1, nil
+        opens(self, piece, j, c)
       else
         self.depth, self.key = self.depth - 1, nil
-        if self.depth == 1 and self.capture then
-          if merge(self.counts, self.capture, 1) then
-            self.seen, self.readings = 'final', self.readings + 1
-          end
-          self.capture = nil
-        end
+        if self.depth == 1 and self.capture then read_captured(self) end
       end
       i = j + 1
     end
@@ -321,13 +347,16 @@ local function feed_object(self, piece)
 end
 
 -- A reader of one answer. kind: "events" (SSE) or "object" (JSON). wants: what the caller asked
--- for ("no", "final", "running"); hiding applies only to dialects that have that question.
-function M.reader(kind, wants)
+-- for ("no", "final", "running"); hiding applies only to dialects that have that question. meter: what an answer
+-- in JSON is also counted by ("images", "searches"), if anything.
+function M.reader(kind, wants, meter)
   return {
     -- readings: how often counts were read, so that whoever publishes them knows of each.
     counts = {}, seen = 'none', frames = 0, readings = 0, anomaly = nil,
     wants = wants or 'running', hides = wants == 'no' or wants == 'final',
     held = '', passing = false,
+    -- No image is none; a search that nobody billed is not known.
+    meter = meter, quantity = meter == 'images' and 0 or nil, in_data = false, captured = nil,
     depth = 0, in_string = false, escaped = false, key = nil, capture = nil,
     feed = kind == 'events' and feed_events or feed_object,
   }

@@ -52,7 +52,7 @@ _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 _Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 _Text = Annotated[str, Field(min_length=1, max_length=2048)]
 _ClaimPath = _Text | Annotated[list[_Text], Field(min_length=1, max_length=8)]
-_Scope = Literal["embeddings", "inference", "models"]
+_Scope = Literal["embeddings", "images", "inference", "models", "rerank", "speech"]
 #: Would make a certificate's callers look like an issuer's.
 _RESERVED: Final = frozenset({"cert"})
 

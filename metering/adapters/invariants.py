@@ -37,13 +37,14 @@ _INVARIANTS: Final = (
         f"""
         with counted as (
             select date_trunc('hour', started_at, 'UTC') as hour, tenant_id, project_id, key_id, model,
-                   coalesce(currency, '') as currency, count(*)::numeric as requests, sum(input_tokens) as input,
-                   sum(output_tokens) as output, sum(cached_tokens) as cached, sum(reasoning_tokens) as reasoning,
-                   coalesce(sum(amount_nano), 0) as amount
-            from usage_event where {_KEPT} group by 1, 2, 3, 4, 5, 6
+                   coalesce(currency, '') as currency, coalesce(meter, '') as meter, count(*)::numeric as requests,
+                   sum(input_tokens) as input, sum(output_tokens) as output, sum(cached_tokens) as cached,
+                   sum(reasoning_tokens) as reasoning, sum(quantity) as quantity, coalesce(sum(amount_nano), 0) as amount
+            from usage_event where {_KEPT} group by 1, 2, 3, 4, 5, 6, 7
         ), kept as (
-            select hour, tenant_id, project_id, key_id, model, currency, request_count::numeric, input_tokens::numeric,
-                   output_tokens::numeric, cached_tokens::numeric, reasoning_tokens::numeric, amount_nano::numeric
+            select hour, tenant_id, project_id, key_id, model, currency, meter, request_count::numeric, input_tokens::numeric,
+                   output_tokens::numeric, cached_tokens::numeric, reasoning_tokens::numeric, quantity::numeric,
+                   amount_nano::numeric
             from usage_hour h
             where not exists (select from usage_retired r where r.day = (h.hour at time zone 'UTC')::date)
         ), differing as ((table counted except table kept) union all (table kept except table counted))
@@ -54,29 +55,32 @@ _INVARIANTS: Final = (
         "lines of closed months and their later adjustments equal the hourly sums",
         """
         with charged as (
-            select period, tenant_id, project_id, model, currency, request_count, input_tokens, output_tokens, amount_nano
+            select period, tenant_id, project_id, model, currency, meter, request_count, input_tokens, output_tokens, quantity,
+                   amount_nano
             from invoice_line
             union all
-            select of_period, tenant_id, project_id, model, currency, 1, input_tokens, output_tokens, amount_nano
+            select of_period, tenant_id, project_id, model, currency, meter, 1, input_tokens, output_tokens, quantity, amount_nano
             from adjustment
             union all
-            select date_trunc('month', hour at time zone 'UTC')::date, tenant_id, project_id, model, currency,
-                   -request_count, -input_tokens, -output_tokens, -amount_nano
+            select date_trunc('month', hour at time zone 'UTC')::date, tenant_id, project_id, model, currency, meter,
+                   -request_count, -input_tokens, -output_tokens, -quantity, -amount_nano
             from usage_hour
             where hour < (select max(period) + interval '1 month' from billing_period) at time zone 'UTC'
         )
         select concat_ws(' ', period, tenant_id, project_id, model) from charged
-        group by period, tenant_id, project_id, model, currency
-        having (sum(request_count), sum(input_tokens), sum(output_tokens), sum(amount_nano)) is distinct from (0, 0, 0, 0)
+        group by period, tenant_id, project_id, model, currency, meter
+        having (sum(request_count), sum(input_tokens), sum(output_tokens), sum(quantity), sum(amount_nano))
+               is distinct from (0, 0, 0, 0, 0)
         """,
     ),
     (
         "an adjustment says what its row says, of a month that was closed before",
         f"""
         select a.request_id from adjustment a left join usage_event u using (request_id)
-        where (a.tenant_id, a.project_id, a.model, a.currency, a.amount_nano, a.input_tokens, a.output_tokens, a.started_at)
+        where (a.tenant_id, a.project_id, a.model, a.currency, a.amount_nano, a.input_tokens, a.output_tokens, a.meter,
+               a.quantity, a.started_at)
               is distinct from (u.tenant_id, u.project_id, u.model, coalesce(u.currency, ''), coalesce(u.amount_nano, 0),
-                                u.input_tokens, u.output_tokens, u.started_at)
+                                u.input_tokens, u.output_tokens, coalesce(u.meter, ''), u.quantity, u.started_at)
           and {_KEPT.replace("started_at", "a.started_at")}
         """,
     ),
@@ -104,7 +108,7 @@ _INVARIANTS: Final = (
         """
         select request_id from usage_event
         where cached_tokens > input_tokens or reasoning_tokens > output_tokens
-           or (basis = 'none' and input_tokens + output_tokens > 0)
+           or (basis = 'none' and input_tokens + output_tokens + quantity > 0)
         """,
     ),
     (
@@ -121,7 +125,8 @@ _INVARIANTS: Final = (
         where u.rate_card_id is not null and not coalesce(
             c.model = u.model and coalesce(c.tenant_id, u.tenant_id) = u.tenant_id and c.currency = u.currency
             and c.effective @> u.started_at
-            and u.amount_nano = case when u.input_tokens + u.output_tokens = 0 then 0 else greatest(c.minimum_nano, div(
+            and u.amount_nano = case when u.input_tokens + u.output_tokens + u.quantity = 0 then 0 else greatest(c.minimum_nano,
+                case when u.meter = c.meter then u.quantity * c.each_nano else 0 end + div(
                 2 * (  (u.input_tokens - u.cached_tokens)::numeric * c.input_nano
                      + u.cached_tokens::numeric * c.cached_nano
                      + (u.output_tokens - u.reasoning_tokens)::numeric * c.output_nano
@@ -184,7 +189,7 @@ _NOTES: Final = {
         "select count(*) from conservation_check where state = 'compared' "
         "and (engine_input_tokens, engine_output_tokens) <> (ledger_input_tokens, ledger_output_tokens)"
     ),
-    "requests_without_price": "select count(*) from usage_event where amount_nano is null and input_tokens + output_tokens > 0",
+    "requests_without_price": "select count(*) from usage_event where amount_nano is null and input_tokens + output_tokens + quantity > 0",
 }
 
 
@@ -237,9 +242,9 @@ def sums_digest(connection: psycopg.Connection[Any]) -> str:
     with connection.cursor(row_factory=tuple_row) as cursor:
         cursor.execute(
             "select extract(epoch from hour)::bigint, tenant_id, project_id, key_id, model, currency, request_count, "
-            "input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano from usage_hour "
+            "input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano, meter, quantity from usage_hour "
             'order by hour, tenant_id collate "C", project_id collate "C", key_id collate "C", model collate "C", '
-            'currency collate "C"'
+            'currency collate "C", meter collate "C"'
         )
         for row in cursor:
             digest.update(("\t".join(map(str, row)) + "\n").encode())

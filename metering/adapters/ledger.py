@@ -50,7 +50,7 @@ _TAKE_CHARGING_LOCK: Final = "select pg_advisory_xact_lock_shared(%s)"
 
 _RATE_CARDS: Final = """
 select rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-       lower(effective), upper(effective)
+       meter, each_nano, lower(effective), upper(effective)
 from rate_card
 where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effective && tstzrange(%s, %s, '[]')
 """
@@ -64,29 +64,32 @@ with fresh as (
     where not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
     on conflict do nothing returning *
 ), summed as (
-    insert into usage_hour (hour, tenant_id, project_id, key_id, model, currency, request_count,
-                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano)
-    select date_trunc('hour', started_at, 'UTC'), tenant_id, project_id, key_id, model, coalesce(currency, ''), count(*),
-           sum(input_tokens), sum(output_tokens), sum(cached_tokens), sum(reasoning_tokens), coalesce(sum(amount_nano), 0)
+    insert into usage_hour (hour, tenant_id, project_id, key_id, model, currency, meter, request_count,
+                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, quantity, amount_nano)
+    select date_trunc('hour', started_at, 'UTC'), tenant_id, project_id, key_id, model, coalesce(currency, ''),
+           coalesce(meter, ''), count(*), sum(input_tokens), sum(output_tokens), sum(cached_tokens), sum(reasoning_tokens),
+           sum(quantity), coalesce(sum(amount_nano), 0)
     from fresh
-    group by 1, 2, 3, 4, 5, 6
+    group by 1, 2, 3, 4, 5, 6, 7
     -- Two collectors that meet in an hour lock its rows in the same order.
-    order by 1, 2, 3, 4, 5, 6
-    on conflict (hour, tenant_id, project_id, key_id, model, currency) do update set
+    order by 1, 2, 3, 4, 5, 6, 7
+    on conflict (hour, tenant_id, project_id, key_id, model, currency, meter) do update set
         request_count    = usage_hour.request_count + excluded.request_count,
         input_tokens     = usage_hour.input_tokens + excluded.input_tokens,
         output_tokens    = usage_hour.output_tokens + excluded.output_tokens,
         cached_tokens    = usage_hour.cached_tokens + excluded.cached_tokens,
         reasoning_tokens = usage_hour.reasoning_tokens + excluded.reasoning_tokens,
+        quantity         = usage_hour.quantity + excluded.quantity,
         amount_nano      = usage_hour.amount_nano + excluded.amount_nano
 ), first_open as (
     select (max(period) + interval '1 month')::date as period from billing_period
 ), late as (
     insert into adjustment (request_id, period, of_period, started_at, tenant_id, project_id, model, currency,
-                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, amount_nano, reason, created_at)
+                            input_tokens, output_tokens, cached_tokens, reasoning_tokens, meter, quantity, amount_nano, reason,
+                            created_at)
     select request_id, first_open.period, date_trunc('month', started_at at time zone 'UTC')::date, started_at,
            tenant_id, project_id, model, coalesce(currency, ''), input_tokens, output_tokens, cached_tokens,
-           reasoning_tokens, coalesce(amount_nano, 0), 'late_usage', recorded_at
+           reasoning_tokens, coalesce(meter, ''), quantity, coalesce(amount_nano, 0), 'late_usage', recorded_at
     from fresh, first_open
     where started_at < first_open.period::timestamp at time zone 'UTC'
 )
@@ -102,7 +105,7 @@ select request_id::uuid, 'usage.recorded', tenant_id, started_at, jsonb_build_ob
     'dialect', dialect, 'started_at', to_char(started_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
     'ended_at', to_char(ended_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), 'status', status, 'outcome', outcome,
     'input_tokens', input_tokens, 'output_tokens', output_tokens, 'cached_tokens', cached_tokens,
-    'reasoning_tokens', reasoning_tokens, 'basis', basis, 'currency', currency, 'amount_nano', amount_nano)
+    'reasoning_tokens', reasoning_tokens, 'meter', meter, 'quantity', quantity, 'basis', basis, 'currency', currency, 'amount_nano', amount_nano)
 from incoming where request_id = any(%s) order by started_at, request_id
 """
 
@@ -111,8 +114,8 @@ from incoming where request_id = any(%s) order by started_at, request_id
 _CONFLICTS: Final = """
 select i.request_id from incoming i left join usage_event u using (started_at, request_id)
 where i.request_id = any(%s)
-  and (i.tenant_id, i.input_tokens, i.output_tokens, i.cached_tokens, i.reasoning_tokens, i.status, i.outcome)
-      is distinct from (u.tenant_id, u.input_tokens, u.output_tokens, u.cached_tokens, u.reasoning_tokens, u.status, u.outcome)
+  and (i.tenant_id, i.input_tokens, i.output_tokens, i.cached_tokens, i.reasoning_tokens, i.quantity, i.status, i.outcome)
+      is distinct from (u.tenant_id, u.input_tokens, u.output_tokens, u.cached_tokens, u.reasoning_tokens, u.quantity, u.status, u.outcome)
 """
 
 _KEEP_OPEN: Final = """
@@ -389,6 +392,8 @@ def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None
         return None, None, None
     amount = amount_nano(
         card, input_tokens=event.input_tokens, output_tokens=event.output_tokens,
-        cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens,
+        cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens, meter=event.meter, quantity=event.quantity,
     )
+    if amount is None:
+        return None, None, None
     return card.currency, amount, card.rate_card_id

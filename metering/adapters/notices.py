@@ -89,8 +89,8 @@ select %(kind)s, tenant_id, %(now)s, data from noticed join fresh using (subject
 
 _CHANGED_HOURS: Final = """
 create temp table noticed on commit drop as
-select h.hour, h.tenant_id, h.project_id, h.key_id, h.model, h.currency
-from usage_hour h left join usage_hour_told t using (hour, tenant_id, project_id, key_id, model, currency)
+select h.hour, h.tenant_id, h.project_id, h.key_id, h.model, h.currency, h.meter
+from usage_hour h left join usage_hour_told t using (hour, tenant_id, project_id, key_id, model, currency, meter)
 where h.hour >= %(since)s and h.hour <= %(over)s::timestamptz - interval '1 hour'
   -- The hour in which somebody began to listen is the first that is told, whole.
   and h.hour >= (select date_trunc('hour', min(created_at), 'UTC') from webhook where 'usage.hour' = any(kinds))
@@ -103,32 +103,34 @@ limit %(most)s
 
 _TELL_HOURS: Final = """
 with changed as (
-    select h.hour, h.tenant_id, h.project_id, h.key_id, h.model, h.currency, t.hour is not null as is_correction,
+    select h.hour, h.tenant_id, h.project_id, h.key_id, h.model, h.currency, h.meter, t.hour is not null as is_correction,
            h.request_count - coalesce(t.request_count, 0) as request_count, h.input_tokens - coalesce(t.input_tokens, 0) as input_tokens,
            h.output_tokens - coalesce(t.output_tokens, 0) as output_tokens, h.cached_tokens - coalesce(t.cached_tokens, 0) as cached_tokens,
-           h.reasoning_tokens - coalesce(t.reasoning_tokens, 0) as reasoning_tokens, h.amount_nano - coalesce(t.amount_nano, 0) as amount_nano
-    from noticed join usage_hour h using (hour, tenant_id, project_id, key_id, model, currency)
-        left join usage_hour_told t using (hour, tenant_id, project_id, key_id, model, currency)
+           h.reasoning_tokens - coalesce(t.reasoning_tokens, 0) as reasoning_tokens, h.amount_nano - coalesce(t.amount_nano, 0) as amount_nano,
+           h.quantity - coalesce(t.quantity, 0) as quantity
+    from noticed join usage_hour h using (hour, tenant_id, project_id, key_id, model, currency, meter)
+        left join usage_hour_told t using (hour, tenant_id, project_id, key_id, model, currency, meter)
     where h.request_count is distinct from t.request_count
 ), remembered as (
-    insert into usage_hour_told as t (hour, tenant_id, project_id, key_id, model, currency, request_count, input_tokens,
-                                      output_tokens, cached_tokens, reasoning_tokens, amount_nano)
-    select hour, tenant_id, project_id, key_id, model, currency, request_count, input_tokens, output_tokens, cached_tokens,
-           reasoning_tokens, amount_nano
+    insert into usage_hour_told as t (hour, tenant_id, project_id, key_id, model, currency, meter, request_count, input_tokens,
+                                      output_tokens, cached_tokens, reasoning_tokens, amount_nano, quantity)
+    select hour, tenant_id, project_id, key_id, model, currency, meter, request_count, input_tokens, output_tokens, cached_tokens,
+           reasoning_tokens, amount_nano, quantity
     from changed
-    on conflict (hour, tenant_id, project_id, key_id, model, currency) do update set
+    on conflict (hour, tenant_id, project_id, key_id, model, currency, meter) do update set
         request_count = t.request_count + excluded.request_count, input_tokens = t.input_tokens + excluded.input_tokens,
         output_tokens = t.output_tokens + excluded.output_tokens, cached_tokens = t.cached_tokens + excluded.cached_tokens,
-        reasoning_tokens = t.reasoning_tokens + excluded.reasoning_tokens, amount_nano = t.amount_nano + excluded.amount_nano
+        reasoning_tokens = t.reasoning_tokens + excluded.reasoning_tokens, amount_nano = t.amount_nano + excluded.amount_nano,
+        quantity = t.quantity + excluded.quantity
 )
 insert into outbox (kind, tenant_id, at, data)
 select 'usage.hour', tenant_id, hour, jsonb_build_object(
     'hour', to_char(hour at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), 'tenant', tenant_id, 'project', project_id,
     'key_id', key_id, 'model', model, 'request_count', request_count, 'input_tokens', input_tokens, 'output_tokens', output_tokens,
-    'cached_tokens', cached_tokens, 'reasoning_tokens', reasoning_tokens, 'currency', nullif(currency, ''),
-    'amount_nano', case when currency <> '' then amount_nano end, 'is_correction', is_correction)
+    'cached_tokens', cached_tokens, 'reasoning_tokens', reasoning_tokens, 'meter', nullif(meter, ''),
+    'quantity', quantity, 'currency', nullif(currency, ''), 'amount_nano', case when currency <> '' then amount_nano end, 'is_correction', is_correction)
 from changed
-order by hour, tenant_id, project_id, key_id, model, currency
+order by hour, tenant_id, project_id, key_id, model, currency, meter
 """
 
 

@@ -29,6 +29,9 @@ ATTEMPTS_KEPT: Final = 200
 _TOLD_KEPT: Final = timedelta(days=400)
 _HOURS_KEPT: Final = timedelta(days=60)
 
+#: What a webhook can be.
+STATES: Final = ("active", "paused", "failed")
+
 Connect = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]]
 
 _WAITING: Final = """
@@ -86,6 +89,19 @@ with behind as (
     update webhook w set position = %(to)s, missed_count = missed_count + missed from behind b where b.webhook_id = w.webhook_id
 )
 select webhook_id from behind where missed > 0
+"""
+_STATES: Final = "select state, count(*), sum(missed_count)::bigint from webhook group by 1"
+#: By the clock that wrote them down, which is Postgres' own.
+_OLDEST: Final = """
+select extract(epoch from now() - min(o.recorded_at))
+from webhook w cross join lateral (
+    select recorded_at from outbox o
+    where o.position > w.position
+      and (o.webhook_id = w.webhook_id or (o.webhook_id is null and o.kind = any(w.kinds)
+                                           and (w.tenant_id is null or o.tenant_id = w.tenant_id)))
+    order by o.position limit 1
+) o
+where w.state = 'active'
 """
 _TRIM_ATTEMPTS: Final = f"""
 delete from webhook_attempt a using (
@@ -180,6 +196,29 @@ class Outbox:
             await connection.execute(_FAILED, words)
             if request is not None:
                 await connection.execute(_ATTEMPTED, _attempt(webhook_id, request, outcome=outcome, status=status, duration_ms=duration_ms, now=now))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """How webhooks stand."""
+
+    #: Webhooks of each of `STATES`.
+    counts: Mapping[str, int]
+    #: Events that they have never been sent and never will be.
+    missed: int
+    #: Age of the oldest event that an active one has not taken; 0 if there is none.
+    oldest_seconds: float
+
+
+def backlog(connection: psycopg.Connection[Any]) -> Backlog:
+    """Look at what waits."""
+    with connection.transaction():
+        rows = connection.execute(_STATES).fetchall()
+        [(oldest,)] = connection.execute(_OLDEST).fetchall()
+    found = {row[0]: row[1] for row in rows}
+    return Backlog(
+        counts={state: found.get(state, 0) for state in STATES}, missed=sum(row[2] for row in rows), oldest_seconds=float(oldest or 0)
+    )
 
 
 def trim(connection: psycopg.Connection[Any], now: datetime, *, rows_max: int = ROWS_MAX) -> tuple[int, list[str]]:

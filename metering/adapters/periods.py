@@ -25,12 +25,14 @@ from metering.adapters.ledger import CHARGING_LOCK
 _HOURS: Final = """
 with row_hash as (
     select date_trunc('hour', started_at, 'UTC') as hour, started_at, request_id,
-           sha256(convert_to(jsonb_build_array(
+           sha256(convert_to((jsonb_build_array(
                request_id, tenant_id, project_id, key_id, model, dialect,
                to_char(started_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'),
                to_char(ended_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'),
                status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis,
-               currency, amount_nano, rate_card_id)::text, 'UTF8')) as hash
+               currency, amount_nano, rate_card_id)
+               -- Only where there is one: rows of months that were closed before there was any hash as they did.
+               || case when meter is null then '[]'::jsonb else jsonb_build_array(meter, quantity) end)::text, 'UTF8')) as hash
     from usage_event u
     where started_at >= %(start)s and started_at < %(end)s
       and not exists (select from adjustment a where a.request_id = u.request_id)
@@ -45,31 +47,32 @@ _STORED_HOURS: Final = "select hour, row_count, hash from billing_period_hour wh
 
 _KEEP_LINES: Final = """
 insert into invoice_line (period, tenant_id, project_id, model, currency, request_count, input_tokens, output_tokens,
-                          cached_tokens, reasoning_tokens, amount_nano)
+                          cached_tokens, reasoning_tokens, meter, quantity, amount_nano)
 select %(period)s, tenant_id, project_id, model, currency, sum(request_count), sum(input_tokens), sum(output_tokens),
-       sum(cached_tokens), sum(reasoning_tokens), sum(amount_nano)
+       sum(cached_tokens), sum(reasoning_tokens), meter, sum(quantity), sum(amount_nano)
 from usage_hour
 where hour >= %(start)s and hour < %(end)s
-group by 2, 3, 4, 5
+group by 2, 3, 4, 5, meter
 """
 
 #: What the invoice says: its own usage, then what is charged in it for earlier months.
 _CHARGES: Final = """
 with charge as (
     select 'usage' as kind, tenant_id, project_id, model, currency, request_count, input_tokens, output_tokens,
-           cached_tokens, reasoning_tokens, amount_nano
+           cached_tokens, reasoning_tokens, amount_nano, meter, quantity
     from invoice_line where period = %(period)s
     union all
     select 'adjustment', tenant_id, project_id, model, currency, count(*), sum(input_tokens), sum(output_tokens),
-           sum(cached_tokens), sum(reasoning_tokens), sum(amount_nano)
+           sum(cached_tokens), sum(reasoning_tokens), sum(amount_nano), meter, sum(quantity)
     from adjustment where period = %(period)s
-    group by 2, 3, 4, 5
+    group by 2, 3, 4, 5, meter
     union all
-    select 'rerating ' || rerating_id, tenant_id, project_id, model, currency, request_count, 0, 0, 0, 0, amount_nano
+    select 'rerating ' || rerating_id, tenant_id, project_id, model, currency, request_count, 0, 0, 0, 0, amount_nano, '', 0
     from rerating_line where period = %(period)s
 )
 select * from charge
-order by kind collate "C", tenant_id collate "C", project_id collate "C", model collate "C", currency collate "C"
+order by kind collate "C", tenant_id collate "C", project_id collate "C", model collate "C", currency collate "C",
+         meter collate "C"
 """
 
 #: What must be explained before a month closes, each with how to say it.
@@ -88,9 +91,9 @@ _OBSTACLES: Final = (
         " having count(*) > 0"
     ),
     (
-        "select count(*) || ' of its exchanges used tokens and have no price' from usage_event u"
+        "select count(*) || ' of its exchanges used something and have no price' from usage_event u"
         " where started_at >= %(start)s and started_at < %(end)s and amount_nano is null"
-        " and input_tokens + output_tokens > 0"
+        " and input_tokens + output_tokens + quantity > 0"
         " and not exists (select from rerated_row r where r.request_id = u.request_id) having count(*) > 0"
     ),
 )
@@ -191,8 +194,10 @@ def _root(hours: Iterable[Sequence[Any]], charges: Iterable[Sequence[Any]]) -> t
     for hour, count, digest in hours:
         root.update(f"{hour.astimezone(UTC):%Y-%m-%dT%H} {count} {bytes(digest).hex()}\n".encode())
         total += count
-    for charge in charges:
-        root.update(("\t".join(map(str, charge)) + "\n").encode())
+    for *charge, meter, quantity in charges:
+        # As with the rows: a line without a meter is hashed as it was before there was any.
+        words = [*charge, meter, quantity] if meter else charge
+        root.update(("\t".join(map(str, words)) + "\n").encode())
     return root.digest(), total
 
 

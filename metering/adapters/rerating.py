@@ -23,7 +23,8 @@ create temp table rerated on commit drop as
 select * from (
     select u.request_id, u.started_at, u.tenant_id, u.project_id, coalesce(last.after_nano, u.amount_nano) as before_nano,
            coalesce(last.currency, u.currency) as currency,
-           case when u.input_tokens + u.output_tokens = 0 then 0 else greatest(%(minimum_nano)s::bigint, div(
+           case when u.input_tokens + u.output_tokens + u.quantity = 0 then 0 else greatest(%(minimum_nano)s::bigint,
+               case when u.meter = %(meter)s then u.quantity * %(each_nano)s::bigint else 0 end + div(
                2 * (  (u.input_tokens - u.cached_tokens)::numeric * %(input_nano)s
                     + u.cached_tokens::numeric * %(cached_nano)s
                     + (u.output_tokens - u.reasoning_tokens)::numeric * %(output_nano)s
@@ -36,6 +37,8 @@ select * from (
         ) last on true
     where u.started_at >= %(starts_at)s and u.started_at < %(ends_at)s and u.model = %(model)s
       -- A correction of the general price leaves tenants alone that were charged by their own.
+      -- What only the meter can charge is left alone by a price that has none for it.
+      and (u.quantity = 0 or u.input_tokens + u.output_tokens > 0 or u.meter = %(meter)s)
       and case when %(tenant_id)s::text is null then c.tenant_id is null else u.tenant_id = %(tenant_id)s end
 ) priced
 where before_nano is distinct from after_nano or currency is distinct from %(currency)s
@@ -50,9 +53,9 @@ from rerated group by 1 order by 1
 """
 _KEEP: Final = """
 insert into rerating (model, tenant_id, starts_at, ends_at, currency, input_nano, output_nano, cached_nano, reasoning_nano,
-                      minimum_nano, reason, applied_by, applied_at)
+                      minimum_nano, meter, each_nano, reason, applied_by, applied_at)
 values (%(model)s, %(tenant_id)s, %(starts_at)s, %(ends_at)s, %(currency)s, %(input_nano)s, %(output_nano)s, %(cached_nano)s,
-        %(reasoning_nano)s, %(minimum_nano)s, %(reason)s, %(by)s, %(now)s)
+        %(reasoning_nano)s, %(minimum_nano)s, %(meter)s, %(each_nano)s, %(reason)s, %(by)s, %(now)s)
 returning rerating_id
 """
 _KEEP_ROWS: Final = """
@@ -83,6 +86,9 @@ class Correction:
     cached_nano: int
     reasoning_nano: int
     minimum_nano: int
+    #: Empty: nothing but tokens.
+    meter: str
+    each_nano: int
 
     @property
     def period(self) -> date:

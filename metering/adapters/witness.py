@@ -120,6 +120,7 @@ class Reconciliation:
         [(read_until,)] = connection.execute(_READ_UNTIL).fetchall()
         if read_until is None:
             return False
+        metrics.JOURNALS_BEHIND_SECONDS.set((now - read_until).total_seconds())
         said = self.heard.before(min(now - AGE_MIN, read_until - _CLOCKS_DIFFER_MAX))
         with connection.transaction():
             connection.execute(_EXPLAIN_LATE, {"limit": _LATE_MAX, "actor": ACTOR, "now": now})

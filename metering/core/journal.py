@@ -43,6 +43,10 @@ _CLIENT_FLAGS = {"DC", "DPE"}
 _UPSTREAM_FLAGS = {"UH", "UF", "UC", "UR", "UT", "UO", "URX", "LR", "NC", "UPE", "UMSDR", "SI", "OM"}
 
 
+#: Dialects whose answers have no generated tokens.
+_WITHOUT_OUTPUT = frozenset({"openai.embeddings", "rerank"})
+#: Dialects in which the request says how much can be delivered at the most, and an engine need not report tokens.
+_METERED_ALONE = frozenset({"openai.images", "openai.speech"})
 #: How metering can know what a stream that it ended has delivered.
 _STOPPED_BASES = ("running", "counted")
 
@@ -75,12 +79,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of an exchange and how they are known."""
+    """Tokens of an exchange, what else it is metered by, and how they are known."""
 
     input_tokens: int
     output_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+    #: Of the dialect's meter; 0 where it has none.
+    quantity: int
     basis: str
     anomaly: str | None
 
@@ -103,6 +109,9 @@ class UsageEvent:
     output_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+    #: What the quantity is of; None where there is none.
+    meter: str | None
+    quantity: int
     basis: str
     anomaly: str | None
     streamed: bool
@@ -166,8 +175,9 @@ def _refuse_odd_values(fields: dict[str, Any]) -> None:
     for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE):
         if type(fields.get(name, "")) is not str:
             raise ValueError(name)
-    if int(fields[c.J_REQUEST].get(c.REQ_PROMPT_BYTES) or 0) < 0:
-        raise ValueError(c.REQ_PROMPT_BYTES)
+    for name in (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY):
+        if int(fields[c.J_REQUEST].get(name) or 0) < 0:
+            raise ValueError(name)
 
 
 def usage_event(entry: Entry) -> UsageEvent:
@@ -201,7 +211,9 @@ def judge(entry: Entry, outcome: str) -> Usage:
     Tokens and basis of an exchange that ended: reported > running > counted > estimated > none.
 
     Counted are frames that carried content, of engines that send one token in each: the content is kept
-    nowhere, so no tokenizer can read it afterwards. The prompt is an estimate even then. Zero stays zero when the engine said zero. An exchange that failed before a token has none.
+    nowhere, so no tokenizer can read it afterwards. The prompt is an estimate even then. Counted is also what the
+    dialect is metered by besides tokens. Zero stays zero when the engine said zero. An exchange that failed before
+    a token has none.
     """
     stopped = entry.fields[c.J_USAGE].get(c.USE_STOPPED)
     if stopped in _STOPPED_BASES:
@@ -219,22 +231,51 @@ def judge(entry: Entry, outcome: str) -> Usage:
     # Read to its end, a stream without any text is one that failed within: an error as its only event.
     streamed_nothing = counted == 0 and anomaly is None and sends_tokens and bool(entry.fields[c.J_REQUEST].get(c.REQ_STREAM))
     nothing = dialect == "openai.models" or outcome in ("gateway_error", "refused_by_engine") or streamed_nothing
-    if nothing or (frames == 0 and outcome != "ok"):
-        return Usage(
-            input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, basis="none", anomaly=anomaly
-        )
+    said = entry.fields[c.J_USAGE].get(c.USE_QUANTITY)
+    if nothing or (frames == 0 and outcome != "ok" and (said is None or outcome == "upstream_error")):
+        return _without_tokens(0, basis="none", anomaly=anomaly)
+    if dialect in _METERED_ALONE or (dialect in c.DIALECT_METERS and said is not None):
+        quantity, anomaly = _quantity(entry, anomaly)
+        said_by_engine = "reported" if dialect not in _METERED_ALONE else "counted"
+        return _without_tokens(quantity, basis="estimated" if said is None else said_by_engine, anomaly=anomaly)
     return Usage(
         input_tokens=_prompt_estimate(entry),
         output_tokens=frames or _answer_estimate(entry, dialect),
-        cached_tokens=0, reasoning_tokens=0,
+        cached_tokens=0, reasoning_tokens=0, quantity=0,
         basis="counted" if frames and sends_tokens else "estimated",
         anomaly=anomaly,
     )
 
 
+def _without_tokens(quantity: int, *, basis: str, anomaly: str | None) -> Usage:
+    return Usage(
+        input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, quantity=quantity, basis=basis, anomaly=anomaly
+    )
+
+
+def _quantity(entry: Entry, anomaly: str | None) -> tuple[int, str | None]:
+    """What was delivered by the dialect's meter, and what is odd about it. Where nobody said: what was asked for."""
+    dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
+    if dialect not in c.DIALECT_METERS:
+        return 0, anomaly
+    asked = min(int(entry.fields[c.J_REQUEST].get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
+    said = entry.fields[c.J_USAGE].get(c.USE_QUANTITY)
+    if said is None:
+        return asked if dialect in _METERED_ALONE else 0, anomaly
+    quantity = whole(said)
+    if quantity is None:
+        return asked, "impossible_count"
+    if dialect in _METERED_ALONE and quantity > asked:
+        # Who asked for two images pays for no third.
+        return asked, "more_than_asked"
+    return quantity, anomaly
+
+
 def _counted(entry: Entry, *, basis: str) -> Usage:
     usage = entry.fields[c.J_USAGE]
-    anomaly = usage.get(c.USE_ANOMALY)
+    quantity, anomaly = _quantity(entry, usage.get(c.USE_ANOMALY))
+    if basis == "checkpoint" and usage.get(c.USE_QUANTITY) is None:
+        quantity = 0
     counts: dict[str, int] = {}
     for name in (c.USE_INPUT, c.USE_OUTPUT, c.USE_CACHED, c.USE_REASONING):
         count = whole(usage.get(name, 0))
@@ -250,6 +291,7 @@ def _counted(entry: Entry, *, basis: str) -> Usage:
         output_tokens=counts[c.USE_OUTPUT],
         cached_tokens=min(counts[c.USE_CACHED], counts[c.USE_INPUT]),
         reasoning_tokens=min(counts[c.USE_REASONING], counts[c.USE_OUTPUT]),
+        quantity=quantity,
         basis=basis,
         anomaly=anomaly,
     )
@@ -269,7 +311,7 @@ def _prompt_estimate(entry: Entry) -> int:
 
 
 def _answer_estimate(entry: Entry, dialect: str | None) -> int:
-    if dialect == "openai.embeddings":
+    if dialect in _WITHOUT_OUTPUT:
         return 0
     return math.ceil(int(entry.fields.get(c.J_BYTES_SENT) or 0) / ESTIMATE_BYTES_PER_TOKEN)
 
@@ -317,6 +359,8 @@ def _event(entry: Entry, *, status: int, outcome: str, usage: Usage) -> UsageEve
         output_tokens=usage.output_tokens,
         cached_tokens=usage.cached_tokens,
         reasoning_tokens=usage.reasoning_tokens,
+        meter=c.DIALECT_METERS.get(_text(request, c.REQ_DIALECT)) if usage.quantity else None,
+        quantity=usage.quantity,
         basis=usage.basis,
         anomaly=None if usage.anomaly is None else str(usage.anomaly)[:TEXT_LENGTH_MAX],
         streamed=bool(request.get(c.REQ_STREAM)),

@@ -49,7 +49,8 @@ METERS_ONLY: Final = frozenset({LAGO, STRIPE})
 SIGNED: Final = frozenset({STANDARD, CLOUDEVENTS, CLOUDEVENTS_BATCH})
 
 STRIPE_URL: Final = "https://api.stripe.com/v1/billing/meter_events"
-#: Fields of a usage event that are a meter of their own at Stripe, called `peaje_<field>`.
+#: Fields of a usage event that are a meter of their own at Stripe, called `peaje_<field>`; what the event is metered
+#: by besides tokens is another one, called `peaje_<meter>`.
 _STRIPE_METERS: Final = ("input_tokens", "output_tokens")
 _LAGO_METRIC: Final = "peaje_usage"
 _TYPE_PREFIX: Final = "peaje."
@@ -182,7 +183,9 @@ def _stripe(event: Event, recipe: Recipe) -> list[Outgoing]:
     """A request per meter; a test is a meter event of value 0 that no customer is charged for."""
     customer = recipe.customers.get(event.tenant_id or "", "cus_test")
     values = {name: int(event.data.get(name, 0)) for name in _STRIPE_METERS}
-    meters = [name for name in _STRIPE_METERS if values[name] > 0] or list(_STRIPE_METERS[:1])
+    if event.data.get("meter"):
+        values[event.data["meter"]] = int(event.data.get("quantity", 0))
+    meters = [name for name, value in values.items() if value > 0] or list(_STRIPE_METERS[:1])
     made = []
     for name in meters:
         fields = {

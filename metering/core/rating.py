@@ -2,8 +2,8 @@
 """
 Say what an exchange costs: which rate card holds, and the amount by it.
 
-Integers only. Prices are nano-currency per million tokens, amounts are nano-currency. One rounding
-rule: the parts of a request are summed exactly and the sum is rounded once, half a nano up.
+Integers only. Prices are nano-currency per million tokens, and per one of what else is metered (an image, a
+character); amounts are nano-currency. One rounding rule: the parts of a request are summed exactly and the sum is rounded once, half a nano up.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class RateCard:
     output_nano: int
     cached_nano: int
     reasoning_nano: int
-    #: The least that a request with any token costs.
+    #: The least that a request with any token, or anything else that it is metered by, costs.
     minimum_nano: int
+    #: What else is charged, each at `each_nano`; empty: nothing.
+    meter: str
+    each_nano: int
     starts_at: datetime
     ends_at: datetime | None
 
@@ -60,13 +63,15 @@ class RateCards:
 
 
 def amount_nano(
-    card: RateCard, *, input_tokens: int, output_tokens: int, cached_tokens: int, reasoning_tokens: int
-) -> int:
+    card: RateCard, *, input_tokens: int, output_tokens: int, cached_tokens: int, reasoning_tokens: int,
+    meter: str | None = None, quantity: int = 0,
+) -> int | None:
     """
-    What the tokens cost.
+    What the tokens and the *quantity* of what else was metered cost; None if the card has no price for it.
 
     Cached tokens are part of the input, reasoning tokens part of the output; each token is charged
-    once. No token costs nothing, whatever the minimum.
+    once. Where there are tokens, a card without a price for the meter charges by them alone. Nothing used costs
+    nothing, whatever the minimum.
 
     A million tokens at 0.15 of which half are cached at 0.075:
 
@@ -74,10 +79,15 @@ def amount_nano(
     >>> card = RateCard(
     ...     rate_card_id=1, tenant_id=None, model="m", currency="USD", input_nano=150_000_000, output_nano=600_000_000,
     ...     cached_nano=75_000_000, reasoning_nano=600_000_000, minimum_nano=0,
-    ...     starts_at=datetime(2026, 1, 1, tzinfo=UTC), ends_at=None)
+    ...     meter="images", each_nano=40_000_000, starts_at=datetime(2026, 1, 1, tzinfo=UTC), ends_at=None)
     >>> amount_nano(card, input_tokens=1_000_000, output_tokens=0, cached_tokens=500_000, reasoning_tokens=0)
     112500000
+    >>> amount_nano(card, input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, meter="images", quantity=2)
+    80000000
     """
+    tokens, each = input_tokens + output_tokens, card.each_nano if meter == card.meter else 0
+    if quantity and not tokens and meter != card.meter:
+        return None
     exact = (
         (input_tokens - cached_tokens) * card.input_nano
         + cached_tokens * card.cached_nano
@@ -85,4 +95,4 @@ def amount_nano(
         + reasoning_tokens * card.reasoning_nano
     )
     rounded = (2 * exact + TOKENS_PER_PRICE) // (2 * TOKENS_PER_PRICE)
-    return max(rounded, card.minimum_nano) if input_tokens + output_tokens else 0
+    return max(rounded + quantity * each, card.minimum_nano) if tokens or quantity else 0

@@ -3,8 +3,8 @@
 -- KEYS     every key that may be touched, all with the tenant's hash tag: the reservation, the index
 --          of open reservations, the counters
 -- ARGV[1]  the demand as JSON: t tenant, r request, e the life of its Envoy, s whether it settles, d lease in microseconds,
---          in estimated input tokens, o output tokens of all choices together {least, lean, full}, w how many
---          times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
+--          in estimated input tokens, q how much of what else is metered, o output tokens of all choices together
+--          {least, lean, full}, w how many times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
 --          workers spend by themselves: b a lease that is given back (i its id, n requests and t tokens that
 --          are left), g one that is asked for (i, n, t, d its length in microseconds)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of

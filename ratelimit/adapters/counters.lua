@@ -116,8 +116,8 @@ end
 
 -- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
 -- and nano-units per million would not be exact in a double.
-local function cost(price, input, output, cached)
-  if input == 0 and output == 0 then return 0 end
+local function cost(price, input, output, cached, quantity)
+  if input == 0 and output == 0 and quantity == 0 then return 0 end
   local amount, rest = 0, 0
   local tokens = { input - cached, output, cached }
   for i = 1, 3 do
@@ -125,7 +125,7 @@ local function cost(price, input, output, cached)
     amount = amount + tokens[i] * ((price[i] - low) / 1000000)
     rest = rest + tokens[i] * low
   end
-  return math.max(price[4] or 0, amount + math.ceil(rest / 1000000))
+  return math.max(price[4] or 0, amount + math.ceil(rest / 1000000) + quantity * (price[5] or 0))
 end
 
 local HITS = {
@@ -133,15 +133,15 @@ local HITS = {
   input_tokens = function(_, input) return input end,
   output_tokens = function(_, _, output) return output end,
   cached_tokens = function(_, _, _, cached) return cached end,
-  money = function(counter, input, output, cached)
-    return type(counter.c) == 'table' and cost(counter.c, input, output, cached) or 0
+  money = function(counter, input, output, cached, quantity)
+    return type(counter.c) == 'table' and cost(counter.c, input, output, cached, quantity) or 0
   end,
 }
 
--- What so many tokens add to a counter; a request is one hit of requests and of concurrency.
-local function hits_of(counter, input, output, cached)
+-- What so many tokens, and so much of what else is metered, add to a counter; a request is one hit of requests and of concurrency.
+local function hits_of(counter, input, output, cached, quantity)
   local counted = HITS[counter.u]
-  return counted and counted(counter, input, output, cached) or 1
+  return counted and counted(counter, input, output, cached, quantity) or 1
 end
 
 -- A quota or budget that may not be overshot: what is asked of it goes by the output that is granted.
@@ -151,7 +151,7 @@ local function is_hard(counter) return counter.k == 'quota' and counter.e == 're
 -- for the usual, and settles as a debt.
 local function lean_hits(demand, counter, output, input)
   if not demand.o or not is_hard(counter) then return counter.l end
-  return hits_of(counter, input, output, 0)
+  return hits_of(counter, input, output, 0, demand.q or 0)
 end
 
 -- The most tokens that fit, from `high` down to `low`; nil if not even those do.

@@ -125,7 +125,7 @@ class StoredCounters:
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(place, request_id), open_key(place)]
-        settled, excess = self._call(self._settle, keys, [*numbers, request_id])
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity])
         return Settled(excess_tokens=int(excess)) if settled else None
 
     def raise_used(self, name: str, spent: int) -> bool:
@@ -245,7 +245,8 @@ def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
     # Without a hard limit both asks hold the usual.
     full = demand.full if demand.is_capped else demand.lean
     document: dict[str, Any] = {
-        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input, "e": demand.epoch,
+        "t": demand.tenant_id, "r": demand.request_id, "s": demand.settles, "d": LEASE_US, "in": demand.lean.input,
+        "q": demand.lean.quantity, "e": demand.epoch,
         "w": demand.room_for, "o": [demand.output_least, demand.lean.output, demand.full.output],
         "ft": full.input + full.output, "lt": demand.lean.input + demand.lean.output,
         "c": [_counter_document(counter) for counter in demand.counters],
@@ -263,7 +264,9 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "k": counter.kind.value, "n": counter.name, "u": counter.unit.value, "e": counter.effect.value,
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter), "w": counter.weight,
-        "c": None if price is None else [price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano],
+        "c": None if price is None else [
+            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano
+        ],
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ order by limit_id
 """
 #: Those in force now; a price for a later day comes with the next reload after it begins.
 _PRICES: Final = """
-select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano
+select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano, meter, each_nano
 from rate_card
 where effective @> now()
 """
@@ -138,9 +138,10 @@ class LimitsSource:
             ) in fetch_all(self._pool, _ALL_LIMITS, ())
         ]  # fmt: skip
         prices: dict[tuple[str, str | None], Price] = {}
-        for model, tenant_id, currency, input_, output, cached, minimum in fetch_all(self._pool, _PRICES, ()):
+        for model, tenant_id, currency, input_, output, cached, minimum, meter, each in fetch_all(self._pool, _PRICES, ()):
             prices[model, tenant_id] = Price(
-                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum
+                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum,
+                meter=meter, each_nano=each,
             )
         self._pools = {
             model: Pool(model=model, slots=slots, tokens_per_second=tokens_per_second)

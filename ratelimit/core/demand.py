@@ -13,18 +13,19 @@ is cut short, near it nobody is refused who could still be served.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 from typing import Final
 
+from chassis.contract import DIALECT_METERS
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import LENGTHS_US, Ask, Effect, Limit, OnStoreError, Period, Share, Unit
 from ratelimit.core.usage import Price, Usage, hits
 from ratelimit.core.windows import window
 
 #: Dialects whose answers have no generated tokens.
-_WITHOUT_OUTPUT: Final = ("openai.embeddings", "openai.models")
+_WITHOUT_OUTPUT: Final = ("openai.embeddings", "openai.models", "rerank", "openai.images", "openai.speech")
 _WITHOUT_TOKENS: Final = "openai.models"
 #: Output tokens of one choice below which an answer is not worth its prompt: near the end of a hard
 #: quota a request is refused rather than capped at fewer.
@@ -152,6 +153,8 @@ def demand(
     """
     limits = list(limits)
     prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
+    if price is not None:
+        price = price.of(DIALECT_METERS.get(ask.dialect, ""))
     choices, usual, worst = max(ask.choices, 1), 0, 0
     if ask.dialect not in _WITHOUT_OUTPUT:
         usual = estimates.output_tokens(
@@ -160,10 +163,10 @@ def demand(
         worst = min(ask.output_tokens_max or output_cap, output_cap)
     is_capped = worst > 0 and any(_is_hard(limit) and limit.unit in _OUTPUT_UNITS for limit in limits)
     is_sliced = is_capped and ask.streams and slice_tokens > 0
-    full = Usage(input=prompt, output=worst * choices)
-    usually = Usage(input=prompt, output=usual * choices)
-    lean = Usage(input=prompt, output=min(usually.output, slice_tokens) if is_sliced else usually.output)
-    least = Usage(input=prompt, output=min(lean.output, OUTPUT_TOKENS_LEAST * choices))
+    full = Usage(input=prompt, output=worst * choices, quantity=ask.quantity)
+    usually = replace(full, output=usual * choices)
+    lean = replace(full, output=min(usually.output, slice_tokens) if is_sliced else usually.output)
+    least = replace(full, output=min(lean.output, OUTPUT_TOKENS_LEAST * choices))
     return Demand(
         tenant_id=ask.tenant_id,
         request_id=ask.request_id,

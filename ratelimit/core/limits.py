@@ -118,6 +118,8 @@ class Ask:
     #: Per choice, as the caller named it; 0 if it named none.
     output_tokens_max: int
     choices: int
+    #: How much is asked for of what the dialect is metered by besides tokens.
+    quantity: int = 0
     #: Whether the answer comes as a stream, which can be ended before its end.
     streams: bool = False
     #: The life of the Envoy that asks; empty if it does not say.

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 # The loops over splits run in Lua: a call from Python for each of a million pieces would be the test's whole cost.
 _DRIVER = b"""
 local usage = require('envoy.lua.usage')
-local function read(kind, wants, body, bounds)
-  local reader, out = usage.reader(kind, wants), {}
+local function read(kind, wants, body, bounds, meter)
+  local reader, out = usage.reader(kind, wants, meter), {}
   local from = 1
   for _, last in ipairs(bounds) do
     local piece = string.sub(body, from, last)
@@ -31,23 +31,23 @@ end
 local function state(reader, out)
   local c = reader.counts
   return { c.input, c.output, c.cached, c.reasoning, reader.seen, reader.frames, reader.anomaly,
-    usage.total(reader), out }, 9
+    usage.total(reader), out, reader.quantity }, 10
 end
 local function same(a, b)
-  for i = 1, 9 do if a[i] ~= b[i] then return false end end
+  for i = 1, 10 do if a[i] ~= b[i] then return false end end
   return true
 end
 local M = {}
-function M.read(kind, wants, body, bounds)
-  local reader, out = read(kind, wants, body, bounds)
+function M.read(kind, wants, body, bounds, meter)
+  local reader, out = read(kind, wants, body, bounds, meter)
   return reader, out, usage.total(reader)
 end
 -- Position of the first cut (in two; from `three` on also in three) that changes anything, else 0.
-function M.first_difference(kind, wants, body)
-  local whole = state(read(kind, wants, body, { #body }))
+function M.first_difference(kind, wants, body, meter)
+  local whole = state(read(kind, wants, body, { #body }, meter))
   for cut = 1, #body - 1 do
-    if not same(whole, state(read(kind, wants, body, { cut, #body }))) then return cut end
-    if cut + 1 < #body and not same(whole, state(read(kind, wants, body, { cut, cut + 1, #body }))) then return -cut end
+    if not same(whole, state(read(kind, wants, body, { cut, #body }, meter))) then return cut end
+    if cut + 1 < #body and not same(whole, state(read(kind, wants, body, { cut, cut + 1, #body }, meter))) then return -cut end
   end
   return 0
 end
@@ -68,6 +68,7 @@ class Reading:
     anomaly: str | None
     total: int
     sent: bytes
+    quantity: int | None = None
 
 
 @cache
@@ -113,14 +114,15 @@ def ask_in_lua(body: bytes, dialect: str, running: Running) -> bytes | None:
     return module("shape")[b"ask_for_usage"](body, facts["shape"].encode(), running.value)
 
 
-def read_answer(kind: str, wants: str, pieces: Sequence[bytes]) -> Reading:
-    """Feed *pieces* of an answer ("events" or "object") to a reader for a caller who asked for *wants*."""
+def read_answer(kind: str, wants: str, pieces: Sequence[bytes], meter: str | None = None) -> Reading:
+    """Feed *pieces* of an answer ("events" or "object") to a reader for a caller who asked for *wants*, of *meter* if any."""
     bounds, end = [], 0
     for piece in pieces:
         end += len(piece)
         bounds.append(end)
     read = _driver()[b"read"]
-    reader, sent, total = read(kind.encode(), wants.encode(), b"".join(pieces), runtime().table_from(bounds))
+    of_meter = None if meter is None else meter.encode()
+    reader, sent, total = read(kind.encode(), wants.encode(), b"".join(pieces), runtime().table_from(bounds), of_meter)
     counts = table(reader[b"counts"])
     return Reading(
         input=counts.get("input"),
@@ -132,6 +134,7 @@ def read_answer(kind: str, wants: str, pieces: Sequence[bytes]) -> Reading:
         anomaly=text(reader[b"anomaly"]),
         total=total,
         sent=sent,
+        quantity=reader[b"quantity"],
     )
 
 
@@ -140,10 +143,10 @@ def bytewise(body: bytes) -> list[bytes]:
     return [body[i : i + 1] for i in range(len(body))]
 
 
-def first_difference(kind: str, wants: str, body: bytes) -> int:
+def first_difference(kind: str, wants: str, body: bytes, meter: str | None = None) -> int:
     """
     Find a cut of *body* that changes what is read or sent, 0 if there is none.
 
     Tries every cut in two and every cut around a single byte (its answer is then negative).
     """
-    return _driver()[b"first_difference"](kind.encode(), wants.encode(), body)
+    return _driver()[b"first_difference"](kind.encode(), wants.encode(), body, None if meter is None else meter.encode())

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tests.fake_engine.asks import Path, read_ask
+from tests.fake_engine.asks import LIMIT_FIELDS, WITHOUT_OUTPUT, Path, read_ask
 from tests.fake_engine.faults import Faults
 from tests.fake_engine.kinds import KINDS
 from tests.fake_engine.server import encode_event, encode_json
@@ -23,6 +23,8 @@ _PROMPTS: dict[str, dict[str, Any]] = {
     Path.RESPONSES: {"input": PROMPT},
     Path.MESSAGES: {"messages": [{"role": "user", "content": PROMPT}]},
     Path.EMBEDDINGS: {"input": PROMPT},
+    Path.RERANK: {"query": "how far", "documents": ["is the bridge"]},
+    Path.IMAGES: {"prompt": PROMPT},
 }
 _LIMITS = {Path.RESPONSES: "max_output_tokens"}
 
@@ -57,7 +59,8 @@ def whole(kind: str, path: str, *, tokens: int = 3, choices: int = 1, faults: Fa
     faults = faults or Faults()
     turn = _turn(kind, path, faults, usage="no", tokens=tokens, choices=choices, is_stream=False)
     payload, _ = KINDS[kind].answer(turn)
-    return Answer(body=encode_json(payload, faults), frames=(), output=0 if path == Path.EMBEDDINGS else turn.tokens)
+    assert isinstance(payload, dict)
+    return Answer(body=encode_json(payload, faults), frames=(), output=0 if path in WITHOUT_OUTPUT else turn.tokens)
 
 
 def events(body: bytes) -> list[tuple[str | None, str]]:
@@ -87,9 +90,9 @@ def documents(body: bytes) -> list[Any]:
 
 def _turn(kind: str, path: str, faults: Faults, *, usage: str, tokens: int, choices: int, is_stream: bool) -> Turn:
     asked: dict[str, Any] = {"model": "tiny"} | _PROMPTS[path]
-    if path != Path.EMBEDDINGS:
+    if path in LIMIT_FIELDS:
         asked[_LIMITS.get(path, "max_tokens")] = tokens
-    if path in (Path.CHAT, Path.COMPLETIONS):
+    if path in (Path.CHAT, Path.COMPLETIONS, Path.IMAGES):
         asked["n"] = choices
     if is_stream:
         asked["stream"] = True

@@ -18,7 +18,9 @@ from tests.fake_engine.asks import Path
 from tests.fake_engine.faults import Faults
 
 KINDS = ("vllm", "dynamo", "trtllm")
-PATHS = (Path.CHAT, Path.COMPLETIONS, Path.RESPONSES, Path.MESSAGES, Path.EMBEDDINGS)
+PATHS = (Path.CHAT, Path.COMPLETIONS, Path.RESPONSES, Path.MESSAGES, Path.EMBEDDINGS, Path.RERANK, Path.IMAGES)
+#: What an answer is read for besides tokens.
+METERS = {Path.RERANK: "searches", Path.IMAGES: "images"}
 USAGE = {"prompt_tokens": 5, "completion_tokens": 7}
 DECOY = {"prompt_tokens": 900, "completion_tokens": 900}
 SAYS = '"usage":{"prompt_tokens":900,"completion_tokens":900}'
@@ -38,7 +40,7 @@ def test_counts_are_the_engines_own(kind: str, path: str, faults: Faults) -> Non
     """The counts of an answer are what the engine produced, and the answer passes unchanged."""
     answer = whole(kind, path, tokens=9, faults=faults)
 
-    reading = read_answer("object", "running", [answer.body])
+    reading = read_answer("object", "running", [answer.body], METERS.get(path))
 
     assert (answer.output, "final", None) == (reading.output or 0, reading.seen, reading.anomaly)
     if not (path == Path.MESSAGES and faults.cached):
@@ -51,8 +53,8 @@ def test_a_split_anywhere_changes_nothing(kind: str, path: str) -> None:
     """The counts are the same for every cut in two or around one byte, and byte by byte."""
     body = whole(kind, path, tokens=2, faults=Faults(fake_usage_text=True)).body
 
-    assert first_difference("object", "running", body) == 0
-    assert read_answer("object", "running", [body]) == read_answer("object", "running", bytewise(body))
+    assert first_difference("object", "running", body, METERS.get(path)) == 0
+    assert read_answer("object", "running", [body], METERS.get(path)) == read_answer("object", "running", bytewise(body), METERS.get(path))
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,79 @@ def test_cached_tokens_stand_beside_or_inside_the_input(usage: dict[str, Any], e
     reading = read_answer("object", "running", [json.dumps({"usage": usage}).encode()])
 
     assert expected == (reading.input, reading.output, reading.cached)
+
+
+IMAGE = {"b64_json": "aGk=", "revised_prompt": SAYS}
+
+
+@pytest.mark.parametrize(
+    ("document", "images"),
+    [
+        ({"created": 1, "data": [IMAGE]}, 1),
+        ({"created": 1, "data": [IMAGE, IMAGE, {"url": "https://x/y"}], "usage": {"input_tokens": 5, "output_tokens": 7}}, 3),
+        ({"data": []}, 0),
+        ({"created": 1}, 0),
+        ({"data": [{"inner": {"data": [IMAGE, IMAGE]}, "list": [{}, {}]}]}, 1),
+        ({"other": [IMAGE, IMAGE], "data": [IMAGE], "more": [{}]}, 1),
+        ({"data": {"data": [IMAGE]}}, 0),
+        ({"data": ["data", "{}", [{}]]}, 0),
+        ({"x": "data", "y": [IMAGE], "z": {"data": [IMAGE]}}, 0),
+    ],
+    ids=["one", "three", "none", "no_list", "nested", "beside", "no_array", "no_objects", "as_value"],
+)
+def test_each_image_of_an_answer_is_counted_and_nothing_else(document: dict[str, Any], images: int) -> None:
+    """Objects of the top level's own list `data`, however the answer is cut."""
+    body = json.dumps(document).encode()
+
+    assert images == read_answer("object", "running", [body], "images").quantity
+    assert first_difference("object", "running", body, "images") == 0
+
+
+def test_an_image_counts_as_its_first_byte_passes() -> None:
+    """A caller who leaves within it has had it: it was made by then."""
+    reading = read_answer("object", "running", [b'{"created":1,"data":[{"b64_json":"aa'], "images")
+
+    assert (1, "none") == (reading.quantity, reading.seen)
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ({"results": [], "usage": {"total_tokens": 9}}, (9, None)),
+        ({"results": [], "usage": {"prompt_tokens": 8, "total_tokens": 9}}, (8, None)),
+        ({"results": [], "meta": {"api_version": {"version": "1"}, "billed_units": {"search_units": 2}}}, (None, 2)),
+        ({"meta": {"billed_units": {"search_units": 1}}, "results": [{"meta": {"billed_units": {"search_units": 9}}}], "usage": {"total_tokens": 9}}, (9, 1)),
+        ({"meta": {"billed_units": {"search_units": -1}}}, (None, -1)),
+        ({"meta": {"billed_units": {"input_tokens": 3}}}, (None, None)),
+        ({"meta": {"billed_units": [{"search_units": 2}]}}, (None, None)),
+        ({"meta": "billed_units", "x": {"billed_units": {"search_units": 2}}}, (None, None)),
+    ],
+    ids=["total", "prompt", "cohere", "both", "negative", "other_units", "no_object", "as_value"],
+)  # fmt: skip
+def test_a_rerank_says_its_tokens_or_its_searches(document: dict[str, Any], expected: tuple[int | None, int | None]) -> None:
+    """As vLLM and Jina say it, and as Cohere does; of neither anything is made up."""
+    body = json.dumps(document).encode()
+
+    reading = read_answer("object", "running", [body], "searches")
+
+    assert expected == (reading.input, reading.quantity)
+    assert first_difference("object", "running", body, "searches") == 0
+
+
+def test_what_is_a_meter_of_one_dialect_is_nothing_to_another() -> None:
+    """A chat that says what a reranker says of its searches has none."""
+    body = json.dumps({"usage": USAGE | {"total_tokens": 12}, "meta": {"billed_units": {"search_units": 2}}, "data": [{}]}).encode()
+
+    assert read_answer("object", "running", [body]).quantity is None
+
+
+def test_the_last_event_of_speech_has_its_usage() -> None:
+    """Sound as events ends with what it used."""
+    events = (
+        b'data: {"type":"speech.audio.delta","audio":"aGk="}\n\n'
+        b'data: {"type":"speech.audio.done","usage":{"input_tokens":5,"output_tokens":7,"total_tokens":12}}\n\n'
+    )
+
+    reading = read_answer("events", "running", [events])
+
+    assert (5, 7, "final", events) == (reading.input, reading.output, reading.seen, reading.sent)

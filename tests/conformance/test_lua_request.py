@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.road import read_request
 
+#: Those that are metered by tokens alone.
 DIALECTS = ("openai.chat", "openai.completions", "openai.embeddings", "openai.responses", "anthropic.messages")
 LIMITS = {
     "openai.chat": ("max_completion_tokens", "max_tokens"),
@@ -28,7 +29,7 @@ def facts_of(document: dict[str, Any], dialect: str) -> dict[str, Any]:
     limits = [document[name] for name in LIMITS[dialect] if document.get(name) is not None]
     choices = max(1, document.get("n") or 1, document.get("best_of") or 1)
     prompt = document.get("prompt")
-    if dialect == "openai.completions" and isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+    if dialect == "openai.completions" and isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list | dict):
         choices *= len(prompt)
     options = document.get("stream_options")
     wants = "no"
@@ -294,3 +295,71 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     facts, refusal = read_request(body)
 
     assert (facts is None) != (refusal is None)
+
+
+RERANK = {"model": "m", "query": "q", "documents": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("document", "dialect", "quantity", "repeated"),
+    [
+        (RERANK, "rerank", 1, 1),
+        (RERANK | {"documents": ["a"]}, "rerank", 1, 0),
+        (RERANK | {"documents": [{"text": "a"}] * 100, "query": "four"}, "rerank", 1, 99 * 4),
+        (RERANK | {"documents": ["a"] * 101}, "rerank", 2, 100),
+        (RERANK | {"documents": ["a"] * 2048}, "rerank", 21, 2047),
+        ({"model": "m", "prompt": "p"}, "openai.images", 1, None),
+        ({"model": "m", "prompt": "p", "n": 3}, "openai.images", 3, None),
+        ({"model": "m", "prompt": "p", "n": 128}, "openai.images", 128, None),
+        ({"model": "m", "input": "four"}, "openai.speech", 4, None),
+        ({"model": "m", "input": "a\u00e9\u20ac\U0001f600\u0000\n"}, "openai.speech", 6, None),
+        ({"model": "m", "input": "\U0001f600" * 1000}, "openai.speech", 1000, None),
+    ],
+)
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_request_says_how_much_is_asked_for_of_its_meter(
+    document: dict[str, Any], dialect: str, quantity: int, repeated: int | None, is_ascii: bool
+) -> None:
+    """Searches of a hundred documents, images, characters: as Python counts them, however they are spelled."""
+    facts, _ = read_request(json.dumps(document, ensure_ascii=is_ascii).encode(), dialect)
+
+    assert facts is not None
+    assert (quantity, repeated) == (facts["quantity"], facts.get("repeated_bytes"))
+
+
+def test_bytes_of_a_query_that_is_read_again_and_again_are_bounded() -> None:
+    """A large query with many documents stays a number that ratelimit takes."""
+    facts, _ = read_request(json.dumps(RERANK | {"query": "q" * 600_000, "documents": ["a"] * 2048}).encode(), "rerank")
+
+    assert facts is not None
+    assert 900_000_000 == facts["repeated_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("document", "dialect", "param"),
+    [
+        ({"model": "m", "documents": ["a"]}, "rerank", "query"),
+        (RERANK | {"query": 7}, "rerank", "query"),
+        (RERANK | {"query": ["q"]}, "rerank", "query"),
+        (RERANK | {"documents": []}, "rerank", "documents"),
+        (RERANK | {"documents": None}, "rerank", "documents"),
+        (RERANK | {"documents": "a"}, "rerank", "documents"),
+        (RERANK | {"documents": ["a"] * 2049}, "rerank", "documents"),
+        (RERANK | {"stream": True}, "rerank", "stream"),
+        ({"model": "m", "prompt": "p", "stream": True}, "openai.images", "stream"),
+        ({"model": "m", "prompt": "p", "n": 129}, "openai.images", "n"),
+        ({"model": "m", "prompt": "p", "n": 0}, "openai.images", "n"),
+        ({"model": "m", "prompt": "p", "n": 1.5}, "openai.images", "n"),
+        ({"model": "m"}, "openai.speech", "input"),
+        ({"model": "m", "input": ""}, "openai.speech", "input"),
+        ({"model": "m", "input": ["a"]}, "openai.speech", "input"),
+        ({"model": "m", "input": {"a": 1}}, "openai.speech", "input"),
+    ],
+)
+def test_what_cannot_be_metered_is_refused(document: dict[str, Any], dialect: str, param: str) -> None:
+    """Before anybody works on it, with the member that is at fault."""
+    facts, refusal = read_request(json.dumps(document).encode(), dialect)
+
+    assert facts is None
+    assert refusal is not None
+    assert (400, param) == (refusal["status"], refusal["param"])

@@ -15,7 +15,7 @@ _REQUESTS = 4000
 
 def test_a_kill_storm_loses_no_row_doubles_none_and_charges_nobody_else(road: Installation) -> None:
     """Exact rows equal the engine's truth; those that Envoy took with it are flagged, and hardly any other is inexact."""
-    storm = Storm(road=road, requests=_REQUESTS, seed=20261125, between=2.0)
+    storm = Storm(road=road, requests=_REQUESTS, seed=20261125, between=2.0, requests_per_envoy_death=_REQUESTS // 3)
 
     storm.rage()
     report = judge(storm, storm.settled())
@@ -24,7 +24,9 @@ def test_a_kill_storm_loses_no_row_doubles_none_and_charges_nobody_else(road: In
     assert {} == report["wrong"]
     assert report["rows"] > _REQUESTS / 2
     assert report["disconnects"] > _REQUESTS * DISCONNECTS / 4
-    assert report["inexact_otherwise_share"] <= INEXACT_SHARE_MAX
+    assert report["inexact_otherwise"]["share"] <= INEXACT_SHARE_MAX
+    with_envoy = report["inexact_with_their_envoy"]
+    assert with_envoy["under_way"] <= with_envoy["under_way_at_most"]
     assert sum(storm.deaths.values()) > 3
     exceptions = road.sql(
         "select e.request_id, e.kind, u.outcome from reconciliation_exception e left join usage_event u using (request_id) "

@@ -3,7 +3,7 @@
 Read what a request wants and how many tokens that is.
 
 One whitespace-separated word of the prompt is one token, and so is one given token id. A choice has
-as many tokens as the request allows, else 16.
+as many tokens as the request allows, else 16, and an image has 16. A reranker reads its query once with each document.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class Path:
     EMBEDDINGS: Final = "/v1/embeddings"
     RESPONSES: Final = "/v1/responses"
     MESSAGES: Final = "/v1/messages"
+    RERANK: Final = "/v1/rerank"
+    IMAGES: Final = "/v1/images/generations"
+    SPEECH: Final = "/v1/audio/speech"
+
+
+#: Paths whose answers hold no generated tokens.
+WITHOUT_OUTPUT: Final = (Path.EMBEDDINGS, Path.RERANK, Path.SPEECH)
 
 
 #: The fields whose text is the prompt of each path; the first may not be missing.
@@ -38,6 +45,9 @@ PROMPT_FIELDS: Final = {
     Path.EMBEDDINGS: ("input",),
     Path.RESPONSES: ("input", "instructions"),
     Path.MESSAGES: ("messages", "system"),
+    Path.RERANK: ("documents", "query"),
+    Path.IMAGES: ("prompt",),
+    Path.SPEECH: ("input",),
 }
 #: The fields that bound the answer, the stronger first.
 LIMIT_FIELDS: Final = {
@@ -60,6 +70,9 @@ FIELDS: Final = {
         Path.RESPONSES: f"{_SAMPLING} {_TOOLS} input instructions max_output_tokens previous_response_id "
         "reasoning text truncation include background top_logprobs",
         Path.MESSAGES: f"{_SAMPLING} {_TOOLS} messages system max_tokens stop_sequences thinking",
+        Path.RERANK: "model query documents top_n return_documents truncate_prompt_tokens user",
+        Path.IMAGES: "model prompt n size quality style response_format background moderation output_format user",
+        Path.SPEECH: "model input voice instructions response_format speed stream_format",
     }.items()
 }
 
@@ -89,6 +102,9 @@ class Ask:
     vectors: int
     vector_size: int
     vectors_as_base64: bool
+    #: Texts of what is searched, shown or spoken; what each path has.
+    documents: tuple[object, ...]
+    characters: int
 
 
 def count_words(value: object) -> int:
@@ -128,9 +144,12 @@ def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool
         raise Refused(400, "Field required", field=prompt_field)
     prompt = asked[prompt_field]
     prompts = _count_prompts(prompt) if path in (Path.COMPLETIONS, Path.EMBEDDINGS) else 1
-    choices = _positive(asked, "n") * prompts if path in (Path.CHAT, Path.COMPLETIONS) else 1
+    choices = _positive(asked, "n") * prompts if path in (Path.CHAT, Path.COMPLETIONS, Path.IMAGES) else 1
+    documents = tuple(prompt) if path == Path.RERANK and isinstance(prompt, list) else ()
     tokens_each = 0
-    if path != Path.EMBEDDINGS:
+    if path == Path.IMAGES:
+        tokens_each = TOKENS_DEFAULT
+    elif path not in WITHOUT_OUTPUT:
         limit = next((name for name in LIMIT_FIELDS[path] if asked.get(name) is not None), "max_tokens")
         tokens_each = _positive(asked, limit, default=TOKENS_DEFAULT)
         if choices * tokens_each > TOKENS_MAX:
@@ -138,7 +157,7 @@ def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool
     vector_size = _positive(asked, "dimensions", default=VECTOR_SIZE_DEFAULT)
     if prompts * vector_size > NUMBERS_MAX:
         raise Refused(400, f"more than {NUMBERS_MAX} numbers asked", field="dimensions")
-    stream = asked.get("stream") is True and path != Path.EMBEDDINGS
+    stream = asked.get("stream") is True and path in LIMIT_FIELDS
     options = asked.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise Refused(400, "stream_options is not an object", field="stream_options")
@@ -147,7 +166,8 @@ def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool
         path=path,
         model=asked["model"],
         stream=stream,
-        prompt_tokens=sum(count_words(asked.get(name)) for name in PROMPT_FIELDS[path]),
+        prompt_tokens=sum(count_words(asked.get(name)) for name in PROMPT_FIELDS[path])
+        + count_words(asked.get("query")) * max(len(documents) - 1, 0),
         choices=choices,
         tokens_each=tokens_each,
         include_usage=include_usage,
@@ -155,6 +175,8 @@ def read_ask(path: str, asked: dict[str, Any], *, empty_stream_options_ask: bool
         vectors=prompts,
         vector_size=vector_size,
         vectors_as_base64=asked.get("encoding_format") == "base64",
+        documents=documents,
+        characters=len(prompt) if path == Path.SPEECH and isinstance(prompt, str) else 0,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spell the dialects that every kind of engine spells alike: Responses, Messages, embeddings."""
+"""Spell the dialects that every kind of engine spells alike: Responses, Messages, embeddings, rerank, images, speech."""
 
 from __future__ import annotations
 
@@ -115,3 +115,24 @@ def embeddings(turn: Turn, usage: Json | None) -> Json:
         data.append({"index": index, "object": "embedding", "embedding": packed})
     head = {"id": turn.response_id, "object": "list", "created": turn.created, "model": ask.model}
     return with_usage(head | {"data": data}, usage)
+
+
+def rerank(turn: Turn, usage: Json | None) -> Json:
+    """Rank documents in the order in which they came, as vLLM spells it; what was billed as Cohere does."""
+    results = [
+        {"index": index, "document": {"text": str(text)}, "relevance_score": 1 / (index + 1)}
+        for index, text in enumerate(turn.ask.documents)
+    ]
+    billed = {"meta": {"billed_units": {"search_units": turn.faults.searches}}} if turn.faults.searches else {}
+    return with_usage({"id": turn.response_id, "model": turn.ask.model, "results": results} | billed, usage)
+
+
+def images(turn: Turn, usage: Json | None) -> Json:
+    """Make images of which nobody has to see anything; their prompt is told again, as some engines do."""
+    image = {"b64_json": b64encode(turn.text.encode()).decode(), "revised_prompt": turn.text}
+    return with_usage({"created": turn.created, "data": [image] * turn.ask.choices}, usage)
+
+
+def speech(turn: Turn) -> bytes:
+    """Make as much sound as there is to be said."""
+    return b"\xff\xfb" + b"\x00" * (32 * turn.ask.characters)

@@ -64,6 +64,7 @@ class Faults:
     multiline: bool = _knob(False, FLAG, "spread the JSON of an event over several data: lines")
     big_event: int = _knob(0, COUNT, "pad the first content delta to N bytes")
     fake_usage_text: bool = _knob(False, FLAG, "the words look like usage, frames, braces and quotes")
+    searches: int = _knob(0, COUNT, "rerank says that N searches were billed")
     gzip: bool = _knob(False, FLAG, "compress the answer, asked or not")
     same_id: bool = _knob(False, FLAG, "every answer has the same id")
     repeat_id: bool | None = _knob(None, FLAG, "the id holds the client's x-request-id; vLLM does unless false")

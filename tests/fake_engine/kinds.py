@@ -58,6 +58,7 @@ class Kind:
             Path.COMPLETIONS: "cmpl-",
             Path.RESPONSES: "resp_",
             Path.EMBEDDINGS: "embd-",
+            Path.RERANK: "rerank-",
         }
         prefix = prefixes.get(path, self.message_prefix)
         if faults.same_id:
@@ -86,8 +87,11 @@ class Kind:
                 return usage | {"total_tokens": count.total}
             case Path.MESSAGES:
                 return self.messages_usage(place, count)
-            case Path.EMBEDDINGS:
+            case Path.EMBEDDINGS | Path.RERANK:
                 return {"prompt_tokens": count.prompt, "total_tokens": count.prompt}
+            case Path.IMAGES:
+                usage = {"total_tokens": count.total, "input_tokens": count.prompt, "output_tokens": count.output}
+                return usage | {"input_tokens_details": {"text_tokens": count.prompt, "image_tokens": 0}}
         return self.openai_usage(path, place, count)
 
     def messages_usage(self, place: Place, count: Count) -> Json:
@@ -162,7 +166,7 @@ class Kind:
         """Spell an error."""
         return dialects.message_error(status, text) if path == Path.MESSAGES else self.error(status, text, field)
 
-    def answer(self, turn: Turn) -> tuple[Json, Json | None]:
+    def answer(self, turn: Turn) -> tuple[Json | bytes, Json | None]:
         """Answer in one piece; also give the usage inside."""
         usage = turn.usage(turn.tokens, "answer")
         match turn.ask.path:
@@ -172,6 +176,12 @@ class Kind:
                 return dialects.message(turn, usage, is_over=True), usage
             case Path.EMBEDDINGS:
                 return dialects.embeddings(turn, usage), usage
+            case Path.RERANK:
+                return dialects.rerank(turn, usage), usage
+            case Path.IMAGES:
+                return dialects.images(turn, usage), usage
+            case Path.SPEECH:
+                return dialects.speech(turn), None
         choices = [self.choice(turn, index, None) for index in range(turn.ask.choices)]
         return self.envelope(turn, choices, usage, "answer"), usage
 

@@ -330,12 +330,13 @@ class FakeEngine:
             case "reset":
                 return await self._reset(record, writer)
         payload, record.usage_reported = kind.answer(turn)
-        body, headers = encode_json(payload, faults), self._echo(record)
+        is_sound = isinstance(payload, bytes)
+        body, headers = payload if is_sound else encode_json(payload, faults), self._echo(record)
         if faults.gzip:
             body, headers = gzip.compress(body, 1), headers + "content-encoding: gzip\r\n"
         record.completion_tokens, record.outcome = turn.tokens, "finished"
         await self._commit(record)
-        writer.write(_answer(200, body, headers))
+        writer.write(_answer(200, body, headers, media_type="audio/mpeg" if is_sound else "application/json"))
         await writer.drain()
         return True
 

@@ -28,6 +28,8 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "USE_STOPPED": "metering's answer to ext_proc writes it, and Envoy puts it into the journal with the rest",
     "DIALECT_SCOPES": "extauth's rule; Envoy knows dialects, not what they need",
     "SCOPES": "extauth's rule, as above",
+    "DIALECT_METERS": "what ratelimit and the ledger call what the scripts count",
+    "METERS": "as above",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.

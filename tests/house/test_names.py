@@ -64,7 +64,7 @@ def test_an_excuse_is_for_a_name_that_exists() -> None:
         ("SETTLE_KEYS", (*contract.SETTLE_KEYS, "model"), "the settle descriptor has phase, request_id,"),
         ("JOURNAL_KEYS", (*contract.JOURNAL_KEYS, "shape"), "no record has the journal member shape"),
         ("JOURNAL_KEYS", contract.JOURNAL_KEYS[:-1], "the contract has no journal member epoch"),
-        ("PATHS", contract.PATHS | {"/v1/audio/speech": "openai.speech"}, "gate.lua and the contract differ in /v1/audio/speech"),
+        ("PATHS", contract.PATHS | {"/v1/batches": "openai.batches"}, "gate.lua and the contract differ in /v1/batches"),
         ("ERROR_CODES", contract.ERROR_CODES[1:], "says the error code missing_credential, which is not on the closed list"),
         ("ID_TENANT", "account", "envoy.yaml reads envoy.filters.http.ext_authz:tenant, which the contract does not have"),
     ],

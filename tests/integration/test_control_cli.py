@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from chassis.clock import utc_now
 from chassis.schema.migrate import migrate
 from control import cli
 from control.laptop.places import Places, make
+from tests.journals import collect, end, start, write, write_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS_MAX = 60
@@ -263,6 +265,32 @@ def test_money_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
     file.write_text('{"id": "fine"}\nnot json\n')
     status, out, err = peaje("usage", "import", str(file))
     assert (1, "", True) == (status, out, "usage.jsonl:2 is not a JSON object" in err)
+
+
+def test_a_journal_is_retired_on_the_command_line_once_it_is_read(process: Process, peaje: Peaje, tmp_path: Path) -> None:
+    """Not while its files hold a record that nobody has read; a line without an end is none."""
+    live, before = tmp_path / "pod-7/journal.jsonl", utc_now() - timedelta(hours=1)
+    collect(process.postgres_url, write_apart(live, [start(1, at=before), end(1, at=before)]), journal="pod-7", now=before)
+    write_apart(live, [start(2, at=before)])
+    retire = ("journal", "retire", "pod-7", "--reason", "its node is gone")
+
+    unread = peaje(*retire, "--file", str(live))
+    write(live, [end(2, at=before), b'{"type":"Downstr'])
+    still = peaje(*retire, "--file", str(live))
+    collect(process.postgres_url, live, journal="pod-7", now=before)
+    nowhere = peaje(*retire, "--file", str(tmp_path / "nowhere/journal.jsonl"))
+    neither = peaje(*retire)
+    done = peaje.json(*retire, "--file", str(live))
+
+    assert [1, 1, 1, 1] == [it[0] for it in (unread, still, nowhere, neither)]
+    assert "has records that are not read" in unread[2]
+    assert "has records that are not read" in still[2]
+    assert "There is no journal at" in nowhere[2]
+    assert "either --file or --files-gone" in neither[2]
+    assert ("pod-7", 0, "read") == (done["journal"], done["closed_count"], done["files"])
+    listed = peaje.json("journal", "list")
+    assert [] == listed["journals"]
+    assert ["its node is gone"] == [it["reason"] for it in listed["retired"]]
 
 
 def test_the_audit_log_on_the_command_line(process: Process, peaje: Peaje) -> None:

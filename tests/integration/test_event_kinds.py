@@ -15,7 +15,7 @@ from cloudevents.core.formats.json import JSONFormat
 from metering.adapters import notices
 from metering.core.outgoing import BATCH_MAX
 from tests.integration.event_desk import Desk, hour_ready, told
-from tests.journals import NOON, collect, end, exchanges, request_id, rows, write
+from tests.journals import NOON, collect, end, exchanges, images, request_id, rows, write
 from tests.receivers import Receiver, Reply, receiving
 
 
@@ -135,13 +135,14 @@ def test_stripe_gets_a_meter_event_per_meter_with_a_stable_identifier(desk: Desk
         webhook = desk.add(receiver, format="stripe", token="sk_test_1", events=["usage.recorded"])
         desk.control.made(f"/v1/webhooks/{webhook['webhook_id']}/customers/rival", {"customer": "cus_9"}, method="PUT")
         lines = [end(1), end(2, tenant="rival", input=4, output=6), end(3, tenant="rival", input=8, output=0)]
+        lines.append(images(4, 2, tenant="rival"))
         collect(desk.url, write(tmp_path / "journal/journal.jsonl", lines))
         desk.deliver()
 
         forms = [{name: values[0] for name, values in parse_qs(it.body.decode()).items()} for it in receiver.got]
         assert [
             ("peaje_input_tokens", f"{request_id(2)}:input_tokens", "4"), ("peaje_output_tokens", f"{request_id(2)}:output_tokens", "6"),
-            ("peaje_input_tokens", f"{request_id(3)}:input_tokens", "8"),
+            ("peaje_input_tokens", f"{request_id(3)}:input_tokens", "8"), ("peaje_images", f"{request_id(4)}:images", "2"),
         ] == [(it["event_name"], it["identifier"], it["payload[value]"]) for it in forms]
         assert {("cus_9", str(int(NOON.timestamp())))} == {(it["payload[stripe_customer_id]"], it["timestamp"]) for it in forms}
         assert ("application/x-www-form-urlencoded", "Bearer sk_test_1") == (

@@ -17,6 +17,7 @@ from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
 from chassis.clock import utc_now
+from chassis.telemetry import metrics
 from metering.adapters import outbox
 from metering.adapters.outbox import Outbox
 from metering.events import Deliveries
@@ -354,6 +355,40 @@ def test_the_outbox_is_trimmed_by_its_rule_and_what_somebody_missed_is_counted(d
         assert ["after"] == [it["data"]["name"] for it in told(other)]
         assert (0, []) == trimmed()
         assert (1, []) == trimmed(later=timedelta(days=1, minutes=1))
+
+
+def test_what_waits_is_measured(desk: Desk, receiver: Receiver) -> None:
+    """How old the oldest is that an active webhook has not taken, how webhooks stand, and what came of each attempt."""
+    def looked() -> outbox.Backlog:
+        with psycopg.connect(desk.url, autocommit=True) as connection:
+            return outbox.backlog(connection)
+
+    def attempts(outcome: str) -> float:
+        return float(metrics.WEBHOOK_ATTEMPTS.labels(outcome)._value.get())
+
+    delivered, refused = attempts("delivered"), attempts("refused")
+    nothing = looked()
+    well = desk.add(receiver, tenant="acme", events=["key.created"])
+    new_key(desk)
+    with psycopg.connect(desk.url, autocommit=True) as connection:
+        connection.execute("update outbox set recorded_at = recorded_at - interval '1 hour'")
+    waits = looked()
+    desk.ask(well, "pause")
+    paused = looked()
+    desk.ask(well, "resume")
+    receiver.answer = lambda _: Reply(status=503)
+    desk.deliver()
+    receiver.answer = lambda _: Reply()
+    desk.later = timedelta(hours=1)
+    desk.deliver()
+    after = looked()
+
+    assert ({"active": 0, "paused": 0, "failed": 0}, 0, 0) == (nothing.counts, nothing.missed, nothing.oldest_seconds)
+    assert {"active": 1, "paused": 0, "failed": 0} == waits.counts
+    assert 3600 <= waits.oldest_seconds < 7200
+    assert ({"active": 0, "paused": 1, "failed": 0}, 0) == (paused.counts, paused.oldest_seconds)
+    assert 0 == after.oldest_seconds
+    assert (delivered + 1, refused + 1) == (attempts("delivered"), attempts("refused"))
 
 
 def test_attempts_are_kept_up_to_a_bound(desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:

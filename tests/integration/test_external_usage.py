@@ -65,6 +65,19 @@ def test_posted_usage_is_charged_summed_and_billed_as_any_other(plane: ControlPl
         assert verify(connection).holds
 
 
+def test_images_from_outside_are_charged_by_their_meter(plane: ControlPlane, postgres_url: str) -> None:
+    """Beside tokens or alone; with another quantity a known id is a contradiction."""
+    plane.made("/v1/prices", {"model": "tiny", "input": "1", "output": "0", "meter": "images", "each": "0.04"})
+    at = {"model": "tiny", "started_at": NOW.isoformat(), "input_tokens": 0, "output_tokens": 0, "meter": "images", "quantity": 3}
+
+    done = post(plane, item("a", **at))
+    again = post(plane, item("a", **at))
+    other = post(plane, item("a", **(at | {"quantity": 4})))
+
+    assert [(201, 1), (201, 0), 409] == [(done[0], done[1]["added"]), (again[0], again[1]["added"]), other[0]]
+    assert [("images", 3, 120_000_000)] == rows(postgres_url, "select meter, quantity, amount_nano from billing_usage_v1")
+
+
 def test_what_is_posted_again_changes_nothing(plane: ControlPlane, postgres_url: str) -> None:
     """Alone or among new ones; another tenant's equal id is another item."""
     answers = [post(plane, item("a")), post(plane, item("a"), item("b")), post(plane, item("a", tenant="rival"))]
@@ -93,6 +106,7 @@ def test_a_known_id_with_other_numbers_is_refused_with_all_that_came_with_it(pla
         {"input_tokens": 1.5}, {"input_tokens": "1"}, {"cached_tokens": 1001}, {"reasoning_tokens": 11},
         {"started_at": "2026-03-01T11:00:00"}, {"started_at": "yesterday"}, {"started_at": (NOW + timedelta(hours=1)).isoformat()},
         {"started_at": (NOW - timedelta(days=401)).isoformat()}, {"ended_at": (NOW - timedelta(hours=2)).isoformat()},
+        {"meter": "images"}, {"quantity": 2}, {"meter": "miles", "quantity": 2}, {"meter": "images", "quantity": -1},
         {"colour": "blue"}, {"key_id": "000000000000"}, {"model": "\x00"},
     ],
     ids=str,

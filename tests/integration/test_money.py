@@ -29,6 +29,7 @@ from tests.journals import (
     collect,
     end,
     exchanges,
+    images,
     request_id,
     rows,
     start,
@@ -157,6 +158,11 @@ def test_a_tenants_own_price_is_charged_to_it_alone(store: Store, ledger_url: st
         ({"starts": "2026-01-01"}, "is past"),
         ({"starts": "soon"}, "from is"),
         ({"tenant": "nobody"}, "no tenant"),
+        ({"meter": "images"}, "belong together"),
+        ({"each": "0.04"}, "belong together"),
+        ({"meter": "miles", "each": "0.04"}, "The meter is 'miles'"),
+        ({"meter": "images", "each": "-1"}, "each is '-1'"),
+        ({"meter": "images", "each": "1000001"}, "at most 1000000"),
     ],
 )
 def test_a_wrong_price_is_one_clear_sentence_and_changes_nothing(store: Store, fields: dict[str, Any], words: str) -> None:
@@ -223,6 +229,54 @@ def test_a_closed_month_never_changes_and_later_facts_are_adjustments_of_the_nex
     assert [(NOVEMBER, OCTOBER)] == rows(ledger_url, "select distinct period, of_period from billing_adjustments_v1")
 
 
+def test_a_month_closes_with_what_is_metered_besides_tokens(store: Store, ledger_url: str, live: Path) -> None:
+    """A line of its own beside that of the tokens, also for what comes late; lines without are hashed as they always were."""
+    set_price(store, meter="images", each="0.04")
+    write(live, [end(1, at=THEN, input=1000, output=0), images(2, 2, at=THEN), images(3, 1, at=THEN)])
+    collect(ledger_url, live, now=NEXT_MONTH)
+
+    closed = close(store)
+    write(live, [images(4, 5, at=THEN)])
+    collect(ledger_url, live, now=NEXT_MONTH)
+
+    assert [
+        (OCTOBER, "usage", 1, 1000, None, 0, 150_000), (OCTOBER, "usage", 2, 0, "images", 3, 120_000_000),
+        (NOVEMBER, "adjustment", 1, 0, "images", 5, 200_000_000),
+    ] == rows(
+        ledger_url, "select period, kind, request_count, input_tokens, meter, quantity, amount_nano from billing_invoice_v1 order by 1, 5 nulls first"
+    )
+    assert [(2, 3)] == rows(ledger_url, "select count(*), sum(quantity)::int from usage_event where meter = 'images' and request_id <> %s", request_id(4))
+    assert invoices.verify(store, act(NEXT_MONTH), OCTOBER)["ok"]
+    assert 3 == closed["row_count"]
+    with psycopg.connect(ledger_url) as connection:
+        assert verify(connection).holds
+        connection.execute("alter table invoice_line disable trigger user")
+        connection.execute("update invoice_line set quantity = quantity + 1 where meter = 'images'")
+        broken = {verdict.invariant for verdict in verify(connection).verdicts if verdict.violations}
+        connection.rollback()
+    assert {"closed months are what they were", "lines of closed months and their later adjustments equal the hourly sums"} == broken
+
+
+def test_a_row_without_a_meter_is_hashed_as_before_there_was_one(store: Store, ledger_url: str, live: Path) -> None:
+    """Months that were closed by an earlier version verify by this one."""
+    set_price(store)
+    write(live, [end(1, at=THEN, input=1000, output=7)])
+    collect(ledger_url, live, now=NEXT_MONTH)
+    close(store)
+
+    [(kept,)] = rows(ledger_url, "select hash from billing_period_hour")
+    [(then,)] = rows(
+        ledger_url,
+        """
+        select sha256(sha256(convert_to(jsonb_build_array(
+            request_id, tenant_id, project_id, key_id, model, dialect, to_char(started_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'),
+            to_char(ended_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), status, outcome, input_tokens, output_tokens, cached_tokens,
+            reasoning_tokens, basis, currency, amount_nano, rate_card_id)::text, 'UTF8'))) from usage_event
+        """,
+    )
+    assert then == kept
+
+
 def test_closing_under_load_puts_each_request_into_exactly_one_month(store: Store, ledger_url: str, live: Path) -> None:
     """Twenty batches; the month closes between two of them, with rows of it in every batch."""
     set_price(store, input="1", output="1")
@@ -243,7 +297,7 @@ def test_closing_under_load_puts_each_request_into_exactly_one_month(store: Stor
     [
         ([start(1, at=THEN)], "1 exchanges that began before its end are still open"),
         ([end(1, at=THEN), end(1, at=THEN, output=6)], "1 of its exchanges are told differently"),
-        ([end(1, at=THEN, model="large")], "1 of its exchanges used tokens and have no price"),
+        ([end(1, at=THEN, model="large")], "1 of its exchanges used something and have no price"),
     ],
     ids=["open", "conflict", "no price"],
 )
@@ -361,7 +415,7 @@ def test_an_invoice_as_csv_is_exact_and_starts_no_formula(store: Store, ledger_u
     header, line = invoices.as_csv(document).splitlines()
 
     assert header.startswith("period,tenant,project,model,kind,request_count,input_tokens,")
-    assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open" == line
+    assert "2026-10,acme,'=1+1,tiny,usage,1,3,5,0,0,USD,0.00000075,open,,0" == line
 
 
 def test_an_invoice_as_parquet_is_exact_and_typed(store: Store, ledger_url: str, live: Path) -> None:

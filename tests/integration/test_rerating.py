@@ -20,7 +20,7 @@ from control.store import Store
 from metering.adapters.invariants import verify
 from metering.core.rating import RateCard, amount_nano
 from tests.integration.control_plane import CATALOGUE
-from tests.journals import collect, end, rows, write
+from tests.journals import collect, end, images, rows, write
 
 THEN = datetime(2026, 10, 11, 9, 30, tzinfo=UTC)
 NEXT_MONTH = datetime(2026, 11, 2, 8, 0, tzinfo=UTC)
@@ -103,6 +103,23 @@ def test_an_open_months_invoice_gets_a_line_and_its_rows_stay(store: Store, ledg
     )
 
 
+def test_a_meters_price_is_corrected_like_any_other(store: Store, ledger_url: str, live: Path) -> None:
+    """Rows that only the meter can charge are left alone by a correction that says nothing of it."""
+    write(live, [images(1, 2, at=THEN), end(2, at=THEN, input=1000, output=0)])
+    collect(ledger_url, live, now=THEN)
+
+    of_tokens = rerate(store, apply=False)
+    of_images = rerate(store, input="1", meter="images", each="0.04")
+    corrected = rerate(store, input="1", meter="images", each="0.05", reason="another typo")
+
+    assert [("acme", 1, 1_000_000, 3_000_000)] == differences(of_tokens)
+    assert [("acme", 1, 0, 80_000_000)] == differences(of_images)
+    assert [("acme", 1, 80_000_000, 100_000_000)] == differences(corrected)
+    assert [101_000_000] == totals(store)
+    with psycopg.connect(ledger_url) as connection:
+        assert verify(connection).holds
+
+
 def test_a_closed_month_is_charged_in_the_first_open_one_and_stays_what_it_was(store: Store, ledger_url: str, live: Path) -> None:
     """Its invoice and its root hash do not move; the next month's close has the line under its own hash."""
     write(live, [end(1, at=THEN, input=1000, output=0), end(2, at=NEXT_MONTH, input=1000, output=0)])
@@ -169,7 +186,8 @@ def test_amounts_are_those_of_the_ledgers_own_rounding(store: Store, ledger_url:
     chance = random.Random(10)
     card = RateCard(
         rate_card_id=1, tenant_id=None, model="tiny", currency="USD", input_nano=123_456_789, output_nano=987_654_321,
-        cached_nano=11_111_111, reasoning_nano=987_654_321, minimum_nano=70, starts_at=THEN, ends_at=None,
+        cached_nano=11_111_111, reasoning_nano=987_654_321, minimum_nano=70, meter="", each_nano=0,
+        starts_at=THEN, ends_at=None,
     )
     counts = [(chance.choice([0, 1, chance.randrange(10**6)]), chance.choice([0, 1, chance.randrange(10**5)])) for _ in range(1000)]
     write(live, [end(n, at=THEN, input=i, output=o, cached=i // 3) for n, (i, o) in enumerate(counts)])

@@ -50,6 +50,8 @@ ODD: dict[str, bytes] = {
     "a moment beyond the calendar": end(1, request={"started_at": "99999999999999.0"}),
     "a duration beyond the calendar": end(1, duration_ms=10**18),
     "prompt bytes that are a word": end(1, request={"started_at": "1.0", "prompt_bytes": "many"}),
+    "a quantity that is a word": end(1, request={"started_at": "1.0", "quantity": "many"}),
+    "a quantity below zero": end(1, request={"started_at": "1.0", "quantity": "-1"}),
 }
 
 
@@ -478,3 +480,57 @@ def test_starts_whose_end_was_read_are_left_out_and_nothing_is_different() -> No
     assert defects == same_defects
     assert (expected.events, expected.open, expected.lives) == (found.events, found.open, found.lives)
     assert {request_id(9001), request_id(9002)} < found.open.keys()
+
+
+METERED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
+    # dialect and quantity that was asked for; usage; other facts; meter, quantity, tokens, basis and anomaly
+    "images with tokens": (
+        {"dialect": "openai.images", "quantity": "2"}, {"seen": "final", "input": 3, "output": 32, "quantity": 2}, {},
+        ("images", 2, 35, "reported", None),
+    ),
+    "images alone": ({"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "quantity": 2}, {}, ("images", 2, 0, "counted", None)),
+    "no image": ({"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "quantity": 0}, {}, (None, 0, 0, "counted", None)),
+    "more images than asked for": (
+        {"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "quantity": 9}, {}, ("images", 2, 0, "counted", "more_than_asked"),
+    ),
+    "images that nobody could read": (
+        {"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "anomaly": "encoded"}, {}, ("images", 2, 0, "estimated", "encoded"),
+    ),
+    "images left within the second": (
+        {"dialect": "openai.images", "quantity": "3"}, {"seen": "none", "quantity": 2}, {"flags": "DC"}, ("images", 2, 0, "counted", None),
+    ),
+    "images that broke within": (
+        {"dialect": "openai.images", "quantity": "3"}, {"seen": "none", "quantity": 2}, {"flags": "UR"}, (None, 0, 0, "none", None),
+    ),
+    "images refused": ({"dialect": "openai.images", "quantity": "3"}, {"seen": "none"}, {"status": 400}, (None, 0, 0, "none", None)),
+    "speech": ({"dialect": "openai.speech", "quantity": "11"}, {"seen": "none", "quantity": 11}, {}, ("characters", 11, 0, "counted", None)),
+    "searches": ({"dialect": "rerank", "quantity": "1"}, {"seen": "none", "quantity": 3}, {}, ("searches", 3, 0, "reported", None)),
+    "searches below zero": (
+        {"dialect": "rerank", "quantity": "1"}, {"seen": "none", "quantity": -1}, {}, ("searches", 1, 0, "reported", "impossible_count"),
+    ),
+    "a rerank of which nothing was said": (
+        {"dialect": "rerank", "quantity": "1", "prompt_bytes": "80"}, {"seen": "none"}, {}, (None, 0, 20, "estimated", None),
+    ),
+    "a chat that says a quantity": ({"dialect": "openai.chat"}, {"seen": "final", "input": 3, "output": 4, "quantity": 7}, {}, (None, 0, 7, "reported", None)),
+}
+
+
+@pytest.mark.parametrize("name", METERED)
+def test_what_a_dialect_is_metered_by_besides_tokens(name: str) -> None:
+    """What was delivered, at most what was asked for; nothing of an answer that broke."""
+    request, usage, facts, expected = METERED[name]
+
+    row = usage_event(parse(end(1, request={"started_at": "1.0", **request}, usage=usage, **facts).rstrip()))
+
+    assert expected == (row.meter, row.quantity, row.input_tokens + row.output_tokens, row.basis, row.anomaly)
+
+
+def test_an_exchange_lost_with_its_envoy_is_billed_the_images_that_were_told() -> None:
+    """None of which nobody has told."""
+    asked = {"started_at": "1.0", "dialect": "openai.images", "quantity": "3"}
+
+    told = lost_event(parse(end(1, type="DownstreamPeriodic", request=asked, usage={"seen": "none", "quantity": 1}).rstrip()))
+    untold = lost_event(parse(end(1, type="DownstreamPeriodic", request=asked, usage={"seen": "none"}).rstrip()))
+
+    assert ("images", 1, "checkpoint") == (told.meter, told.quantity, told.basis)
+    assert (None, 0, "checkpoint") == (untold.meter, untold.quantity, untold.basis)

@@ -17,14 +17,17 @@ from metering.core.rating import RateCard, RateCards, amount_nano
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
 CARD = RateCard(
     rate_card_id=1, tenant_id=None, model="tiny", currency="USD", input_nano=150_000_000, output_nano=600_000_000,
-    cached_nano=75_000_000, reasoning_nano=900_000_000, minimum_nano=0, starts_at=NEW_YEAR, ends_at=None,
+    cached_nano=75_000_000, reasoning_nano=900_000_000, minimum_nano=0, meter="images", each_nano=40_000_000,
+    starts_at=NEW_YEAR, ends_at=None,
 )
 
 
 def cost(card: RateCard = CARD, input: int = 0, output: int = 0, cached: int = 0, reasoning: int = 0) -> int:
-    return amount_nano(
+    amount = amount_nano(
         card, input_tokens=input, output_tokens=output, cached_tokens=cached, reasoning_tokens=reasoning
     )
+    assert amount is not None
+    return amount
 
 
 @pytest.mark.parametrize(
@@ -120,3 +123,27 @@ def test_what_is_no_plain_number_is_refused(text: str) -> None:
     """Nothing is guessed about money."""
     with pytest.raises(Invalid, match="input is"):
         nano(text, what="input")
+
+
+def test_a_meter_is_charged_beside_the_tokens_and_rounded_with_them() -> None:
+    """Each at its price; a price of another meter charges nothing."""
+    used = {"input_tokens": 3, "output_tokens": 0, "cached_tokens": 0, "reasoning_tokens": 0}
+
+    assert 3 * 150 + 2 * 40_000_000 == amount_nano(CARD, **used, meter="images", quantity=2)
+    assert 3 * 150 == amount_nano(CARD, **used, meter="characters", quantity=2)
+
+
+def test_what_only_a_meter_can_charge_has_no_price_where_the_card_has_none_for_it() -> None:
+    """Never free by mistake; a price of nothing is one."""
+    nothing = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0, "reasoning_tokens": 0}
+
+    assert amount_nano(CARD, **nothing, meter="characters", quantity=2) is None
+    assert 0 == amount_nano(replace(CARD, meter="characters", each_nano=0), **nothing, meter="characters", quantity=2)
+    assert 0 == amount_nano(CARD, **nothing)
+
+
+def test_a_minimum_is_for_whatever_was_used() -> None:
+    """An image cheaper than the minimum costs the minimum."""
+    card = replace(CARD, each_nano=5, minimum_nano=1000)
+
+    assert 1000 == amount_nano(card, input_tokens=0, output_tokens=0, cached_tokens=0, reasoning_tokens=0, meter="images", quantity=1)

@@ -36,10 +36,12 @@ class Asked:
         return min(self.limit, asked["output_tokens"] + self.slice)
 
 
-def opening(*, content_type: str = "text/event-stream", status: str = "200", held: int = 10) -> wire.ProcessingRequest:
+def opening(
+    *, content_type: str = "text/event-stream", status: str = "200", held: int = 10, encoding: str = "identity"
+) -> wire.ProcessingRequest:
     """The message with the answer's headers, and what ratelimit and the gate have written."""
     message = wire.ProcessingRequest()
-    for key, value in ((":status", status), ("content-type", content_type)):
+    for key, value in ((":status", status), ("content-type", content_type), ("content-encoding", encoding)):
         message.response_headers.headers.headers.add(key=key, raw_value=value.encode())
     known = message.metadata_context.filter_metadata
     known[contract.NS_REQUEST].fields[contract.REQ_DIALECT].string_value = "openai.chat"
@@ -106,6 +108,19 @@ def test_a_ratelimit_that_is_away_ends_the_stream_with_its_own_code() -> None:
     body, last = handed_back(answers(Asked(slice_=1, limit=1, is_away=True), opening(), piece(BODY)))
 
     assert ("service_unavailable", [True]) == (documents(body)[-2]["peaje"]["code"], last)
+
+
+def test_an_encoded_stream_is_ended_because_nobody_can_weigh_it() -> None:
+    """Nothing of it passes; the client is told in plain events, and the journal that nothing was delivered."""
+    asked = Asked(slice_=1000, limit=1000)
+
+    found = answers(asked, opening(encoding="br"), piece(b"\x8b\x02\x80"), piece(b"\x03", is_last=True))
+
+    body, last = handed_back(found)
+    assert ["content-length", "content-encoding"] == list(found[0].response_headers.response.header_mutation.remove_headers)
+    assert ("upstream_unavailable", [True], []) == (documents(body)[-2]["peaje"]["code"], last, asked.calls)
+    assert 0 == documents(body)[-1]["usage"]["completion_tokens"]
+    assert "counted" == found[-1].dynamic_metadata.fields[contract.NS_USAGE].struct_value.fields[contract.USE_STOPPED].string_value
 
 
 @pytest.mark.parametrize("header", [{"content_type": "application/json"}, {"status": "500"}])
