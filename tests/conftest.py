@@ -97,10 +97,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1"}
-    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR"), free_ports(4), strict=True))
-    settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
+    ports = dict(zip(("extauth", "ratelimit", "metering", "collector", "beacon"), free_ports(5), strict=True))
+    settings |= {f"PEAJE_{part.upper()}_METRICS_PORT": str(port) for part, port in ports.items()}
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
-        installation.metrics_ports = tuple(ports.values())
+        installation.metrics_ports = ports
         yield installation
         # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
         assert [] == installation.leaks()

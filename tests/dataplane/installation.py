@@ -48,7 +48,7 @@ class Installation:
     admin_port: int
     _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
     #: Where its services show metrics.
-    metrics_ports: tuple[int, ...] = ()
+    metrics_ports: dict[str, int] = field(default_factory=dict)
     #: Every key that tests were given, to be looked for at the end where it must not be.
     issued: list[str] = field(default_factory=list, repr=False)
 
@@ -161,7 +161,7 @@ class Installation:
             yield "valkey", key + repr(read[kind](key) if kind != b"none" else b"").encode()
         for path in ("stats?usedonly", "config_dump", "clusters", "certs", "server_info"):
             yield f"envoy {path}", httpx.get(f"http://127.0.0.1:{self.admin_port}/{path}", timeout=30).content
-        for port in self.metrics_ports:
+        for port in self.metrics_ports.values():
             yield f"metrics on {port}", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).raise_for_status().content
 
     @contextmanager
@@ -236,6 +236,11 @@ class Installation:
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.1)
             answer = self.post(newcomer, json=chat())
+
+    def scrape(self, part: str) -> str:
+        """What a part shows to Prometheus; Envoy by its admin interface."""
+        address = f"{self.admin_port}/stats/prometheus" if part == "envoy" else f"{self.metrics_ports[part]}/metrics"
+        return httpx.get(f"http://127.0.0.1:{address}", timeout=30).raise_for_status().text
 
     def asked_extauth(self) -> int:
         """How often Envoy has asked extauth."""
