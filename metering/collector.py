@@ -331,6 +331,9 @@ def collect(
         when_full=settings.when_full,
     )
     metrics.LAG_SECONDS.labels(source.name).set_function(_seconds_since(time.monotonic()))
+    # A counter that appears with its first count has never grown, as Prometheus sees it.
+    metrics.DEFECTS.labels(source.name)
+    metrics.ORPHANS_CLOSED.labels(source.name)
     port = source.admin_port
     rotation = Rotation(
         live=source.live, bytes_max=settings.rotate_bytes, reopen=None if port is None else lambda: reopen_journal(port)

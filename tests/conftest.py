@@ -23,7 +23,7 @@ from tests.dataplane.installation import Installation, Tenant, free_ports, runni
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
 #: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
-_KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN")
+_KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN", "PEAJE_PROMTOOL")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Events of what runs in this process, also from threads of a test that is over, never mix with what a test reads.

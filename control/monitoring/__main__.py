@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from control.monitoring.catalogue import as_json, as_markdown, read_catalogue
+from control.monitoring.rules import RULES_PATH, as_rules
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,11 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 def made_files() -> Mapping[str, str]:
     """Each file's text, by its path in the repository."""
     metrics = read_catalogue()
-    return {"docs/reference/metrics.md": as_markdown(metrics), "docs/reference/metrics.json": as_json(metrics)}
+    return {
+        "docs/reference/metrics.md": as_markdown(metrics),
+        "docs/reference/metrics.json": as_json(metrics),
+        RULES_PATH: as_rules(),
+    }
 
 
 def stale(root: Path) -> list[str]:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.utils import floatToGoString
 
 from chassis import beacon
 from chassis.telemetry import metrics as shared_metrics
@@ -56,6 +57,8 @@ class Metric:
     labels: tuple[str, ...]
     shown_by: tuple[str, ...]
     help: str
+    #: Upper bounds of a histogram, as `le` has them.
+    buckets: tuple[str, ...] = ()
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -95,6 +98,7 @@ def _declared(module: ModuleType, processes: tuple[str, ...]) -> Iterator[Metric
                 # A counter is described without the suffix that its samples have.
                 name=described.name + ("_total" if described.type == "counter" else ""),
                 kind=described.type, labels=_label_names(value), shown_by=processes, help=described.documentation,
+                buckets=tuple(map(floatToGoString, getattr(value, "_upper_bounds", ()))),
             )  # fmt: skip
 
 

@@ -36,6 +36,10 @@ IDENTITY_RELOADS: Final = Counter(
 #: Labelled by the operator's own issuer names, of which a document has a bounded number.
 JWKS_AGE_SECONDS: Final = Gauge("peaje_extauth_jwks_age_seconds", "Age of an issuer's key set.", ["issuer"])
 JWKS_FETCHES: Final = Counter("peaje_extauth_jwks_fetches_total", "Fetches of key sets.", ["issuer", "outcome"])
+# A counter that appears with its first count has never grown, as Prometheus sees it; alerts look at these.
+DECISIONS.labels("service_unavailable")
+for _outcome in ("taken", "refused"):
+    IDENTITY_RELOADS.labels(_outcome)
 KEY_WRITES_LOST: Final = Counter(
     "peaje_extauth_key_uses_lost_total", "Uses of keys that were not written down: Postgres was away too long."
 )

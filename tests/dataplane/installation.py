@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +216,15 @@ class Installation:
             else:
                 return pid
 
+    def silence(self, part: str, call: Callable[[], object]) -> None:
+        """Make *call* while a part stands still and answers nobody."""
+        pid = self.pid(part)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            call()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
         """Wait until the supervisor has a new, ready process for *part*, and Envoy sees it."""
         deadline = time.monotonic() + timeout
@@ -237,10 +246,10 @@ class Installation:
             time.sleep(0.1)
             answer = self.post(newcomer, json=chat())
 
-    def scrape(self, part: str) -> str:
+    def scrape(self, part: str, *, timeout: float = 30.0) -> str:
         """What a part shows to Prometheus; Envoy by its admin interface."""
         address = f"{self.admin_port}/stats/prometheus" if part == "envoy" else f"{self.metrics_ports[part]}/metrics"
-        return httpx.get(f"http://127.0.0.1:{address}", timeout=30).raise_for_status().text
+        return httpx.get(f"http://127.0.0.1:{address}", timeout=timeout).raise_for_status().text
 
     def asked_extauth(self) -> int:
         """How often Envoy has asked extauth."""
