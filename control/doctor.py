@@ -137,7 +137,7 @@ def _postgres(url: str) -> Iterator[Remark]:
 def _store(url: str) -> Iterator[Remark]:
     with redis.Redis.from_url(url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS) as client:
         began = time.time()
-        seconds, micros = client.time()  # type: ignore[misc]  # redis-py types every answer as one that may be awaited
+        seconds, micros = client.time()
         ended = time.time()
         yield diagnosis.judge_clock("clock of the store", seconds + micros / 1e6 - (began + ended) / 2)
         memory: Any = client.info("memory")

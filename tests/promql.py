@@ -78,9 +78,9 @@ def names(expr: str) -> set[str]:
 def _names(node: Any) -> Iterator[str]:
     match node:
         case pp.VectorSelector():
-            yield node.name
+            yield str(node.name)
         case pp.MatrixSelector():
-            yield node.vector_selector.name
+            yield str(node.vector_selector.name)
         case pp.Call():
             for argument in node.args:
                 yield from _names(argument)
@@ -102,7 +102,7 @@ def _value(node: Any, samples: Samples, at: float) -> Vector | float:
             return _value(node.expr, samples, at)
         case pp.VectorSelector():
             return {
-                labels | {("__name__", node.name)}: row[-1][1]
+                labels | {("__name__", str(node.name))}: row[-1][1]
                 for labels, row in samples.select(node, at - LOOKBACK, at) if row and row[-1][1] is not None
             }  # fmt: skip
         case pp.Call():
@@ -195,7 +195,7 @@ def _binary(node: Any, left: Vector | float, right: Vector | float) -> Vector | 
 
 def _each(op: str, pairs: Iterable[tuple[Labels, float, float]], *, kept: int = 1) -> Vector:
     if op in _COMPARE:
-        return {pair[0]: pair[kept] for pair in pairs if _COMPARE[op](pair[1], pair[2])}
+        return {pair[0]: pair[2] if kept == 2 else pair[1] for pair in pairs if _COMPARE[op](pair[1], pair[2])}
     return {_nameless(labels): _ARITHMETIC[op](left, right) for labels, left, right in pairs}
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from control.monitoring.catalogue import as_json, as_markdown, read_catalogue
+from control.monitoring.dashboards import ALL, DIRECTORY
+from control.monitoring.grafana import as_grafana
 from control.monitoring.rules import RULES_PATH, as_rules
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -25,6 +27,7 @@ def made_files() -> Mapping[str, str]:
         "docs/reference/metrics.md": as_markdown(metrics),
         "docs/reference/metrics.json": as_json(metrics),
         RULES_PATH: as_rules(),
+        **{f"{DIRECTORY}/{one.uid}.json": as_grafana(one) for one in ALL},
     }
 
 

@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import promql_parser
 import pytest
@@ -94,7 +96,7 @@ def test_bounds_that_expressions_name_are_buckets() -> None:
             assert bound in buckets[name], name
 
 
-def counter(values: list[float]) -> Samples:
+def counter(values: Sequence[float]) -> Samples:
     """One series `x_total`, a value each half minute."""
     samples = Samples()
     for number, value in enumerate(values):
@@ -145,7 +147,7 @@ def test_prometheus_itself_takes_the_rules_and_agrees_with_the_evaluator(reposit
         "sum(x_total) or vector(1)", "sum(nothing) or vector(1)", "(sum(rate(x_total[2m])) > 0.01 and sum(rate(x_total[5m])) > 0.01)",
         "abs(x_total - 40)", "sum(rate(x_total[5m])) / (sum(rate(x_total[5m])) > 0)",
     ]  # fmt: skip
-    tests = [
+    tests: list[dict[str, Any]] = [
         {"expr": expr, "eval_time": f"{at}s", "exp_samples": [
             {"labels": "{" + ", ".join(f'{name}="{value}"' for name, value in sorted(labels) if name != "__name__") + "}", "value": value}
             for labels, value in evaluate(expr, counter(values), float(at)).items()
@@ -155,7 +157,7 @@ def test_prometheus_itself_takes_the_rules_and_agrees_with_the_evaluator(reposit
     for test in tests:
         # To a millionth: Prometheus adds in another order.
         test["expr"] = f"round({test['expr']}, 0.000001)"
-        for sample in test["exp_samples"]:  # type: ignore[attr-defined]
+        for sample in test["exp_samples"]:
             sample["value"] = round(sample["value"] * 1_000_000) / 1_000_000
     document = {"evaluation_interval": "30s", "tests": [{"interval": "30s", "input_series": [
         {"series": 'x_total{a="b"}', "values": " ".join(map(str, values))}], "promql_expr_test": tests}]}  # fmt: skip
