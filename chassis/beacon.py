@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+from prometheus_client import Counter
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
 from chassis.serving import run
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import listen
+from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
 from chassis.watching import file_version
 
@@ -41,6 +45,19 @@ SAID_AGAIN_AFTER_SECONDS: Final = 0.3
 #: Documents of the state directory that decisions depend on as well; a new one makes everything stale.
 DOCUMENTS: Final = (contract.MODELS_PATH, contract.IDENTITY_PATH)
 _TICK_SECONDS: Final = 0.05
+
+_WRITE_FAILURES: Final = Counter(
+    "peaje_beacon_write_failures_total", "Times that what Envoy's workers read could not be written; tried again at once."
+)
+
+
+class Settings(BaseSettings):
+    """The beacon's own settings; the stores' are in `StoreSettings`."""
+
+    model_config = SettingsConfigDict(env_prefix="PEAJE_BEACON_", frozen=True)
+
+    #: Loopback port for Prometheus; 0 shows no metrics.
+    metrics_port: int = Field(default=0, ge=0, le=65535)
 
 
 @dataclass(slots=True)
@@ -120,6 +137,7 @@ class Beacon:
         except OSError as exc:
             # Tried again at the next step; until then entries end by their own time.
             log.error("beacon_cannot_write", reason=exc.strerror)
+            _WRITE_FAILURES.inc()
             return
         self._published = self.news.sequence
 
@@ -127,7 +145,9 @@ class Beacon:
 def main() -> None:
     """Publish until SIGTERM."""
     configure("beacon")
-    stores = StoreSettings()
+    stores, settings = StoreSettings(), Settings()
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -246,6 +246,11 @@ J_ADMISSION: Final = "admission"
 J_ENGINE: Final = "engine"
 #: Names one life of one Envoy process; set by whoever starts Envoy.
 J_EPOCH: Final = "epoch"
+#: Microseconds, by Envoy's own clock, for who watches and never for a bill: from the last byte of the request to the
+#: first one that the model server is sent; to the first byte of the answer's body; from that to the answer's last byte.
+J_ADDED_US: Final = "added_us"
+J_FIRST_BYTE_US: Final = "first_byte_us"
+J_ANSWER_US: Final = "answer_us"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
 #: The same, as Envoy sends it with each call to ratelimit.
 EPOCH_CALL_METADATA: Final = "x-peaje-envoy-epoch"
@@ -269,6 +274,9 @@ JOURNAL_KEYS: Final = (
     J_REQUEST,
     J_USAGE,
     J_ADMISSION,
+    J_ADDED_US,
+    J_FIRST_BYTE_US,
+    J_ANSWER_US,
     J_ENGINE,
     J_EPOCH,
 )

@@ -56,9 +56,10 @@ def main() -> None:
     """Serve until SIGTERM."""
     configure("extauth")
     stores, settings = StoreSettings(), Settings()
-    directory = Directory(
-        read_pool(stores.require_postgres(), name="extauth", connections=settings.connections), clock=utc_now
-    )
+    pool = read_pool(stores.require_postgres(), name="extauth", connections=settings.connections)
+    # Callers that are remembered pass for a while, all others get 503: extauth/core/cache.py.
+    metrics.FAILURE_MODE.labels("postgres", "remembered_only").set_function(lambda: pool.is_away)
+    directory = Directory(pool, clock=utc_now)
     directory.watch(stores.require_postgres())
     control, peppers = ControlSettings(), load_peppers(stores.home)
     writes = KeyWrites(stores.require_postgres(), clock=utc_now, newest_pepper=max(peppers))

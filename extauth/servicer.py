@@ -24,8 +24,8 @@ from chassis import contract
 from chassis.keys import ParsedKey
 from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
-from chassis.telemetry import metrics
 from chassis.wire import ext_authz_pb2 as wire
+from extauth.adapters import metrics
 from extauth.adapters.identities import Identities
 from extauth.core import decision
 from extauth.core.credential import find_credential

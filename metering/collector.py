@@ -32,8 +32,9 @@ from chassis.models import WatchedCatalogue
 from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
-from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
+from chassis.telemetry.metrics import FAILURE_MODE, serve
+from metering.adapters import metrics
 from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
@@ -95,6 +96,8 @@ class Settings(BaseSettings):
     admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
     #: Loopback port for Prometheus; 0 shows no metrics.
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    #: Tenants that have series of their own there, eleven each; all others share one label.
+    metrics_tenants: int = Field(default=100, ge=0, le=10_000)
 
 
 @dataclass(slots=True)
@@ -124,6 +127,7 @@ class Collector:
     disk: Disk
     places: dict[str, Place]
     lives: Lives
+    exchanges: metrics.Exchanges
     reader: Reader = field(default_factory=Reader)
     #: When open exchanges were last marked: silence counts from there. None: not in this life.
     marked: float | None = None
@@ -193,9 +197,9 @@ class Collector:
                 log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
                 metrics.DEFECTS.labels(self.name).inc()
         for request_id in added:
-            event = batch.events[request_id]
-            metrics.ROWS.labels(event.basis, event.outcome).inc()
-            metrics.ROW_DELAY_SECONDS.observe(max(0.0, (now - event.ended_at).total_seconds()))
+            self.exchanges.recorded(batch.events[request_id], batch.ended[request_id], now)
+        for refusal in batch.refusals:
+            self.exchanges.refused(refusal)
         absorbed = len(batch.events) - len(added)
         metrics.DUPLICATES_ABSORBED.inc(absorbed)
         size = sum(len(piece.data) for piece in pieces)
@@ -231,6 +235,7 @@ class Collector:
     def _measure(self) -> None:
         metrics.DISK_USED_PERCENT.labels(self.name).set(self.disk.used_percent)
         metrics.ROAD_CLOSED.labels(self.name).set(self.disk.closed_mark.exists())
+        FAILURE_MODE.labels("disk", self.settings.when_full.value).set(self.disk.level is Level.ACT)
         unread = sum(file.size - min(file.size, _offset_of(self.places, file)) for file in look(self.live))
         metrics.LAG_BYTES.labels(self.name).set(unread)
         metrics.EXCEPTIONS_OPEN.set(self.ledger.exceptions_open())
@@ -285,13 +290,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        serve(settings.metrics_port)
     if settings.conservation_seconds:
         Conservation(
             url=url, catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
             clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
         ).start()
-    _collect_all(sources, directory, lambda source: collect(source, url, settings, stop), stop)
+    exchanges = metrics.Exchanges(tenants_max=settings.metrics_tenants)
+    _collect_all(sources, directory, lambda source: collect(source, url, settings, stop, exchanges), stop)
 
 
 def _collect_all(
@@ -316,13 +322,18 @@ def _collect_all(
         future.result()
 
 
-def collect(source: Source, url: str, settings: Settings, stop: threading.Event) -> None:
+def collect(
+    source: Source, url: str, settings: Settings, stop: threading.Event, exchanges: metrics.Exchanges
+) -> None:
     """Read one journal until *stop*, and then what is left of it; what is away is waited for."""
     disk = Disk(
         directory=source.live.parent, closed_mark=source.live.with_name(Path(contract.JOURNAL_CLOSED_PATH).name),
         when_full=settings.when_full,
     )
     metrics.LAG_SECONDS.labels(source.name).set_function(_seconds_since(time.monotonic()))
+    # A counter that appears with its first count has never grown, as Prometheus sees it.
+    metrics.DEFECTS.labels(source.name)
+    metrics.ORPHANS_CLOSED.labels(source.name)
     port = source.admin_port
     rotation = Rotation(
         live=source.live, bytes_max=settings.rotate_bytes, reopen=None if port is None else lambda: reopen_journal(port)
@@ -334,7 +345,8 @@ def collect(source: Source, url: str, settings: Settings, stop: threading.Event)
             try:
                 _run(
                     Collector(
-                        source.name, source.live, ledger, settings, rotation, disk, ledger.places(), ledger.lives()
+                        source.name, source.live, ledger, settings, rotation, disk, ledger.places(), ledger.lives(),
+                        exchanges,
                     ),
                     stop,
                 )

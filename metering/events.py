@@ -35,8 +35,9 @@ from chassis.errors import Unavailable
 from chassis.secrets import load_peppers
 from chassis.serving import run
 from chassis.settings import StoreSettings
-from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
+from chassis.telemetry.metrics import serve
+from metering.adapters import events_metrics as metrics
 from metering.adapters.credits import settle_all as settle_credits
 from metering.adapters.notices import (
     ALL_HOURS,
@@ -259,7 +260,7 @@ def main() -> None:
     stores, settings = StoreSettings(), Settings()
     stop = threading.Event()
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        serve(settings.metrics_port)
     asyncio.run(_serve(stores, settings, stop))
 
 

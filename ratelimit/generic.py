@@ -19,11 +19,10 @@ import grpc
 from chassis.contract import RLS_DOMAIN
 from chassis.errors import Invalid, Unavailable
 from chassis.serving import Unary
-from chassis.telemetry import metrics
 from chassis.wire import ratelimit_descriptor_pb2, ratelimit_pb2
+from ratelimit.adapters import rule_metrics as metrics
 from ratelimit.adapters.local import Breaker
 from ratelimit.adapters.rule_counters import Count
-from ratelimit.adapters.rule_metrics import RuleMetrics
 from ratelimit.core.rls.rules import Match, Rule, Rules, Unit, replaced
 from ratelimit.core.rls.verdict import (
     HITS_MAX,
@@ -94,7 +93,7 @@ class GenericServicer:
         self._counters = counters
         self._breaker = breaker
         self._options = options
-        self._metrics = RuleMetrics()
+        self._metrics = metrics.RuleMetrics()
 
     def should_rate_limit(self, request: _Request, context: grpc.ServicerContext) -> _Response:
         """Count all descriptors and answer for each, in order; `Invalid` for what no Envoy sends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from chassis.serving import serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
-from chassis.telemetry.metrics import serve
+from chassis.telemetry.metrics import FAILURE_MODE, serve
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics, tokenizers
 from ratelimit.adapters.counters import STORE_TIMEOUT_SECONDS, ClusterCounters, StoredCounters, connect
@@ -29,6 +30,7 @@ from ratelimit.adapters.rule_files import DIRECTORY, RuleFiles
 from ratelimit.adapters.sweep import Sweep, sweep_for_ever
 from ratelimit.core.demand import pool_place
 from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import OnStoreError
 from ratelimit.generic import GenericServicer, Options, WhenUnavailable, by_domain
 from ratelimit.servicer import METHOD, Servicer
 
@@ -99,6 +101,13 @@ def main() -> None:
 
     breaker = Breaker(clock=time.monotonic, opened=probe)
     metrics.STORE_AWAY.set_function(lambda: breaker.is_open)
+    def acts(mode: OnStoreError) -> Callable[[], bool]:
+        return lambda: breaker.is_open and mode in limits.modes
+
+    for mode in OnStoreError:
+        FAILURE_MODE.labels("store", mode.value).set_function(acts(mode))
+    # The limits and prices that were read last stay in force.
+    FAILURE_MODE.labels("postgres", "as_last_read").set_function(lambda: pool.is_away)
     if settings.metrics_port:
         serve(settings.metrics_port)
 

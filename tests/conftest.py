@@ -25,7 +25,7 @@ from tests.hostile.guessing import UNKNOWN_PER_MINUTE
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
 #: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
-_KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN")
+_KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN", "PEAJE_PROMTOOL")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Events of what runs in this process, also from threads of a test that is over, never mix with what a test reads.
@@ -102,10 +102,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
-    ports = dict(zip(("EXTAUTH", "RATELIMIT", "METERING", "COLLECTOR", "EVENTS"), free_ports(5), strict=True))
-    settings |= {f"PEAJE_{part}_METRICS_PORT": str(port) for part, port in ports.items()}
+    ports = dict(zip(("extauth", "ratelimit", "metering", "collector", "beacon", "events"), free_ports(6), strict=True))
+    settings |= {f"PEAJE_{part.upper()}_METRICS_PORT": str(port) for part, port in ports.items()}
     with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
-        installation.metrics_ports = tuple(ports.values())
+        installation.metrics_ports = ports
         yield installation
         # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
         assert [] == installation.leaks()

@@ -16,6 +16,7 @@ import psycopg
 
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
+from metering.adapters.metrics import Exchanges
 from metering.adapters.rotation import Rotation
 from metering.adapters.tail import starts_of
 from metering.collector import Collector, Settings
@@ -121,7 +122,7 @@ def collecting(url: str, live: Path, *, journal: str = "local", reopened: bool =
     rotation = Rotation(live=live, bytes_max=chosen.rotate_bytes, reopen=lambda: reopened)
     disk = Disk(directory=live.parent, closed_mark=live.parent / "closed", when_full=WhenFull.REFUSE)
     try:
-        yield Collector(journal, live, ledger, chosen, rotation, disk, ledger.places(), ledger.lives())
+        yield Collector(journal, live, ledger, chosen, rotation, disk, ledger.places(), ledger.lives(), Exchanges(tenants_max=100))
     finally:
         ledger.close()
 

@@ -21,6 +21,7 @@ from psycopg import sql
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from chassis.errors import Unavailable
+from chassis.telemetry import metrics
 
 log = structlog.get_logger()
 
@@ -94,6 +95,11 @@ class ReadPool:
         self._lost(pool)
         raise Unavailable("Postgres did not answer.")
 
+    @property
+    def is_away(self) -> bool:
+        """Whether reads are refused because Postgres does not answer."""
+        return self._is_away
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         with self._lock:
@@ -163,6 +169,20 @@ class ReadPool:
             pause = max(0.0, began + ATTEMPT_EVERY_SECONDS - time.monotonic())
 
 
+class _Pulse:
+    """When a listener last heard itself, as metrics show it."""
+
+    def __init__(self, name: str) -> None:
+        self._at = time.monotonic()
+        self._heard = metrics.LISTENER_HEARD_SECONDS.labels(name)
+        metrics.LISTENER_SILENT_SECONDS.labels(name).set_function(lambda: time.monotonic() - self._at)
+
+    def after(self, began: float) -> None:
+        """It heard the pulse that it sent at *began*."""
+        self._at = time.monotonic()
+        self._heard.observe(self._at - began)
+
+
 def read_pool(url: str, *, name: str, connections: int) -> ReadPool:
     """Open a pool for short reads; it fills itself in the background, so an absent Postgres does not block."""
     return ReadPool(url, name=name, connections=connections)
@@ -184,6 +204,7 @@ def listen(
     is deaf without being closed (a cut path, a frozen server, a proxy that gives each statement another
     session) counts as lost within two pulses.
     """
+    heard = _Pulse(name)
 
     def run() -> None:
         while True:
@@ -199,7 +220,7 @@ def listen(
                         connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
                     for channel in channels:
                         changed(channel, "")
-                    while _hear(connection, pulse, changed):
+                    while _hear(connection, pulse, changed, heard):
                         pass
                     log.warning("listen_deaf")
             except psycopg.Error as exc:
@@ -211,17 +232,19 @@ def listen(
     return thread
 
 
-def _hear(connection: _Listening, pulse: str, changed: Callable[[str, str], None]) -> bool:
+def _hear(connection: _Listening, pulse: str, changed: Callable[[str, str], None], heard: _Pulse) -> bool:
     """
     Pass on what is notified until the next pulse is due; whether this one was heard.
 
     Postgres delivers in the order of commits: whoever hears a pulse has heard all that changed before it.
     """
+    began = time.monotonic()
     connection.execute("select pg_notify(%s, '')", (pulse,))
     is_heard = False
     for notice in connection.notifies(timeout=PULSE_EVERY_SECONDS):
         if notice.channel == pulse:
             is_heard = True
+            heard.after(began)
         else:
             changed(notice.channel, notice.payload)
     return is_heard

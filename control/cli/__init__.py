@@ -21,6 +21,7 @@ from control.cli import (
     keys,
     ledger,
     limits,
+    operate,
     operators,
     prices,
     projects,
@@ -56,6 +57,7 @@ app.add_typer(reconcile.app, name="reconcile")
 invoices.register(app)
 reratings.register(app)
 reports.register(app)
+operate.register(app)
 laptop.register(app)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, LiteralString, TypeVar
 
 from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all, listen
-from chassis.telemetry import metrics
+from extauth.adapters import metrics
 from extauth.core.cache import Remembered
 from extauth.core.identity import AccountState, Identity, KeyState, Standing
 from extauth.core.patterns import Patterns

@@ -22,9 +22,9 @@ from chassis import contract, keys
 from chassis.errors import Invalid, PeajeError, Unavailable
 from chassis.refusals import Refusal
 from chassis.secrets import read_secret
-from chassis.telemetry import metrics
 from chassis.watching import file_version
 from extauth.adapters import document as documents
+from extauth.adapters import metrics
 from extauth.adapters.directory import Directory
 from extauth.adapters.introspection import Introspection, over_http
 from extauth.adapters.jwks import KeySource

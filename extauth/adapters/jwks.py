@@ -10,6 +10,7 @@ that was waited for in vain is not waited for again until it has answered.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
-from chassis.telemetry import metrics
+from extauth.adapters import metrics
 from extauth.core.claims import KEY_ID_LENGTH_MAX, Unusable, strict_object
 
 log = structlog.get_logger()
@@ -162,11 +163,14 @@ class KeySource:
             self._condition.notify_all()
         return fetched is not None
 
+    def _age_seconds(self) -> float:
+        """Without a set, infinite: nothing of this issuer can be verified."""
+        return math.inf if self._set is None else self._clock() - self._set.fetched_at
+
     def _run(self) -> None:
+        metrics.JWKS_AGE_SECONDS.labels(self._name).set_function(self._age_seconds)
         while True:
             is_good = self.refresh()
-            if self._set is not None:
-                metrics.JWKS_AGE_SECONDS.labels(self._name).set(self._clock() - self._set.fetched_at)
             pause = REFRESH_SECONDS if is_good else self._retry_seconds()
             with self._condition:
                 self._condition.wait_for(lambda: self._is_closed or self._rounds < self._wanted_round, pause)

@@ -16,7 +16,7 @@ from typing import Final
 import psycopg
 import structlog
 
-from chassis.telemetry import metrics
+from extauth.adapters import metrics
 from extauth.core.uses import Use, Uses
 
 log = structlog.get_logger()

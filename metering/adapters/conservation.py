@@ -18,7 +18,7 @@ import psycopg
 import structlog
 
 from chassis.models import Model, ModelCatalogue
-from chassis.telemetry import metrics
+from metering.adapters import metrics
 from metering.adapters.engines import fetch
 from metering.core.conservation import Counters, Interval, State, Watch
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import psycopg
 import structlog
 
-from chassis.telemetry import metrics
+from metering.adapters import witness_metrics as metrics
 from metering.core.witness import Kind, Row, Sighting, compare
 
 log = structlog.get_logger()

@@ -74,6 +74,8 @@ class LimitsSource:
         self._pools: Mapping[str, Pool] = {}
         self._weights: Mapping[str, int] = {}
         self.current = LimitTable(())
+        #: What the limits in force do while the store is away.
+        self.modes: frozenset[OnStoreError] = frozenset()
         self._load_first()
 
     def watch(self, url: str) -> None:
@@ -150,6 +152,7 @@ class LimitsSource:
         self._weights = dict(fetch_all(self._pool, _WEIGHTS, ()))
         self._by_id = {limit.limit_id: limit for limit in limits}
         self._prices = prices
+        self.modes = frozenset(limit.on_store_error for limit in limits)
         self.current = LimitTable(limits)
 
 

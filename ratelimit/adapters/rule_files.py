@@ -15,8 +15,8 @@ from typing import Final
 
 import structlog
 
-from chassis.telemetry import metrics
 from chassis.watching import file_version
+from ratelimit.adapters import rule_metrics as metrics
 from ratelimit.core.rls.document import Document, all_remarks, combine, read
 from ratelimit.core.rls.fields import Remark
 from ratelimit.core.rls.rules import Rules

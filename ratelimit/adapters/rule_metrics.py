@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count what generic rules do, under a bounded number of names whatever callers send."""
+"""What generic rules count, under a bounded number of names whatever callers send."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from chassis.telemetry import metrics
+from prometheus_client import Counter, Gauge
+
 from ratelimit.core.rls.rules import Match
 from ratelimit.core.rls.verdict import Stat
+
+#: The descriptor is as the operators' files have it; with callers' values in it only where a file asks for
+#: that, and then only the first of them.
+RULE_HITS: Final = Counter(
+    "peaje_ratelimit_rule_hits_total", "Hits of generic rules; the stats are envoyproxy/ratelimit's.",
+    ["domain", "descriptor", "stat"],
+)  # fmt: skip
+RULE_RELOADS: Final = Counter(
+    "peaje_ratelimit_rule_reloads_total", "New generic rules, by whether they were taken.", ["outcome"]
+)
+RULES_CURRENT: Final = Gauge("peaje_ratelimit_rules_current", "1 if the generic rules in force are those of the files, else 0.")
+RULE_DOMAIN_UNKNOWN: Final = Counter(
+    "peaje_ratelimit_rule_domain_unknown_total", "Requests of a domain that no file has: all of them pass."
+)
+RULE_SHADOWED: Final = Counter(
+    "peaje_ratelimit_rule_global_shadow_total", "Requests that passed because all rules are in shadow mode."
+)
+RULE_STORE_ERRORS: Final = Counter(
+    "peaje_ratelimit_rule_store_errors_total", "Requests that were answered without the counter store.", ["answer"]
+)
 
 #: Names with callers' values in them (detailed_metric, value_to_metric); later values count for their rule alone.
 DETAILED_MAX: Final = 1_000
@@ -31,7 +52,7 @@ class RuleMetrics:
         """Count what one descriptor was."""
         label = self._label(match)
         for stat, count in stats.items():
-            metrics.RULE_HITS.labels(OTHER if label == OTHER else domain, label, stat.value).inc(count)
+            RULE_HITS.labels(OTHER if label == OTHER else domain, label, stat.value).inc(count)
 
     def _label(self, match: Match) -> str:
         path = match.rule.path

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ class Installation:
     admin_port: int
     _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
     #: Where its services show metrics.
-    metrics_ports: tuple[int, ...] = ()
+    metrics_ports: dict[str, int] = field(default_factory=dict)
     #: Every key that tests were given, to be looked for at the end where it must not be.
     issued: list[str] = field(default_factory=list, repr=False)
 
@@ -162,7 +162,7 @@ class Installation:
             yield "valkey", key + repr(read[kind](key) if kind != b"none" else b"").encode()
         for path in ("stats?usedonly", "config_dump", "clusters", "certs", "server_info"):
             yield f"envoy {path}", httpx.get(f"http://127.0.0.1:{self.admin_port}/{path}", timeout=30).content
-        for port in self.metrics_ports:
+        for port in self.metrics_ports.values():
             yield f"metrics on {port}", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).raise_for_status().content
 
     @contextmanager
@@ -217,6 +217,15 @@ class Installation:
             else:
                 return pid
 
+    def silence(self, part: str, call: Callable[[], object]) -> None:
+        """Make *call* while a part stands still and answers nobody."""
+        pid = self.pid(part)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            call()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def wait_restarted(self, part: str, old_pid: int, timeout: float = 30.0) -> None:
         """Wait until the supervisor has a new, ready process for *part*, and Envoy sees it."""
         deadline = time.monotonic() + timeout
@@ -237,6 +246,11 @@ class Installation:
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.1)
             answer = self.post(newcomer, json=chat())
+
+    def scrape(self, part: str, *, timeout: float = 30.0) -> str:
+        """What a part shows to Prometheus; Envoy by its admin interface."""
+        address = f"{self.admin_port}/stats/prometheus" if part == "envoy" else f"{self.metrics_ports[part]}/metrics"
+        return httpx.get(f"http://127.0.0.1:{address}", timeout=timeout).raise_for_status().text
 
     def asked_extauth(self) -> int:
         """How often Envoy has asked extauth."""

@@ -17,7 +17,7 @@ from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
 from chassis.clock import utc_now
-from chassis.telemetry import metrics
+from metering.adapters import events_metrics as metrics
 from metering.adapters import outbox
 from metering.adapters.outbox import Outbox
 from metering.events import Deliveries

@@ -10,8 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from chassis.telemetry import metrics
 from metering.adapters import retiring
+from metering.adapters import witness_metrics as metrics
 from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane
 from tests.integration.test_reconciliation import reconcile, seen
