@@ -101,6 +101,6 @@ def cache_hit(*, known: bool) -> None:
     (_KNOWN if known else _UNKNOWN).inc()
 
 
-def serve(port: int) -> None:
-    """Show the metrics on loopback; Envoy's listener never leads there."""
-    start_http_server(port, addr="127.0.0.1")
+def serve(port: int, *, host: str = "127.0.0.1") -> None:
+    """Show the metrics, on loopback if nothing else is said; Envoy's listener never leads there."""
+    start_http_server(port, addr=host)
