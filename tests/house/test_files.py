@@ -133,7 +133,7 @@ def test_a_requirement_that_is_not_locked_is_found(plant: Planter) -> None:
         {
             "pyproject.toml": (
                 '[project]\ndependencies = ["a>=1", "B_c[x]>=2"]\n'
-                '[project.optional-dependencies]\nlaptop = ["d==1"]\ntest = ["e"]\n'
+                '[project.optional-dependencies]\nlaptop = ["d==1"]\ntest = ["e"]\nchart = ["f"]\n'
             ),
             "locks/peaje.lock": f"a==1 \\\n{_HASH}\nd==1 \\\n{_HASH}\n",
             "locks/test.lock": f"a==2 \\\n{_HASH}\nd==1 \\\n{_HASH}\n",
@@ -143,5 +143,6 @@ def test_a_requirement_that_is_not_locked_is_found(plant: Planter) -> None:
     assert [
         "peaje.lock does not have b-c",
         "test.lock does not have e",
+        "test.lock does not have f",
         "test.lock differs from peaje.lock in a",
     ] == files.unlocked_requirements(tree)
