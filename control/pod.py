@@ -24,6 +24,7 @@ from typing import Final
 
 import httpx
 import structlog
+import yaml
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -56,6 +57,8 @@ class Settings(BaseSettings):
 
     #: Directory with what Kubernetes mounts.
     mounts: Path = Path("/etc/peaje")
+    #: Address on which Envoy takes tenants' requests; empty: what envoy.yaml says. The chart writes it there itself.
+    bind_address: str = ""
     #: Port on which Envoy's metrics are shown, on PEAJE_METRICS_HOST; 0: nowhere.
     envoy_metrics_port: int = Field(default=0, ge=0, le=65535)
     #: How long streams may take to end once the pod is to go.
@@ -64,7 +67,7 @@ class Settings(BaseSettings):
     admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
 
 
-def prepare(home: Path, mounts: Path) -> None:
+def prepare(home: Path, mounts: Path, *, bind_address: str = "") -> None:
     """
     Lay out the state directory from what is mounted; raises `Invalid`. Doing it again changes nothing.
 
@@ -83,7 +86,10 @@ def prepare(home: Path, mounts: Path) -> None:
         _link(home / IDENTITY_PATH, mounts / "identity" / Path(IDENTITY_PATH).name)
     elif not (home / IDENTITY_PATH).exists():
         write_private(home / IDENTITY_PATH, DEFAULT_TEXT)
-    if (home / "envoy/envoy.yaml").exists():
+    bootstrap = home / "envoy/envoy.yaml"
+    if bootstrap.exists():
+        if bind_address:
+            _bind(bootstrap, bind_address)
         publish(home / MODELS_PATH, home / "envoy")
 
 
@@ -163,6 +169,13 @@ def envoy_command(arguments: Sequence[str], program: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def _bind(path: Path, address: str) -> None:
+    bootstrap = yaml.safe_load(path.read_text())
+    for listener in bootstrap["static_resources"]["listeners"]:
+        listener["address"]["socket_address"]["address"] = address
+    path.write_text(yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+
+
 def _copy_secrets(source: Path, target: Path) -> None:
     mounted = {path.name: path for path in _files(source)}
     for name, path in mounted.items():
@@ -202,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
     os.chdir(stores.home)
     match arguments:
         case ["prepare"]:
-            prepare(stores.home, settings.mounts)
+            prepare(stores.home, settings.mounts, bind_address=settings.bind_address)
         case ["pools"]:
             configure("pools")
             stop = threading.Event()

@@ -99,6 +99,20 @@ def test_preparing_again_changes_nothing(tmp_path: Path, mounts: Path) -> None:
     assert before == texts()
 
 
+def test_the_tenants_address_is_changed_where_it_is_asked_for_and_nothing_else(tmp_path: Path) -> None:
+    """A container's loopback is nobody's; the admin page stays there."""
+    repository = Path(__file__).resolve().parents[2]
+    (tmp_path / "mounts").mkdir()
+    (tmp_path / "mounts/envoy").symlink_to(repository / "envoy")
+    _mount(tmp_path / "mounts/models", {"models.yaml": _MODELS.replace("MODEL", "one")})
+    expected = yaml.safe_load((repository / "envoy/envoy.yaml").read_text())
+    expected["static_resources"]["listeners"][0]["address"]["socket_address"]["address"] = "0.0.0.0"
+
+    pod.prepare(tmp_path / "home", tmp_path / "mounts", bind_address="0.0.0.0")
+
+    assert expected == yaml.safe_load((tmp_path / "home/envoy/envoy.yaml").read_text())
+
+
 def test_without_models_nothing_starts(tmp_path: Path, mounts: Path) -> None:
     """One line that names what is not mounted."""
     (mounts / "models/models.yaml").unlink()
