@@ -41,6 +41,7 @@ _RETRY_SECONDS: Final = 2.0
 class Settings(StoreSettings):
     """What the control API needs besides the stores."""
 
+    #: TCP port.
     control_port: int = Field(default=10001, ge=1, le=65535)
     #: Address to listen on. Any but loopback needs a certificate: operators' tokens would be read on the way.
     control_host: str = "127.0.0.1"
