@@ -37,7 +37,7 @@ def test_no_file_knows_a_machine_or_a_package_index(repository: Path) -> None:
     assert [] == files.local_traces(repository)
 
 
-@pytest.mark.parametrize("lock", ["peaje.lock", "test.lock", "services.lock", "tools.lock", "dynamo.lock"])
+@pytest.mark.parametrize("lock", ["peaje.lock", "test.lock", "services.lock", "tools.lock", "docs.lock", "dynamo.lock"])
 def test_every_locked_package_is_pinned_and_hashed(repository: Path, lock: str) -> None:
     """Nothing else is in a lock: no option, no address."""
     assert files.read_lock(repository / "locks" / lock)

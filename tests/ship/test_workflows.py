@@ -133,7 +133,7 @@ def test_a_change_is_linted_typed_tested_built_and_audited() -> None:
     """Whoever removes one of these has to remove it here, too."""
     ci = _scripts("ci.yml")
 
-    for wanted in ("ruff check", "mypy", ".ci/run", "tests/chart", "helm package", "--target services", "--target gateway", "pip-audit"):
+    for wanted in ("ruff check", "mypy", ".ci/run", "tests/chart", "helm package", "--target services", "--target gateway", "mkdocs", "pip-audit"):
         assert wanted in ci
     assert {"push", "pull_request", "schedule"} == _load("ci.yml")["on"].keys()
 
