@@ -63,6 +63,8 @@ class Settings(BaseSettings):
     envoy_metrics_port: int = Field(default=0, ge=0, le=65535)
     #: How long streams may take to end once the pod is to go.
     drain_seconds: float = Field(default=600.0, gt=0)
+    #: How long Envoy stays even if nothing is under way: until everybody has heard that the pod is to go.
+    drain_least_seconds: float = Field(default=5.0, ge=0)
     #: Envoy's admin interface, on loopback.
     admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
 
@@ -228,9 +230,16 @@ def main(arguments: Sequence[str]) -> None:
             command = envoy_command(rest, find_envoy(os.environ))
             os.execve(command[0], command, {**os.environ, EPOCH_ENVIRONMENT: uuid.uuid4().hex})  # noqa: S606 - becomes Envoy
         case ["drain"]:
-            asyncio.run(drain(f"http://127.0.0.1:{settings.admin_port}", seconds=settings.drain_seconds))
+            asyncio.run(_drain(settings))
         case _:
             raise Invalid("Say what to do.", mend="One of: prepare, pools, envoy, drain.")
+
+
+async def _drain(settings: Settings) -> None:
+    await asyncio.gather(
+        drain(f"http://127.0.0.1:{settings.admin_port}", seconds=settings.drain_seconds),
+        asyncio.sleep(settings.drain_least_seconds),
+    )
 
 
 def _main_of(arguments: Sequence[str]) -> Callable[[], None]:

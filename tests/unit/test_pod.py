@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import threading
@@ -201,6 +202,31 @@ def test_an_envoy_that_is_away_is_said_to_be(admin: int) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_pod_that_is_to_go_drains_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a little in any case: others have yet to hear of it."""
+    asked: list[tuple[str, float]] = []
+    slept: list[float] = []
+
+    async def drain(admin: str, *, seconds: float) -> None:
+        asked.append((admin, seconds))
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(pod, "drain", drain)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(os, "umask", lambda _mode: 0)
+    monkeypatch.setenv("PEAJE_HOME", str(tmp_path))
+    monkeypatch.setenv("PEAJE_POD_DRAIN_SECONDS", "3600")
+    monkeypatch.setenv("PEAJE_ADMIN_PORT", "9999")
+    monkeypatch.chdir(tmp_path)
+
+    pod.main(["drain"])
+
+    assert [("http://127.0.0.1:9999", 3600.0)] == asked
+    assert [5.0] == slept
 
 
 def test_an_unknown_word_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
