@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 
 from chassis import contract
+from ratelimit.adapters.rule_files import DIRECTORY as RULES
 from tests.chart.rendering import (
     PRESETS,
     Object,
@@ -329,6 +330,20 @@ def test_every_selector_finds_its_pods(name: str) -> None:
             case _:
                 continue
         assert 1 == len(with_labels(objects, labels)), identity(one)
+
+
+@pytest.mark.parametrize("placement", ["separate", "sidecar"])
+def test_ratelimit_finds_rules_and_tokenizers_where_it_looks(placement: str) -> None:
+    """In either placement, read only; nobody else has them."""
+    objects = render({"placement": placement, "ratelimit": {"rulesConfigMap": "rules", "tokenizersClaim": "models"}})
+    mounts = {
+        one["name"]: {mount["mountPath"] for mount in one["volumeMounts"] if mount["name"] in ("rules", "tokenizers")}
+        for _, one, _pod in containers(objects)
+    }
+
+    assert {f"/var/lib/peaje/{RULES}", "/srv/models"} == mounts.pop("ratelimit")
+    assert set() == set().union(*mounts.values())
+    assert [] == list(writable_places(objects))
 
 
 def test_a_store_that_is_away_is_shared_by_as_many_as_there_can_be() -> None:

@@ -150,6 +150,27 @@ volumeMounts:
 {{- end }}
 {{- end -}}
 
+{{- /* What ratelimit alone reads: rules of the operator's other routes, the models' tokenizers. */ -}}
+{{- define "peaje.ratelimitVolumes" -}}
+{{- with .Values.ratelimit.rulesConfigMap }}
+- name: rules
+  configMap: {name: {{ . }}}
+{{- end }}
+{{- with .Values.ratelimit.tokenizersClaim }}
+- name: tokenizers
+  persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "peaje.ratelimitMounts" -}}
+{{- if .Values.ratelimit.rulesConfigMap }}
+- {name: rules, mountPath: /var/lib/peaje/ratelimit.d, readOnly: true}
+{{- end }}
+{{- if .Values.ratelimit.tokenizersClaim }}
+- {name: tokenizers, mountPath: /srv/models, readOnly: true}
+{{- end }}
+{{- end -}}
+
 {{- /* Lays out the state directory: dict root image mounts */ -}}
 {{- define "peaje.prepare" -}}
 {{- include "peaje.container" (dict
@@ -183,6 +204,7 @@ volumeMounts:
 {{- else if eq .name "ratelimit" -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_PROCESSES" (include "peaje.ratelimitProcesses" $root) -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_CLUSTER" $root.Values.stores.redis.cluster -}}
+{{- $mounts = concat $mounts (include "peaje.ratelimitMounts" $root | fromYamlArray) -}}
 {{- else if not $sidecar -}}
 {{- $_ := set $env "PEAJE_METERING_RATELIMIT" (printf "%s:%s" (include "peaje.host" (list $root "ratelimit")) (include "peaje.grpcPort" "ratelimit")) -}}
 {{- end -}}
