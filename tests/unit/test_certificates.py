@@ -14,12 +14,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from chassis import certificates, serving
+from chassis import certificates, contract, serving
 from chassis.certificates import Certificates, WatchedCertificates, channel_credentials
 from chassis.errors import Invalid, Unavailable
 from chassis.serving import door
+from chassis.wire import ratelimit_pb2 as ratelimit_wire
 from control.api.__main__ import Settings as ControlSettings
-from metering.adapters.slices import Slices
+from metering.adapters.slices import METHOD, Slices
 from tests.certificates import Authority
 
 _SECONDS = 20
@@ -201,6 +202,38 @@ def test_metering_asks_ratelimit_with_the_newest_certificates(tmp_path: Path) ->
         return first is second, slices._method() is second
 
     assert (True, False) == asyncio.run(calls())
+
+
+def _hold(request: ratelimit_wire.RateLimitRequest, _context: grpc.ServicerContext) -> ratelimit_wire.RateLimitResponse:
+    response = ratelimit_wire.RateLimitResponse()
+    response.dynamic_metadata.fields[contract.ADM_SLICE_TOKENS].number_value = 10 * len(request.descriptors)
+    return response
+
+
+def test_a_slice_is_held_over_tcp_through_a_renewal_of_both_sides(tmp_path: Path) -> None:
+    """metering's next call is on a channel with its new certificates, to a server that takes no others."""
+    old, new = Authority.make("old"), Authority.make("new")
+    ours, theirs = old.fill(tmp_path / "metering", "metering"), old.fill(tmp_path / "ratelimit", "ratelimit")
+    server = grpc.server(ThreadPoolExecutor(2))
+    _, service, method = METHOD.split("/")
+    handler = grpc.unary_unary_rpc_method_handler(
+        _hold, request_deserializer=ratelimit_wire.RateLimitRequest.FromString, response_serializer=ratelimit_wire.RateLimitResponse.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    port = server.add_secure_port("127.0.0.1:0", certificates.server_credentials(WatchedCertificates(theirs)))
+    server.start()
+
+    async def renew_twice() -> tuple[int, int]:
+        slices = Slices(f"127.0.0.1:{port}", certificates=WatchedCertificates(ours), patience_seconds=_SECONDS)
+        first = await slices.renew(tenant_id="acme", request_id="r1", input_tokens=3, output_tokens=9)
+        new.fill(ours, "metering")
+        new.fill(theirs, "ratelimit")
+        return first, await slices.renew(tenant_id="acme", request_id="r1", input_tokens=3, output_tokens=19)
+
+    try:
+        assert (10, 10) == asyncio.run(renew_twice())
+    finally:
+        server.stop(0).wait()
 
 
 def test_the_control_api_shows_no_token_to_a_network(tmp_path: Path) -> None:
