@@ -147,7 +147,7 @@ def main() -> None:
     configure("beacon")
     stores, settings = StoreSettings(), Settings()
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        metrics.serve(settings.metrics_port, host=stores.metrics_host)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Serve a gRPC method table on a Unix socket until told to stop.
+Serve a gRPC method table on a Unix socket, or on TCP to those who show a certificate, until told to stop.
 
 The only place that catches everything: a servicer that fails answers INTERNAL, which
 Envoy turns into the failure mode written in envoy.yaml.
@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from chassis.certificates import WatchedCertificates, server_credentials
 from chassis.errors import Invalid, PeajeError, Unavailable
 
 log = structlog.get_logger()
@@ -41,8 +43,40 @@ class Message(Protocol):
 Unary = Callable[[Any, grpc.ServicerContext], Message]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """Where a service listens: on its socket, or with *address* on TCP instead, and then only with certificates."""
+
+    #: Unix socket, relative to the state directory.
+    socket: str
+    #: host:port; empty: the socket.
+    address: str = ""
+    certificates: WatchedCertificates | None = None
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return self.address or self.socket
+
+
+def door(socket: str, *, listen: str, tls_directory: Path | None) -> Door:
+    """
+    Read where to listen from a service's settings; raises `Invalid`.
+
+    TCP without certificates is refused: whoever reaches the port could reserve, settle and decide.
+    """
+    if not listen:
+        return Door(socket=socket)
+    _host, colon, port = listen.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise Invalid(f"{listen!r} is no address to listen on.", mend="Write host:port, as in [::]:9001.")
+    if tls_directory is None:
+        raise Invalid("A service listens on TCP with certificates only.", mend="Name their directory in PEAJE_TLS_DIRECTORY.")
+    return Door(socket=socket, address=listen, certificates=WatchedCertificates(tls_directory))
+
+
 def serve_unary(
-    socket: str, methods: Mapping[str, tuple[Unary, type[Any]]], *, workers: int
+    at: Door, methods: Mapping[str, tuple[Unary, type[Any]]], *, workers: int
 ) -> None:
     """
     Serve unary *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
@@ -63,30 +97,30 @@ def serve_unary(
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    _bind(server, socket)
+    _bind(server, at)
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     server.start()
-    _restrict(socket)
-    log.info("serving", socket=socket)
+    _restrict(at)
+    log.info("serving", socket=at.name)
     stop.wait()
     status.enter_graceful_shutdown()
     server.stop(GRACE_SECONDS).wait()
-    log.info("stopped", socket=socket)
+    log.info("stopped", socket=at.name)
 
 
-def serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
+def serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
     """
     Serve streaming *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
 
     On asyncio: a thread per stream would not scale.
     """
-    asyncio.run(_serve_streams(socket, methods))
+    asyncio.run(_serve_streams(at, methods))
 
 
-async def _serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
+async def _serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     for path, (handler, request) in methods.items():
         _, service, method = path.split("/")
@@ -99,19 +133,19 @@ async def _serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., 
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     await status.set("", health_pb2.HealthCheckResponse.SERVING)
-    _bind(server, socket)
+    _bind(server, at)
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
-    _restrict(socket)
-    log.info("serving", socket=socket)
+    _restrict(at)
+    log.info("serving", socket=at.name)
     await stop.wait()
     await status.enter_graceful_shutdown()
     await server.stop(GRACE_SECONDS)
-    log.info("stopped", socket=socket)
+    log.info("stopped", socket=at.name)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -143,11 +177,18 @@ def _guarded(path: str, handler: Unary) -> Unary:
     return call
 
 
-def _bind(server: grpc.Server | grpc.aio.Server, socket: str) -> None:
-    Path(socket).parent.mkdir(parents=True, exist_ok=True)
-    Path(socket).unlink(missing_ok=True)
-    server.add_insecure_port(f"unix:{socket}")
+def _bind(server: grpc.Server | grpc.aio.Server, at: Door) -> None:
+    if at.certificates is not None:
+        try:
+            server.add_secure_port(at.address, server_credentials(at.certificates))
+        except RuntimeError as exc:
+            raise Unavailable(f"Nothing can listen on {at.address}.", mend="Is the port taken?") from exc
+        return
+    Path(at.socket).parent.mkdir(parents=True, exist_ok=True)
+    Path(at.socket).unlink(missing_ok=True)
+    server.add_insecure_port(f"unix:{at.socket}")
 
 
-def _restrict(socket: str) -> None:
-    os.chmod(socket, 0o600)
+def _restrict(at: Door) -> None:
+    if at.certificates is None:
+        os.chmod(at.socket, 0o600)

@@ -40,6 +40,11 @@ class StoreSettings(BaseSettings):
     #: Redis or Valkey URL. Counters only, never the record. No default, for the same reason.
     redis_url: str = Field(default="", repr=False)
 
+    #: Directory with tls.crt, tls.key and ca.crt, for services that are asked over TCP; read again when they change.
+    tls_directory: Path | None = None
+    #: Address on which services show their metrics. Not loopback only where nobody else reaches it, as in a pod.
+    metrics_host: str = "127.0.0.1"
+
     @field_validator("home")
     @classmethod
     def _make_absolute(cls, home: Path) -> Path:

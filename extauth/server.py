@@ -10,7 +10,7 @@ from chassis import contract
 from chassis.clock import utc_now
 from chassis.models import WatchedCatalogue
 from chassis.secrets import load_peppers
-from chassis.serving import serve_unary
+from chassis.serving import door, serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry import metrics
@@ -41,6 +41,8 @@ class Settings(BaseSettings):
 
     #: Unix socket, relative to the state directory; each process has its own.
     socket: str = contract.SOCKETS[contract.CLUSTER_EXTAUTH]
+    #: host:port to be asked on by TCP instead, with PEAJE_TLS_DIRECTORY; empty: the socket.
+    listen: str = ""
     #: Threads. More than one so that a key found in memory never waits behind one that must be read.
     workers: int = 4
     #: Postgres connections per process; a read takes about a millisecond.
@@ -71,11 +73,11 @@ def main() -> None:
     identities.watch()
     writes.start()
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        metrics.serve(settings.metrics_port, host=stores.metrics_host)
     catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
     servicer = Servicer(identities, catalogue=catalogue.current, clock=utc_now)
     serve_unary(
-        settings.socket,
+        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
         {METHOD: (servicer.check, wire.CheckRequest)},
         workers=settings.workers,
     )

@@ -290,7 +290,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if settings.metrics_port:
-        serve(settings.metrics_port)
+        serve(settings.metrics_port, host=stores.metrics_host)
     if settings.conservation_seconds:
         Conservation(
             url=url, catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,

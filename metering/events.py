@@ -260,7 +260,7 @@ def main() -> None:
     stores, settings = StoreSettings(), Settings()
     stop = threading.Event()
     if settings.metrics_port:
-        serve(settings.metrics_port)
+        serve(settings.metrics_port, host=stores.metrics_host)
     asyncio.run(_serve(stores, settings, stop))
 
 

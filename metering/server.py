@@ -7,9 +7,11 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis import contract
+from chassis.certificates import WatchedCertificates
 from chassis.clock import utc_now
+from chassis.errors import Invalid
 from chassis.models import WatchedCatalogue
-from chassis.serving import serve_streams
+from chassis.serving import door, serve_streams
 from chassis.settings import StoreSettings
 from chassis.telemetry import metrics
 from chassis.telemetry.log import configure
@@ -27,6 +29,10 @@ class Settings(BaseSettings):
 
     #: Unix socket, relative to the state directory; each process has its own.
     socket: str = contract.SOCKETS[contract.CLUSTER_METERING]
+    #: host:port to be asked on by TCP instead, with PEAJE_TLS_DIRECTORY; empty: the socket.
+    listen: str = ""
+    #: host:port of ratelimit, where it is asked by TCP, with PEAJE_TLS_DIRECTORY; empty: its socket.
+    ratelimit: str = ""
     #: Between two comparisons of what the second witness said with the ledger.
     reconcile_seconds: float = Field(default=5.0, gt=0)
     #: Loopback port for Prometheus; 0 shows no metrics.
@@ -38,17 +44,28 @@ def main() -> None:
     configure("metering")
     settings, stores = Settings(), StoreSettings()
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
-    slices = Slices(f"unix:{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}")
+        metrics.serve(settings.metrics_port, host=stores.metrics_host)
+    slices = Slices(
+        settings.ratelimit or f"unix:{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}",
+        certificates=_certificates(settings, stores),
+    )
     servicer = Servicer(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, slices)
     heard = Heard()
     Reconciliation(
         url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds
     ).start()
     serve_streams(
-        settings.socket,
+        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
         {
             METHOD: (servicer.process, wire.ProcessingRequest),
             ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.StreamAccessLogsMessage),
         },
     )
+
+
+def _certificates(settings: Settings, stores: StoreSettings) -> WatchedCertificates | None:
+    if not settings.ratelimit:
+        return None
+    if stores.tls_directory is None:
+        raise Invalid("ratelimit is asked over TCP with certificates only.", mend="Name their directory in PEAJE_TLS_DIRECTORY.")
+    return WatchedCertificates(stores.tls_directory)

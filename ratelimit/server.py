@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from chassis import contract
 from chassis.clock import utc_now
 from chassis.models import WatchedCatalogue
-from chassis.serving import serve_unary
+from chassis.serving import door, serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
 from chassis.telemetry.log import configure
@@ -42,6 +42,8 @@ class Settings(BaseSettings):
 
     #: Unix socket, relative to the state directory; each process has its own.
     socket: str = contract.SOCKETS[contract.CLUSTER_RATELIMIT]
+    #: host:port to be asked on by TCP instead, with PEAJE_TLS_DIRECTORY; empty: the socket.
+    listen: str = ""
     #: Threads: each waits for one round trip to the store.
     workers: int = 4
     #: Postgres connections per process: limits are read whole by one thread, seeds by the others.
@@ -109,7 +111,7 @@ def main() -> None:
     # The limits and prices that were read last stay in force.
     FAILURE_MODE.labels("postgres", "as_last_read").set_function(lambda: pool.is_away)
     if settings.metrics_port:
-        serve(settings.metrics_port)
+        serve(settings.metrics_port, host=stores.metrics_host)
 
     def swept() -> list[str]:
         if settings.cluster:
@@ -136,7 +138,7 @@ def main() -> None:
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
     serve_unary(
-        settings.socket,
+        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
         {METHOD: (by_domain(servicer.should_rate_limit, generic.should_rate_limit), wire.RateLimitRequest)},
         workers=settings.workers,
     )

@@ -29,6 +29,6 @@ LISTENER_SILENT_SECONDS: Final = Gauge(
 )
 
 
-def serve(port: int) -> None:
-    """Show the metrics on loopback; Envoy's listener never leads there."""
-    start_http_server(port, addr="127.0.0.1")
+def serve(port: int, *, host: str = "127.0.0.1") -> None:
+    """Show the metrics, on loopback if nothing else is said; Envoy's listener never leads there."""
+    start_http_server(port, addr=host)

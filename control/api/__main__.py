@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m control.api`: serve the control API on loopback."""
+"""`python -m control.api`: serve the control API, on loopback unless it has a certificate."""
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import uvicorn
 from pydantic import Field, ValidationError
 
 from chassis import contract
+from chassis.certificates import CHAIN_FILE, KEY_FILE
 from chassis.clock import utc_now
 from chassis.errors import Invalid, Unavailable
 from chassis.models import WatchedCatalogue
@@ -39,8 +41,12 @@ _RETRY_SECONDS: Final = 2.0
 class Settings(StoreSettings):
     """What the control API needs besides the stores."""
 
-    #: TCP port on loopback.
+    #: TCP port.
     control_port: int = Field(default=10001, ge=1, le=65535)
+    #: Address to listen on. Any but loopback needs a certificate: operators' tokens would be read on the way.
+    control_host: str = "127.0.0.1"
+    #: Directory with tls.crt and tls.key: serve https. Read once, at start.
+    control_tls_directory: Path | None = None
     #: What tokens name as their issuer: where clients and verifiers reach this API. Empty: http://127.0.0.1:<port>.
     control_issuer: str = ""
     #: File with a secret-scanning partner's public keys, in GitHub's form. None: every alert is refused.
@@ -57,11 +63,26 @@ class Settings(StoreSettings):
             raise Invalid(f"PEAJE_CONTROL_ISSUER is {url!r}.", mend="Write a URL such as https://control.example.com.")
         return url
 
+    def certificate_file(self, name: str) -> Path | None:
+        """One of the certificate's files, None on loopback without one; raises `Invalid` where there must be one."""
+        if self.control_tls_directory is not None:
+            path = self.control_tls_directory / name
+            if not path.is_file():
+                raise Invalid(f"The certificate file {path} is missing.", mend="PEAJE_CONTROL_TLS_DIRECTORY holds tls.crt and tls.key.")
+            return path
+        if not _is_loopback(self.control_host):
+            raise Invalid(
+                f"PEAJE_CONTROL_HOST={self.control_host} without a certificate would show operators' tokens to the network.",
+                mend="Name a directory with tls.crt and tls.key in PEAJE_CONTROL_TLS_DIRECTORY.",
+            )
+        return None
+
 
 def main() -> None:
     """Serve until SIGTERM."""
     configure("control")
     settings = _read_settings()
+    chain, key = (settings.certificate_file(name) for name in (CHAIN_FILE, KEY_FILE))
     secrets_directory = settings.home / "secrets"
     mint = Mint(peppers=load_peppers(settings.home), random_bytes=secrets.token_bytes)
     load_public_keys(settings.secret_scanning_keys)  # a bad file is refused now, not at the first alert
@@ -82,8 +103,9 @@ def main() -> None:
         threading.Thread(target=_open_bootstrap_later, args=(services,), name="bootstrap", daemon=True).start()
     app = build(services)
     uvicorn.run(
-        app, host="127.0.0.1", port=settings.control_port, access_log=False, log_config=None, server_header=False
-    )
+        app, host=settings.control_host, port=settings.control_port, ssl_certfile=chain, ssl_keyfile=key,
+        access_log=False, log_config=None, server_header=False,
+    )  # fmt: skip
 
 
 def _read_settings() -> Settings:
@@ -92,6 +114,13 @@ def _read_settings() -> Settings:
     except ValidationError as exc:
         first = exc.errors()[0]
         raise Invalid(f"PEAJE_{str(first['loc'][0]).upper()}: {first['msg']}.") from exc
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _open_bootstrap(services: Services) -> bool:

@@ -141,9 +141,9 @@ def envoy_part(
     )
 
 
-async def drain(admin: str) -> None:
+async def drain(admin: str, *, seconds: float = DRAIN_SECONDS) -> None:
     """Have Envoy refuse new connections, and wait until no request is left or the time is over."""
-    deadline = time.monotonic() + DRAIN_SECONDS
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, IndexError):
         async with http_client() as client:
             await client.post(f"{admin}/drain_listeners?graceful")

@@ -37,7 +37,7 @@ def test_no_file_knows_a_machine_or_a_package_index(repository: Path) -> None:
     assert [] == files.local_traces(repository)
 
 
-@pytest.mark.parametrize("lock", ["peaje.lock", "test.lock", "dynamo.lock"])
+@pytest.mark.parametrize("lock", ["peaje.lock", "test.lock", "services.lock", "tools.lock", "docs.lock", "dynamo.lock"])
 def test_every_locked_package_is_pinned_and_hashed(repository: Path, lock: str) -> None:
     """Nothing else is in a lock: no option, no address."""
     assert files.read_lock(repository / "locks" / lock)
@@ -133,7 +133,7 @@ def test_a_requirement_that_is_not_locked_is_found(plant: Planter) -> None:
         {
             "pyproject.toml": (
                 '[project]\ndependencies = ["a>=1", "B_c[x]>=2"]\n'
-                '[project.optional-dependencies]\nlaptop = ["d==1"]\ntest = ["e"]\n'
+                '[project.optional-dependencies]\nlaptop = ["d==1"]\ntest = ["e"]\nship = ["f"]\n'
             ),
             "locks/peaje.lock": f"a==1 \\\n{_HASH}\nd==1 \\\n{_HASH}\n",
             "locks/test.lock": f"a==2 \\\n{_HASH}\nd==1 \\\n{_HASH}\n",
@@ -143,5 +143,6 @@ def test_a_requirement_that_is_not_locked_is_found(plant: Planter) -> None:
     assert [
         "peaje.lock does not have b-c",
         "test.lock does not have e",
+        "test.lock does not have f",
         "test.lock differs from peaje.lock in a",
     ] == files.unlocked_requirements(tree)

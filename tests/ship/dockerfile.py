@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a Dockerfile as far as our rules need it: instructions by stage."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+_FROM: Final = re.compile(r"(\S+)(?: AS (\S+))?$")
+
+
+@dataclass(slots=True)
+class Stage:
+    """What one `FROM` begins."""
+
+    base: str
+    instructions: list[tuple[str, str]] = field(default_factory=list)
+
+    def all(self, word: str) -> list[str]:
+        """The arguments of each instruction of that word."""
+        return [rest for found, rest in self.instructions if found == word]
+
+
+def read(text: str) -> tuple[dict[str, str], dict[str, Stage]]:
+    """Arguments before the first stage, and the stages by their names."""
+    logical = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    arguments: dict[str, str] = {}
+    stages: dict[str, Stage] = {}
+    current: Stage | None = None
+    for line in filter(None, (line.strip() for line in logical.splitlines())):
+        word, _, rest = line.partition(" ")
+        if word == "FROM":
+            matched = _FROM.match(rest)
+            assert matched is not None, line
+            current = Stage(matched[1])
+            stages[matched[2] or str(len(stages))] = current
+        elif current is None:
+            assert word == "ARG", line
+            name, _, value = rest.partition("=")
+            arguments[name] = value
+        else:
+            current.instructions.append((word, re.sub(r"\s+", " ", rest.strip())))
+    return arguments, stages
