@@ -20,7 +20,7 @@ import typer.main
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
-from chassis import contract
+from chassis import beacon, contract
 from chassis.clock import utc_now
 from chassis.models import ModelCatalogue
 from chassis.settings import StoreSettings
@@ -50,6 +50,7 @@ _SETTINGS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
     ("metering", metering.Settings),
     ("collector", collector.Settings),
     ("events", events.Settings),
+    ("beacon", beacon.Settings),
     ("control", control.Settings),
     ("pods", pod.Settings),
 )

@@ -25,8 +25,8 @@ _REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _TEXT: Final = (_REPOSITORY / "Dockerfile").read_text()
 _ARGUMENTS, _STAGES = read(_TEXT)
 _PACKAGES: Final = ("chassis", "control", "extauth", "metering", "ratelimit")
-#: Imported only where it is there: invoices as Parquet, and by the suite's own compiler of protos.
-_OPTIONAL: Final = {"pyarrow", "grpc_tools"}
+#: Imported only where it is there: invoices as Parquet; by what makes protos and dashboards, which no installation does.
+_OPTIONAL: Final = {"pyarrow", "grpc_tools", "grafana_foundation_sdk"}
 
 
 def _tool(name: str) -> str:
