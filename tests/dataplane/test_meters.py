@@ -44,6 +44,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[Any, ...]]] 
     "images without usage": (IMAGES, PAINT, {"usage": "missing"}, (0, 0, "images", 2, "counted", "ok")),
     "images compressed": (IMAGES, PAINT, {"usage": "missing", "gzip": True}, (0, 0, "images", 2, "counted", "ok")),
     "images with text that looks like usage": (IMAGES, PAINT, {"fake_usage_text": True}, (3, 32, "images", 2, "reported", "ok")),
+    "images that cannot be read": (IMAGES, PAINT, {"mislabel": True}, (0, 0, "images", 2, "estimated", "ok")),
     "images refused by the engine": (IMAGES, PAINT, {"error_before": 400}, (0, 0, None, 0, "none", "refused_by_engine")),
     "speech": (SPEECH, {"model": "tiny", "voice": "v", "input": TEXT}, {}, (0, 0, "characters", len(TEXT), "counted", "ok")),
     "speech that fails": (SPEECH, {"model": "tiny", "input": TEXT}, {"error_before": 500}, (0, 0, None, 0, "none", "upstream_error")),
@@ -107,11 +108,13 @@ def test_a_budget_is_spent_by_images_and_not_beyond(road: Installation) -> None:
     time.sleep(1.0)  # the promise is one second
 
     fault = {"usage": "missing"}
-    statuses = [road.post(caller, IMAGES, json=PAINT | {"n": n}, fault=fault).status_code for n in (3, 2, 1)]
+    # The second cannot be read: what was asked for is charged to the budget, as it is on the bill.
+    plans = [(3, fault), (1, fault), (1, {"mislabel": True}), (1, fault)]
+    statuses = [road.post(caller, IMAGES, json=PAINT | {"n": n}, fault=fault).status_code for n, fault in plans]
 
-    [row] = road.rows(caller, 1)
-    assert [402, 200, 402] == statuses
-    assert (80_000_000, 2) == (row["amount_nano"], row["quantity"])
+    rows = road.rows(caller, 2)
+    assert [402, 200, 200, 402] == statuses
+    assert [(40_000_000, 1, "counted"), (40_000_000, 1, "estimated")] == [(row["amount_nano"], row["quantity"], row["basis"]) for row in rows]
 
 
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
