@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -64,6 +65,24 @@ def test_each_answer_is_billed_by_its_meter(road: Installation, tenant: Tenant, 
     if row["basis"] == "reported" and row["input_tokens"]:
         truth = road.truth()[row["request_id"]]
         assert (truth["prompt_tokens"], truth["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
+
+
+def test_a_caller_whom_a_worker_remembers_is_metered_alike(road: Installation, tenant: Tenant) -> None:
+    """On the express lane, where nobody is asked."""
+    plans = [(RERANK, SEARCH), (IMAGES, PAINT), (SPEECH, {"model": "tiny", "input": TEXT})]
+    for path, body in plans * 2:
+        road.post(tenant, path, json=body)
+    asked = road.asked_extauth()
+    for path, body in plans * 10:
+        road.post(tenant, path, json=body)
+
+    # Each worker asks now and then; not for every request.
+    assert road.asked_extauth() - asked < 30
+    found = Counter((row["dialect"], *billed(row)) for row in road.rows(tenant, 36))
+    assert {
+        ("rerank", SEARCH_TOKENS, 0, None, 0, "reported", "ok"): 12, ("openai.images", 3, 32, "images", 2, "reported", "ok"): 12,
+        ("openai.speech", 0, 0, "characters", len(TEXT), "counted", "ok"): 12,
+    } == found
 
 
 def test_the_openai_client_makes_images_and_speech(road: Installation, tenant: Tenant) -> None:
