@@ -23,6 +23,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from chassis.errors import Invalid, PeajeError, Unavailable
+from chassis.telemetry import traces
 
 log = structlog.get_logger()
 
@@ -74,6 +75,7 @@ def serve_unary(
     stop.wait()
     status.enter_graceful_shutdown()
     server.stop(GRACE_SECONDS).wait()
+    traces.stop()
     log.info("stopped", socket=socket)
 
 
@@ -91,7 +93,7 @@ async def _serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., 
     for path, (handler, request) in methods.items():
         _, service, method = path.split("/")
         stream = grpc.stream_stream_rpc_method_handler(
-            handler,
+            _traced(path, handler),
             request_deserializer=request.FromString,
             response_serializer=lambda answer: answer.SerializeToString(),
         )
@@ -111,6 +113,7 @@ async def _serve_streams(socket: str, methods: Mapping[str, tuple[Callable[..., 
     await stop.wait()
     await status.enter_graceful_shutdown()
     await server.stop(GRACE_SECONDS)
+    traces.stop()
     log.info("stopped", socket=socket)
 
 
@@ -125,7 +128,8 @@ def run(main: Callable[[], None]) -> None:
 def _guarded(path: str, handler: Unary) -> Unary:
     def call(request: Any, context: grpc.ServicerContext) -> Message:
         try:
-            return handler(request, context)
+            with traces.serving(path, context.invocation_metadata()):
+                return handler(request, context)
         except Invalid as exc:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, exc.message)
             raise
@@ -137,6 +141,15 @@ def _guarded(path: str, handler: Unary) -> Unary:
             log.error("call_failed", method=path, error=type(exc).__name__, exc_info=True)
             context.abort(grpc.StatusCode.INTERNAL, "internal error")
             raise
+
+    return call
+
+
+def _traced(path: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+        with traces.serving(path, context.invocation_metadata() or ()):
+            async for answer in handler(messages, context):
+                yield answer
 
     return call
 

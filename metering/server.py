@@ -11,7 +11,7 @@ from chassis.clock import utc_now
 from chassis.models import WatchedCatalogue
 from chassis.serving import serve_streams
 from chassis.settings import StoreSettings
-from chassis.telemetry import metrics
+from chassis.telemetry import metrics, traces
 from chassis.telemetry.log import configure
 from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
@@ -36,6 +36,7 @@ class Settings(BaseSettings):
 def main() -> None:
     """Serve until SIGTERM."""
     configure("metering")
+    traces.configure("metering")
     settings, stores = Settings(), StoreSettings()
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
