@@ -130,7 +130,7 @@ def run(main: Callable[[], None]) -> None:
 def _guarded(path: str, handler: Unary) -> Unary:
     def call(request: Any, context: grpc.ServicerContext) -> Message:
         try:
-            with traces.serving(path, context.invocation_metadata()):
+            with traces.serving(path, context.invocation_metadata):
                 return handler(request, context)
         except Invalid as exc:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, exc.message)
@@ -149,7 +149,7 @@ def _guarded(path: str, handler: Unary) -> Unary:
 
 def _traced(path: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
-        with traces.serving(path, context.invocation_metadata() or ()):
+        with traces.serving(path, context.invocation_metadata):
             async for answer in handler(messages, context):
                 yield answer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
@@ -85,17 +85,17 @@ def stop() -> None:
 
 
 @contextlib.contextmanager
-def serving(name: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[None]:
+def serving(name: str, metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None]) -> Iterator[None]:
     """
-    Serve a gRPC call, under the span that its caller sent with it.
+    Serve a gRPC call, under the span that its caller sent with it; *metadata* is only asked for where spans are sent.
 
     Traced if the caller's is. If not, and the request is refused or the call fails, one span says so all the same.
     """
     tracer = _state.tracer
-    traceparent = "" if tracer is None else next((str(value) for key, value in metadata if key == "traceparent"), "")
-    if tracer is None or not traceparent:
+    if tracer is None:
         yield
         return
+    traceparent = next((str(value) for key, value in metadata() or () if key == "traceparent"), "")
     above = _PROPAGATOR.extract({"traceparent": traceparent})
     sent = get_current_span(above).get_span_context()
     if not sent.is_valid:

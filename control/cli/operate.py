@@ -180,7 +180,8 @@ def _examine() -> list[Remark]:
         postgres_url=ledger_url(), redis_url=url or valkey_url(place), envoy_admin=_admin_address(), home=place.home
     )
     # The store's socket is named relative to it where its path is long.
-    os.chdir(place.home)
+    if place.home.is_dir():
+        os.chdir(place.home)
     return list(examine(addresses, document["parts"], lambda: list(call("GET", "/v1/limits/findings")["findings"])))
 
 

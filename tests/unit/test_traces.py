@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -14,9 +14,9 @@ from chassis.telemetry import traces
 _TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 
-def metadata(flags: str) -> list[tuple[str, str | bytes]]:
+def metadata(flags: str) -> Callable[[], list[tuple[str, str | bytes]]]:
     """What Envoy sends with a call."""
-    return [("user-agent", b"x"), ("traceparent", f"00-{_TRACE}-b7ad6b7169203331-{flags}")]
+    return lambda: [("user-agent", b"x"), ("traceparent", f"00-{_TRACE}-b7ad6b7169203331-{flags}")]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_call_that_is_not_traced_leaves_nothing_unless_it_is_refused_or_fails(
 @pytest.mark.parametrize("sent_along", [[], [("traceparent", "nonsense")], [("traceparent", "00-0-0-01")]])
 def test_what_is_no_trace_is_served_all_the_same(sent: InMemorySpanExporter, sent_along: list[tuple[str, str | bytes]]) -> None:
     """A caller's odd header never fails a decision, and makes no trace that joins another."""
-    with traces.serving("Check", sent_along):
+    with traces.serving("Check", lambda: sent_along):
         pass
 
     assert [] == names(sent)
