@@ -24,6 +24,7 @@ from chassis import contract
 from chassis.keys import ParsedKey
 from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
+from chassis.telemetry import traces
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters import metrics
 from extauth.adapters.identities import Identities
@@ -124,6 +125,7 @@ class Servicer:
     @staticmethod
     def _denied(denial: Denial, *, dialect: str, request_id: str) -> wire.CheckResponse:
         refusal = denial.refusal
+        traces.refused(refusal.code)
         for counter in metrics.denial(refusal.code, denial.phase, denial.rule):
             counter.inc()
         log.info(

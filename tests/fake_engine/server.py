@@ -259,7 +259,10 @@ class FakeEngine:
             return request.keeps_alive
         request_id = request.headers.get("x-request-id")
         fairness_id = request.headers.get("x-gateway-inference-fairness-id")
-        record = Record(request_id=request_id, fairness_id=fairness_id, path=request.path, started_at=request.started_at)
+        record = Record(
+            request_id=request_id, fairness_id=fairness_id, traceparent=request.headers.get("traceparent"), path=request.path,
+            started_at=request.started_at,
+        )
         self.running += 1
         try:
             ask, faults = self._read(request, record)
