@@ -3,27 +3,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chassis import certificates
+from chassis.secrets import write_private
 from tests.certificates import Authority
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE_SECONDS = 30
 
 
-def _start(home: Path, **settings: str) -> subprocess.Popen[str]:
-    (home / "envoy").mkdir(parents=True)
+def _start(home: Path, module: str = "metering", **settings: str) -> subprocess.Popen[str]:
+    (home / "envoy").mkdir(parents=True, exist_ok=True)
     (home / "envoy/models.yaml").write_text('models: [{name: one, engine: openai, endpoints: ["127.0.0.1:1"]}]\n')
     environment = {
         "PATH": os.environ["PATH"], "PYTHONPATH": str(_REPOSITORY), "PYTHONSAFEPATH": "1", "PEAJE_HOME": str(home),
@@ -31,7 +35,7 @@ def _start(home: Path, **settings: str) -> subprocess.Popen[str]:
         "PEAJE_POSTGRES_URL": "postgresql://nobody:none@127.0.0.1:1/none?connect_timeout=1", **settings,
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-m", "metering"], cwd=home, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", module], cwd=home, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 
@@ -71,6 +75,30 @@ def test_a_service_in_a_pod_serves_those_who_show_a_certificate(tmp_path: Path) 
 
         process.send_signal(signal.SIGTERM)
         assert 0 == process.wait(_PATIENCE_SECONDS)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_control_api_in_a_pod_serves_https(tmp_path: Path) -> None:
+    """By its own name, to those who know the authority; plain http gets nothing."""
+    home, authority = tmp_path / "home", Authority.make()
+    (home / "secrets").mkdir(parents=True, mode=0o700)
+    write_private(home / "secrets/pepper-1", "0f1e2d3c4b5a69788796a5b4c3d2e1f0" * 2)
+    directory, port = authority.fill(tmp_path / "control", "localhost"), _free_port()
+    known = ssl.create_default_context(cafile=str(directory / "ca.crt"))
+    process = _start(home, "control.api", PEAJE_CONTROL_PORT=str(port), PEAJE_CONTROL_TLS_DIRECTORY=str(directory))
+    try:
+        deadline, answer = time.monotonic() + _PATIENCE_SECONDS, None
+        while answer is None and time.monotonic() < deadline:
+            assert process.poll() is None
+            with contextlib.suppress(httpx.ConnectError):
+                answer = httpx.get(f"https://localhost:{port}/health", verify=known)
+
+        assert answer is not None
+        assert (200, {"status": "ok"}) == (answer.status_code, answer.json())
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://localhost:{port}/health")
     finally:
         process.kill()
         process.communicate()
