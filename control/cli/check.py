@@ -57,7 +57,7 @@ def _envoy(source: Path) -> list[str | Finding]:
                 shutil.copy(models, home / "envoy/models.yaml")
             else:
                 (home / "envoy/models.yaml").write_text(_EXAMPLE_MODELS)
-            publish(home / "envoy/models.yaml", home / "envoy")
+            publish(home / "envoy/models.yaml", home / "envoy", home=read_home(os.environ))
             for name in ("envoy.yaml", "clusters.yaml", "routes.yaml"):
                 found += lint(load(home / "envoy" / name), str(source / name))
             for path in (source / TLS_EXAMPLE, read_home(os.environ) / TLS_PATH):

@@ -26,6 +26,15 @@ local OUTPUT_LIMITS = {
   ['openai.embeddings'] = {},
 }
 
+-- What an engine reads first, per dialect; the first that is there counts.
+local PROMPTS = {
+  ['openai.chat'] = { 'messages' },
+  ['openai.completions'] = { 'prompt' },
+  ['openai.responses'] = { 'instructions', 'input' },
+  ['anthropic.messages'] = { 'system', 'messages' },
+  ['openai.embeddings'] = {},
+}
+
 local STREAMS_WITHOUT_USAGE = { ['openai.chat'] = true, ['openai.completions'] = true }
 
 local function refusal(message, param)
@@ -101,7 +110,16 @@ local function asked_for_usage(body, members)
   return 'no'
 end
 
--- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape },
+-- Where the prompt begins; the body's own beginning where none is named.
+local function prompt_at(members, dialect)
+  for _, name in ipairs(PROMPTS[dialect]) do
+    if members[name] then return members[name][1] end
+  end
+  return 1
+end
+
+-- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape,
+-- prompt_at },
 -- or nil and a refusal { status, code, message, param }.
 function M.read(body, dialect)
   local members, reason = json.document(body)
@@ -134,6 +152,7 @@ function M.read(body, dialect)
     output_tokens_max = limit,
     choices = count,
     wants_usage = wants_usage,
+    prompt_at = prompt_at(members, dialect),
     shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and shape.need(body, members) or shape.NO,
   }
 end

@@ -17,7 +17,8 @@ from typing import Any
 import psycopg
 import structlog
 
-from chassis.models import Model, ModelCatalogue
+from chassis.models import ModelCatalogue
+from chassis.served import Model
 from chassis.telemetry import metrics
 from metering.adapters.engines import fetch
 from metering.core.conservation import Counters, Interval, State, Watch
