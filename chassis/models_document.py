@@ -27,7 +27,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from chassis.errors import Invalid
-from chassis.served import ENGINES, ONLY_POOL, Affinity, Balance, Endpoint, Model, Pool, PriceHint, Retry
+from chassis.served import ENGINES, ONLY_POOL, Affinity, Endpoint, Model, Pool, PriceHint, Retry
 
 #: Of the file. A thousand models with a hundred servers each are less.
 BYTES_MAX: Final = 4 << 20
@@ -205,7 +205,6 @@ class _Servers(_Entry):
     model: _ModelName | None = None
     credential_file: Annotated[str, AfterValidator(_below)] | None = None
     requests_max: _Count | None = None
-    balance: Literal["least_request", "reported_load"] = "least_request"
     slow_start_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     health_path: Annotated[str, Field(pattern=_PATH)] | None = None
 
@@ -229,7 +228,6 @@ class _Servers(_Entry):
             model=self.model,
             credential_file=None if self.credential_file is None else Path(self.credential_file),
             requests_max=self.requests_max,
-            balance=Balance(self.balance),
             slow_start_seconds=self.slow_start_seconds,
             health_path=self.health_path,
         )
@@ -310,9 +308,6 @@ class _Pooled(_Served):
             raise ValueError(f"pool {twice[0]!r} is listed twice")
         if all(entry.fallback for entry in self.pools):
             raise ValueError("every pool is a fallback: one at least has to have a weight")
-        balances = {entry.balance for entry in self.pools}
-        if self.affinity is not None and balances != {"least_request"}:
-            raise ValueError("affinity chooses the server, so no pool can choose it by reported_load")
         return self
 
 
@@ -321,12 +316,6 @@ class _Alone(_Served, _Servers):
 
     def _pools(self) -> tuple[Pool, ...]:
         return (self.pool(ONLY_POOL, 1),)
-
-    @model_validator(mode="after")
-    def _check_balance(self) -> _Alone:
-        if self.affinity is not None and self.balance != "least_request":
-            raise ValueError("affinity chooses the server, so it cannot be chosen by reported_load")
-        return self
 
 
 def _entries(documents: list[Any]) -> tuple[list[_Pooled | _Alone], list[tuple[Place, str]]]:

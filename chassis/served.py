@@ -18,15 +18,6 @@ ENGINES: Final = {"vllm": True, "dynamo": True, "trtllm": True, "openai": False}
 ONLY_POOL: Final = "main"
 
 
-class Balance(enum.Enum):
-    """How a pool's next server is chosen."""
-
-    #: Of two at random the one with fewer requests under way.
-    LEAST_REQUEST = "least_request"
-    #: By the load that each server reports in its answers (ORCA).
-    REPORTED_LOAD = "reported_load"
-
-
 class Retry(enum.Enum):
     """Which attempts are made again at another server; never once the first byte has reached the caller."""
 
@@ -60,7 +51,6 @@ class Pool:
     credential_file: Path | None = None
     #: Requests under way at the most; None: admission alone is the bound.
     requests_max: int | None = None
-    balance: Balance = Balance.LEAST_REQUEST
     #: A server that is new or was away gets its full part after this long.
     slow_start_seconds: int = 30
     #: None: what the engine's kind has.

@@ -33,7 +33,6 @@ from envoy_data_plane.envoy.extensions.filters.http.lua import v3 as lua
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec import v3 as codec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as manager
 from envoy_data_plane.envoy.extensions.http.injected_credentials.generic import v3 as generic
-from envoy_data_plane.envoy.extensions.load_balancing_policies.client_side_weighted_round_robin import v3 as reported
 from envoy_data_plane.envoy.extensions.load_balancing_policies.common import v3 as balancing
 from envoy_data_plane.envoy.extensions.load_balancing_policies.maglev import v3 as maglev
 from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
@@ -47,7 +46,7 @@ from envoy_data_plane.xds.type.matcher import v3 as xds
 from chassis import contract
 from chassis.errors import Invalid
 from chassis.secrets import read_private
-from chassis.served import Balance, Endpoint, Model, Pool
+from chassis.served import Endpoint, Model, Pool
 
 #: A server on the same network that takes longer to accept is not there.
 CONNECT_TIMEOUT: Final = timedelta(seconds=1)
@@ -83,9 +82,6 @@ HEALTH_ANSWER_BYTES: Final = 1 << 16
 _ONE_IS_ENOUGH: Final = 1_000_000
 #: A server may have so many percent of the average load before what belongs to it goes to its neighbour.
 _AFFINITY_LOAD_PERCENT: Final = 150
-#: What vLLM calls the part of its cache that is in use.
-_UTILISATION: Final = "named_metrics.kv_cache_usage_perc"
-_REPORT_HEADER: Final = "endpoint-load-metrics-format"
 
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 #: Where Envoy finds its filters, from the state directory.
@@ -257,38 +253,21 @@ def _outliers() -> cluster.OutlierDetection:
 
 
 def _balance(model: Model, pool: Pool) -> dict[str, Any]:
-    """What chooses the server: what the request belongs to, what servers report, or who has the least to do."""
+    """What chooses the server: what the request belongs to, or which has the least to do."""
     if model.affinity is not None:
         # Bounded: what many prompts begin with must not be one server's alone.
         hashing = balancing.ConsistentHashingLbConfig(hash_balance_factor=_AFFINITY_LOAD_PERCENT)
-        return _policy("maglev", maglev.Maglev(consistent_hashing_lb_config=hashing))
-    warming = timedelta(seconds=pool.slow_start_seconds)
-    if pool.balance is Balance.REPORTED_LOAD:
-        slow = balancing.SlowStartConfig(slow_start_window=warming) if warming else None
-        return _policy(
-            "client_side_weighted_round_robin",
-            reported.ClientSideWeightedRoundRobin(
-                metric_names_for_computing_utilization=[_UTILISATION],
-                blackout_period=timedelta(seconds=2),
-                weight_expiration_period=timedelta(seconds=30),
-                weight_update_period=timedelta(seconds=1),
-                slow_start_config=slow,
-            ),
+        policy = core.TypedExtensionConfig(
+            name="envoy.load_balancing_policies.maglev", typed_config=pack(maglev.Maglev(consistent_hashing_lb_config=hashing))
         )
+        chosen = cluster.LoadBalancingPolicyPolicy(typed_extension_config=policy)
+        return {"load_balancing_policy": cluster.LoadBalancingPolicy(policies=[chosen])}
+    warming = timedelta(seconds=pool.slow_start_seconds)
     # Generations differ a hundredfold in length: taking turns would queue behind the long ones.
     slow_start = cluster.ClusterSlowStartConfig(slow_start_window=warming) if warming else None
     return {
         "lb_policy": cluster.ClusterLbPolicy.LEAST_REQUEST,
         "least_request_lb_config": cluster.ClusterLeastRequestLbConfig(slow_start_config=slow_start),
-    }
-
-
-def _policy(name: str, config: betterproto2.Message) -> dict[str, Any]:
-    chosen = core.TypedExtensionConfig(name=f"envoy.load_balancing_policies.{name}", typed_config=pack(config))
-    return {
-        "load_balancing_policy": cluster.LoadBalancingPolicy(
-            policies=[cluster.LoadBalancingPolicyPolicy(typed_extension_config=chosen)]
-        )
     }
 
 
@@ -314,8 +293,6 @@ def _filters(model: Model, pools: Sequence[Pool], secrets: Secrets) -> list[mana
         added[contract.ENGINE_MODEL_HEADER] = _of_server(contract.POOL_MODEL)
     if closed:
         added[contract.POOL_HEADER] = _of_server(contract.POOL_NAME)
-    if any(pool.balance is Balance.REPORTED_LOAD for pool in pools):
-        added[_REPORT_HEADER] = "TEXT"
     hidden = [contract.POOL_HEADER] if closed else []
     if model.affinity is not None and model.affinity.prefix_bytes:
         hidden.append(contract.PREFIX_HEADER)

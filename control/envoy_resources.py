@@ -92,7 +92,11 @@ def publish(models_path: Path, directory: Path, *, home: Path | None = None) -> 
     Envoy notices a file that is renamed into place, so it never reads half of one. For an Envoy that is not running
     yet: control/apply.py knows what a running one needs. *home* is the state directory, unless it is above *directory*.
     """
-    rendered = render_all(ModelCatalogue.load(models_path), home or directory.parent)
+    write(render_all(ModelCatalogue.load(models_path), home or directory.parent), directory)
+
+
+def write(rendered: Rendered, directory: Path) -> None:
+    """Swap all files below *directory*, each whole."""
     write_credentials(rendered, directory)
     # Clusters first: a route must not lead to a pool that Envoy has not heard of.
     replace(directory / CLUSTERS_FILE, rendered.clusters)

@@ -27,6 +27,7 @@ from control.cli import (
     reconcile,
     reports,
     reratings,
+    routing,
     service_accounts,
     signing_keys,
     tenants,
@@ -56,6 +57,7 @@ app.add_typer(reconcile.app, name="reconcile")
 invoices.register(app)
 reratings.register(app)
 reports.register(app)
+routing.register(app)
 laptop.register(app)
 
 

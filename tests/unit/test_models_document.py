@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from chassis import models_document
 from chassis.models import ModelCatalogue
 from chassis.models_document import Faulty, load, read
-from chassis.served import Affinity, Balance, Endpoint, Model, Pool, PriceHint, Retry
+from chassis.served import Affinity, Endpoint, Model, Pool, PriceHint, Retry
 
 WHOLE = """
 models:
@@ -30,7 +31,7 @@ models:
     fallback: true
     credential_file: secrets/rented
     health_path: /up
-- {name: tiny, engine: trtllm, endpoints: ["[::1]:1"], balance: reported_load}
+- {name: tiny, engine: trtllm, endpoints: ["[::1]:1"]}
 """
 
 
@@ -61,7 +62,21 @@ def test_a_whole_document_means_what_it_says() -> None:
         ),
     ) == llama  # fmt: skip
     [pool] = tiny.pools
-    assert ("main", Balance.REPORTED_LOAD, Endpoint(scheme="http", host="::1", port=1)) == (pool.name, pool.balance, pool.endpoints[0])
+    assert ("main", 1, Endpoint(scheme="http", host="::1", port=1)) == (pool.name, pool.weight, pool.endpoints[0])
+
+
+def test_the_example_in_the_docs_is_a_document() -> None:
+    """As it is written there, and every field that exists is explained."""
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    [example] = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+    tiny, llama, coder = read(example, source="docs")
+
+    assert ("tiny", "llama-3.1-8b", "coder") == (tiny.name, llama.name, coder.name)
+    assert [90, 10, 0] == [pool.weight for pool in llama.pools]
+    explained = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    fields = models_document._Pooled.model_fields.keys() | models_document._Alone.model_fields.keys() | models_document._NamedPool.model_fields.keys()
+    assert fields == explained
 
 
 def test_aliases_are_names_of_models_and_not_models() -> None:
@@ -92,7 +107,6 @@ WRONG = {
     f"- {{name: a, {ALONE}, credential_file: /secrets/x}}": "x:2: models[0].credential_file: must be a path below the state directory, as secrets/NAME",
     f"- {{name: a, {ALONE}, credential_file: a/../../x}}": "x:2: models[0].credential_file: must be a path below the state directory, as secrets/NAME",
     f"- {{name: a, {ALONE}, affinity: {{}}}}": "x:2: models[0].affinity: name either header or prefix_bytes",
-    f"- {{name: a, {ALONE}, balance: reported_load, affinity: {{header: x-s}}}}": "x:2: models[0]: affinity chooses the server, so it cannot be chosen by reported_load",
     f"- {{name: a, {ALONE}, retry: always}}": "x:2: models[0].retry: must be 'unsent' or 'unanswered'",
     f"- {{name: a, {ALONE}, requests_max: 0}}": "x:2: models[0].requests_max: must be greater than or equal to 1",
     f"- {{name: a, {ALONE}, health_path: health}}": "x:2: models[0].health_path: must be a path that begins with /",
