@@ -119,7 +119,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except PeajeError as exc:
-        sys.exit(str(exc))
+        # In one piece: a thread that has begun to log would come between the line and its end.
+        sys.stderr.write(f"{exc}\n")
+        sys.exit(1)
 
 
 def _guarded(path: str, handler: Unary) -> Unary:

@@ -74,6 +74,7 @@ def _required(mapping: Mapping, file: str, *, of: str, paths: tuple[tuple[str, .
 def _authz(filter_: Mapping, file: str) -> Iterator[Finding]:
     server = ("http_service", "server_uri", "timeout") if "http_service" in filter_ else ("grpc_service", "timeout")
     yield from _required(filter_, file, of="ext_authz", paths=(server, ("failure_mode_allow",), ("status_on_error",)))
+    yield from _retries(filter_.at("grpc_service"), file)
     if filter_.get("failure_mode_allow") is True:
         yield Finding(
             file=file, line=filter_.line,
@@ -86,6 +87,7 @@ def _ratelimit(filter_: Mapping, file: str) -> Iterator[Finding]:
     yield from _required(filter_, file, of="ratelimit", paths=(("timeout",), ("failure_mode_deny",), ("rate_limit_service", "grpc_service")))
     if filter_.get("failure_mode_deny") is True:
         yield from _required(filter_, file, of="ratelimit", paths=(("status_on_error",),))
+    yield from _retries(filter_.at("rate_limit_service", "grpc_service"), file)
     # Without a descriptor there is no admission; without one at the stream's end there is nothing to settle.
     admitting = [entry for entry in filter_.mappings("rate_limits") if not entry.get("apply_on_stream_done")]
     for entry in admitting:
@@ -97,6 +99,28 @@ def _ratelimit(filter_: Mapping, file: str) -> Iterator[Finding]:
                     what="without this metadata Envoy drops the descriptor and nothing is limited.",
                     mend=f'Write default_value: "{contract.DESC_ABSENT}".',
                 )  # fmt: skip
+
+
+def _retries(service: Any, file: str) -> Iterator[Finding]:
+    """Each try of a gRPC call gets max_interval and no more, whatever the timeout (Envoy 1.40, tried live)."""
+    policy = service.get("retry_policy") if isinstance(service, Mapping) else None
+    if not isinstance(policy, Mapping):
+        return
+    timeout, longest = _seconds(service.get("timeout")), _seconds(policy.at("retry_back_off", "max_interval"))
+    if timeout is not None and (longest is None or longest < timeout):
+        yield Finding(
+            file=file, line=policy.line,
+            what=f"each try is given up after retry_back_off.max_interval, {_say(policy.at('retry_back_off', 'max_interval'))}, before the timeout.",
+            mend=f"Write max_interval: {service['timeout']} or more.",
+        )  # fmt: skip
+
+
+def _seconds(duration: Any) -> float | None:
+    """Read protobuf's JSON form of a duration; None for what is none, of which Envoy itself complains."""
+    try:
+        return float(str(duration).removesuffix("s"))
+    except ValueError:
+        return None
 
 
 def _ext_proc(filter_: Mapping, file: str) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from chassis.telemetry.log import configure
 from chassis.telemetry.metrics import serve
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics, tokenizers
-from ratelimit.adapters.counters import ClusterCounters, StoredCounters, connect
+from ratelimit.adapters.counters import STORE_TIMEOUT_SECONDS, ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
 from ratelimit.adapters.outside import Outside, look_for_ever
@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     connections: int = 2
     #: How many ratelimit processes share a limit while each counts alone.
     processes: int = Field(default=1, ge=1)
+    #: How long an answer of the store is waited for; Envoy waits 0.5 s for the whole decision.
+    store_timeout_seconds: float = Field(default=STORE_TIMEOUT_SECONDS, gt=0)
     #: Whether PEAJE_REDIS_URL names a node of a Redis Cluster.
     cluster: bool = False
     #: Output tokens that one choice may have under a hard quota or budget, if the caller names no fewer.
@@ -85,7 +87,9 @@ def main() -> None:
     limits = LimitsSource(pool)
     limits.watch(stores.require_postgres())
     kind = ClusterCounters if settings.cluster else StoredCounters
-    store = connect(stores.require_redis(), cluster=settings.cluster)
+    store = connect(
+        stores.require_redis(), cluster=settings.cluster, timeout_seconds=settings.store_timeout_seconds
+    )
     stored = kind(store)
     rules = RuleFiles(stores.home / settings.config)
     rules.watch()

@@ -11,8 +11,8 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final, LiteralString, Self
 
 import psycopg
@@ -57,7 +57,8 @@ class ReadPool:
 
     Once Postgres does not answer, reads are refused at once and one thread asks it once a second; they
     go on with new connections as soon as it is back. The old ones are thrown away: each would have
-    been tried again at ever longer intervals.
+    been tried again at ever longer intervals. To find every connection in use for too long is no sign of
+    that: only the one read is refused.
     """
 
     def __init__(self, url: str, *, name: str, connections: int) -> None:
@@ -67,6 +68,7 @@ class ReadPool:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._is_away = False
+        self._reading = 0
         self._pool = self._open()
 
     def fetch_all(self, query: LiteralString, arguments: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -78,14 +80,29 @@ class ReadPool:
         # Each of the connections may have died unnoticed; the one after that is new.
         for _ in range(self._connections + 1):
             try:
-                with pool.connection() as connection:
+                with pool.connection() as connection, self._counted():
                     rows: list[tuple[Any, ...]] = connection.execute(query, arguments).fetchall()
                     return rows
+            except PoolTimeout:
+                # Whoever has a connection finds out by itself if the server is what keeps it.
+                if self._reading:
+                    raise Unavailable("Every connection to Postgres is in use.") from None
+                break
             except (psycopg.OperationalError, psycopg.InterfaceError):
                 if time.monotonic() >= until:
                     break
         self._lost(pool)
         raise Unavailable("Postgres did not answer.")
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
 
     def wait(self) -> None:
         """Wait until there is a connection; for tools, which have nothing else to do."""
@@ -106,7 +123,8 @@ class ReadPool:
         return ConnectionPool(
             self._url,
             connection_class=_Bounded,
-            min_size=1,
+            # All of them at once: a burst of reads is no time for handshakes.
+            min_size=self._connections,
             max_size=self._connections,
             timeout=_POOL_WAIT_SECONDS,
             reconnect_timeout=5.0,

@@ -65,10 +65,12 @@ def main() -> None:
     secrets_directory = settings.home / "secrets"
     mint = Mint(peppers=load_peppers(settings.home), random_bytes=secrets.token_bytes)
     load_public_keys(settings.secret_scanning_keys)  # a bad file is refused now, not at the first alert
+    issuer = Issuer(url=settings.issuer, keys=SigningKeys(secrets_directory), mint=mint)
+    issuer.keys.all(now=utc_now())  # makes the first key, or refuses one that others can read
     services = Services(
         store=Store(settings.require_postgres()),
         mint=mint,
-        issuer=Issuer(url=settings.issuer, keys=SigningKeys(secrets_directory), mint=mint),
+        issuer=issuer,
         catalogue=WatchedCatalogue(settings.home / contract.MODELS_PATH).current,
         clock=utc_now,
         bootstrap_token_path=secrets_directory / BOOTSTRAP_TOKEN_NAME,
@@ -76,7 +78,6 @@ def main() -> None:
         identity_path=settings.home / contract.IDENTITY_PATH,
         loopback_allowed=settings.events_loopback_allowed,
     )
-    services.issuer.keys.all(now=utc_now())  # makes the first key, or refuses one that others can read
     if not _open_bootstrap(services):
         threading.Thread(target=_open_bootstrap_later, args=(services,), name="bootstrap", daemon=True).start()
     app = build(services)

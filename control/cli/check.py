@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from chassis.contract import IDENTITY_PATH, MODELS_PATH
@@ -25,7 +26,7 @@ from control.envoy_lint import lint
 from control.envoy_resources import render_all, write
 from control.finding import Finding
 from control.laptop.binaries import find_envoy
-from control.laptop.envoy import SOURCE, TLS_EXAMPLE, TLS_PATH
+from control.laptop.envoy import TLS_EXAMPLE, TLS_PATH, find_source
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
 from extauth.adapters.document import load_whole as load_identity
@@ -38,8 +39,14 @@ _EXAMPLE_MODELS = 'models: [{name: example, engine: openai, endpoints: ["127.0.0
 
 def check(directory: str | None, *, as_json: bool) -> int:
     """Print findings, one line each; 0 if there are none."""
-    source = Path(directory) if directory else SOURCE
-    findings = [*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits(), *_price_hints()]
+    try:
+        source = Path(directory) if directory else find_source(os.environ)
+    except PeajeError as exc:
+        return _tell([str(exc)], as_json=as_json)
+    return _tell([*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits(), *_price_hints()], as_json=as_json)
+
+
+def _tell(findings: Sequence[str | Finding], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"findings": [str(finding) for finding in findings]}, indent=2))
     else:

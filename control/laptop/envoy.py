@@ -2,8 +2,8 @@
 """
 Render the repository's `envoy/` into the state directory, have Envoy judge it, and run it.
 
-Only ports are changed, and the endpoints of services with several processes. What SREs edit stays `envoy/`;
-the rendered copy is made anew by each `up`.
+Only ports are changed, and the endpoints of services with several processes. What SREs edit stays `envoy/`, or
+the directory that PEAJE_ENVOY_SOURCE names; the rendered copy is made anew by each `up`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from control.laptop.places import REPOSITORY, Places, Ports, write_private
 from control.laptop.probes import http_client, http_ok
 from control.laptop.scale import SERVICES, Scale
 
-SOURCE = REPOSITORY / "envoy"
+_SHIPPED = REPOSITORY / "envoy"
+_SOURCE_SETTING = "PEAJE_ENVOY_SOURCE"
 #: A second door, with TLS, where this file is in the state directory.
 TLS_PATH = "tls.yaml"
 TLS_EXAMPLE = "tls.example.yaml"
@@ -45,7 +46,15 @@ _COMPLAINT = re.compile(r"error initializing configuration '[^']*':([^\n]*)")
 _ACTIVE_REQUESTS = "http.tenants.downstream_rq_active"
 
 
-def render(places: Places, ports: Ports, scale: Scale, *, source: Path = SOURCE) -> None:
+def find_source(environ: Mapping[str, str]) -> Path:
+    """The directory that people edit: the checkout's, or one of their own; raises `Trouble` if that is none."""
+    source = Path(environ.get(_SOURCE_SETTING) or _SHIPPED).absolute()
+    if not (source / "envoy.yaml").is_file():
+        raise Trouble(f"{_SOURCE_SETTING} is {source}, which has no envoy.yaml.", mend=f"Copy {_SHIPPED} there.")
+    return source
+
+
+def render(places: Places, ports: Ports, scale: Scale, *, source: Path = _SHIPPED) -> None:
     """Write the bootstrap with this installation's ports and processes, and the Lua files, into the state directory."""
     for path in sorted(source.rglob("*.lua")):
         target = places.envoy / path.relative_to(source)
@@ -53,8 +62,8 @@ def render(places: Places, ports: Ports, scale: Scale, *, source: Path = SOURCE)
         shutil.copyfile(path, target)
         os.chmod(target, 0o600)
     bootstrap = _load(source / "envoy.yaml")
-    _set_ports(bootstrap, ports)
-    _set_endpoints(bootstrap, scale)
+    _set_ports(bootstrap, ports, source)
+    _set_endpoints(bootstrap, scale, source)
     _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
 
@@ -166,7 +175,7 @@ def _load(path: Path) -> dict[str, Any]:
     return bootstrap
 
 
-def _set_ports(bootstrap: dict[str, Any], ports: Ports) -> None:
+def _set_ports(bootstrap: dict[str, Any], ports: Ports, source: Path) -> None:
     try:
         bootstrap["admin"]["address"]["socket_address"]["port_value"] = ports.admin
         listener = next(
@@ -177,12 +186,12 @@ def _set_ports(bootstrap: dict[str, Any], ports: Ports) -> None:
         listener["address"]["socket_address"]["port_value"] = ports.tenants
     except (KeyError, TypeError, StopIteration) as exc:
         raise Trouble(
-            f"{SOURCE / 'envoy.yaml'} has no admin address, or no listener named {_TENANTS_LISTENER}.",
+            f"{source / 'envoy.yaml'} has no admin address, or no listener named {_TENANTS_LISTENER}.",
             mend="`up` sets their ports; put them back.",
         ) from exc
 
 
-def _set_endpoints(bootstrap: dict[str, Any], scale: Scale) -> None:
+def _set_endpoints(bootstrap: dict[str, Any], scale: Scale, source: Path) -> None:
     """Give each service's cluster an endpoint a process; it keeps all else that envoy.yaml says of it."""
     for service in SERVICES:
         endpoints = [
@@ -194,7 +203,7 @@ def _set_endpoints(bootstrap: dict[str, Any], scale: Scale) -> None:
             cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = endpoints
         except (KeyError, IndexError, TypeError, StopIteration) as exc:
             raise Trouble(
-                f"{SOURCE / 'envoy.yaml'} has no cluster named {service} with endpoints.",
+                f"{source / 'envoy.yaml'} has no cluster named {service} with endpoints.",
                 mend="`up` sets them, one a process; put it back.",
             ) from exc
 

@@ -134,7 +134,7 @@ def prepare(
     engine.publish_document(chosen, place)
     _publish_identity(place, environ)
     publish(place.home / MODELS_PATH, place.envoy)
-    envoy.render(place, options.ports, options.scale)
+    envoy.render(place, options.ports, options.scale, source=envoy.find_source(environ))
     envoy.validate(programs.envoy, place)
 
     notes = list(chosen.notes)

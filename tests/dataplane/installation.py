@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -270,11 +271,22 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running(home: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Installation]:
-    """`./peaje up --detach` with *options*, taken down at the end."""
+    """
+    `./peaje up --detach` with *options*, taken down at the end.
+
+    Its parts wait for each other ten times as long as usual: a machine that also runs another thousand
+    tests is slow, which is no fault that Peaje should answer.
+    """
     installation = Installation(home, *free_ports(3))
+    source = home.with_name(f"{home.name}-envoy")
+    shutil.copytree(REPOSITORY / "envoy", source)
+    bootstrap = source / "envoy.yaml"
+    waits = re.compile(r"(?<=timeout: )0\.5s$|(?<=max_interval: )0\.5s", re.MULTILINE)
+    bootstrap.write_text(waits.sub("5s", bootstrap.read_text()))
+    patience = {"PEAJE_ENVOY_SOURCE": str(source), "PEAJE_RATELIMIT_STORE_TIMEOUT_SECONDS": "0.5"}
     arguments: Sequence[str] = ("up", "--detach", "--restarts", "50", *options)
     started = subprocess.run(
-        [PEAJE, *arguments], env=installation.environment | (environment or {}), capture_output=True, text=True,
+        [PEAJE, *arguments], env=installation.environment | patience | (environment or {}), capture_output=True, text=True,
         timeout=600, stdin=subprocess.DEVNULL, check=False,
     )
     assert started.returncode == 0, started.stdout + started.stderr

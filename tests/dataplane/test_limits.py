@@ -150,6 +150,25 @@ def test_two_hundred_at_once_with_a_quota_for_one(road: Installation) -> None:
     assert int(refused.headers["retry-after"]) > 0
 
 
+def test_two_hundred_at_once_with_money_for_one(road: Installation) -> None:
+    """Of whatever passes, the sum of the bills is within the budget; all others are told that it is money they lack."""
+    caller = road.new_tenant("last money")
+    price = {"model": "tiny", "input": "0", "output": "1000000", "tenant": caller.tenant_id}
+    road.control("POST", "/v1/prices", json=price).raise_for_status()
+    road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json={"monthly_budget": "20.00"}).raise_for_status()
+    time.sleep(1.0)  # the promise is one second
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda _: road.post(caller, json=chat(max_tokens=20), fault={"chunk_ms": 300}), range(200)))
+    statuses = Counter(answer.status_code for answer in answers)
+    rows = road.rows(caller, statuses[200])
+
+    assert 200 == statuses[200] + statuses[402]
+    assert 1 <= statuses[200] == len(rows)
+    assert 0 < sum(row["amount_nano"] for row in rows) <= 20_000_000_000
+    assert {"insufficient_quota"} == {answer.json()["error"]["code"] for answer in answers if answer.status_code == 402}
+
+
 def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
     """It is written to the log instead."""
     caller = limited(road, "shadow", requests_per_minute=1, effect="shadow")

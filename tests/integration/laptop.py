@@ -76,10 +76,10 @@ def status_of(home: Path) -> int:
     ).returncode
 
 
-def check(directory: Path, *, home: Path) -> subprocess.CompletedProcess[str]:
-    """`./peaje check` on a directory, beside no installation."""
+def check(*directory: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """`./peaje check`, on a directory if one is given, beside no installation."""
     return subprocess.run(
-        [PEAJE, "check", directory], env={**os.environ, "PEAJE_HOME": str(home), "PEAJE_CONTROL_PORT": str(free_ports(1)[0])},
+        [PEAJE, "check", *directory], env={**os.environ, "PEAJE_HOME": str(home), "PEAJE_CONTROL_PORT": str(free_ports(1)[0])},
         capture_output=True, text=True, timeout=_UP_SECONDS_MAX, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
 

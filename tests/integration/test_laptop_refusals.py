@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.server
 import os
 import re
+import shutil
 import socket
 import stat
 import threading
@@ -310,6 +311,32 @@ def test_check_of_a_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
     [line] = done.stdout.splitlines()
     assert 1 == done.returncode
     assert line.startswith(f"{tmp_path / 'nowhere'}")
+
+
+def test_a_directory_of_envoy_files_without_any_is_refused(tmp_path: Path) -> None:
+    """The one that the setting names; without it the checkout's is taken."""
+    with pytest.raises(Trouble) as caught:
+        envoy.find_source({"PEAJE_ENVOY_SOURCE": str(tmp_path)})
+
+    assert str(tmp_path) in caught.value.message
+    assert REPOSITORY / "envoy" == envoy.find_source({})
+
+
+def test_check_reads_the_envoy_files_that_up_would_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in a copy of one's own is found there; a directory without any is named."""
+    source = tmp_path / "mine"
+    shutil.copytree(REPOSITORY / "envoy", source)
+    bootstrap = source / "envoy.yaml"
+    bootstrap.write_text(bootstrap.read_text().replace("failure_mode_deny: true", ""))
+    monkeypatch.setenv("PEAJE_ENVOY_SOURCE", str(source))
+
+    spoiled = check(home=tmp_path / "home")
+    bootstrap.unlink()
+    empty = check(home=tmp_path / "home")
+
+    assert (1, 1) == (spoiled.returncode, empty.returncode)
+    assert str(bootstrap) in spoiled.stdout
+    assert [f"PEAJE_ENVOY_SOURCE is {source}, which has no envoy.yaml."] == [line.split(" Copy ")[0] for line in empty.stdout.splitlines()]
 
 
 def test_what_up_renders_is_what_envoy_is_asked_about(tmp_path: Path) -> None:

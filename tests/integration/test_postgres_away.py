@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
+from structlog.testing import capture_logs
 
 from chassis.errors import Unavailable
 from chassis.stores import postgres
@@ -96,6 +98,27 @@ def test_while_it_is_away_reads_are_refused_at_once_and_one_attempt_a_second_is_
     assert 20_000 == refused
     # Both address families of a name are tried, and what was under way when it opened.
     assert attempts <= 2 + seconds / postgres.ATTEMPT_EVERY_SECONDS
+
+
+def test_a_pool_in_use_refuses_one_read_and_is_not_taken_for_a_lost_server(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst may not cost everybody the connections that they need to get through it."""
+    monkeypatch.setattr(postgres, "_POOL_WAIT_SECONDS", 0.05)
+    with ReadPool(postgres_url, name="test", connections=1) as pool, capture_logs() as logs:
+        pool.wait()
+        is_refused = False
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        while not is_refused and time.monotonic() < deadline:
+            with ThreadPoolExecutor(1) as busy:
+                slow = busy.submit(fetch_all, pool, "select 1 from pg_sleep(0.2)", ())
+                time.sleep(0.02)
+                is_refused = not is_served(pool)
+                assert [(1,)] == slow.result()
+
+        assert is_refused
+        assert is_served(pool)
+    assert [] == [line for line in logs if line["event"] == "postgres_lost"]
 
 
 def test_its_return_is_noticed_though_every_connection_had_died(
