@@ -110,13 +110,14 @@ def parse(document: object, *, source: str, node: yaml.Node | None = None) -> tu
     def told(faults: list[tuple[Place, str]]) -> Faulty:
         return Faulty([f"{_where(source, node, place)}: {what}" for place, what in faults[:_FAULTS_TOLD_MAX]])
 
-    entries = document.get("models") if isinstance(document, dict) else None
+    fields: dict[Any, Any] = document if isinstance(document, dict) else {}
+    entries = fields.get("models")
     if not isinstance(entries, list) or not entries:
         raise told([((), "`models` must be a list with at least one model")])
     if len(entries) > MODELS_MAX:
         raise told([(("models",), f"more than {MODELS_MAX} models")])
     written, faults = _entries(entries)
-    faults = [((str(name),), "unknown field") for name in document if name != "models"] + faults
+    faults = [((str(name),), "unknown field") for name in fields if name != "models"] + faults
     # Which entry is meant by a place is only known while all of them are right.
     if faults := faults or [*_names_given_twice(written)]:
         raise told(faults)

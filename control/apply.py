@@ -31,7 +31,16 @@ from chassis.secrets import write_private
 from control.envoy_admin import Admin, Taken
 from control.envoy_diff import Difference, differences
 from control.envoy_lint import lint
-from control.envoy_resources import CLUSTERS_FILE, ROUTES_FILE, Rendered, render_all, replace, write, write_credentials
+from control.envoy_resources import (
+    CLUSTERS_FILE,
+    NO_POOL,
+    ROUTES_FILE,
+    Rendered,
+    render_all,
+    replace,
+    write,
+    write_credentials,
+)
 from control.laptop.envoy import validate
 from control.laptop.places import Places
 from control.located_yaml import load
@@ -129,7 +138,9 @@ def inlined(bootstrap: dict[str, Any], rendered: Rendered) -> dict[str, Any]:
     """*bootstrap* with clusters and routes in it, instead of the names of their files."""
     whole = copy.deepcopy(bootstrap)
     whole.pop("dynamic_resources", None)
-    whole["static_resources"]["clusters"] += [_untyped(one) for one in _resources(rendered.clusters)]
+    # Envoy now also refuses a route to a cluster that is not there, but for the one that never is.
+    clusters = [*(_untyped(one) for one in _resources(rendered.clusters)), {"name": NO_POOL, "connect_timeout": "1s"}]
+    whole["static_resources"].setdefault("clusters", []).extend(clusters)
     [table] = map(_untyped, _resources(rendered.routes))
     for mapping in _mappings(whole["static_resources"]["listeners"]):
         if mapping.pop("rds", None) is not None:

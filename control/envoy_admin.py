@@ -42,7 +42,8 @@ class Admin:
     def taken(self) -> Taken:
         """What it runs now."""
         pattern = "|".join(f"^{re.escape(name)}$" for name in _STATS)
-        found = dict(_LINE.fullmatch(line).groups() for line in self._get("/stats", filter=pattern).text.splitlines() if _LINE.fullmatch(line))  # type: ignore[union-attr]
+        lines = self._get("/stats", filter=pattern).text.splitlines()
+        found = {matched[1]: matched[2] for line in lines if (matched := _LINE.fullmatch(line))}
         return Taken(
             clusters=found.get(_STATS[0], ""),
             routes=found.get(_STATS[3], ""),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ _HOSTS_TRIED: Final = 10
 NOT_FORWARDED: Final = (contract.AUTHORIZATION_HEADER, contract.API_KEY_HEADER, "accept-encoding")
 
 _MODELS_PATH: Final = "/v1/models"
+#: `consecutive_5xx` comes out of betterproto2 as `consecutive_5_xx`.
+_SPLIT_NUMBER: Final = re.compile(r"(_\d)_(xx)\b")
 _HEADER: Final = "# Built from models.yaml; a change here is overwritten.\n"
 
 #: The pool of a request that names no served model. Never defined.
@@ -138,8 +141,17 @@ def render(resources: Sequence[betterproto2.Message]) -> str:
     """Write *resources* as the file that Envoy reads: the same text for the same resources."""
     answer = discovery.DiscoveryResponse(resources=[pack(resource) for resource in resources])
     answer.version_info = hashlib.sha256(bytes(answer)).hexdigest()[:16]
-    document = answer.to_dict(casing=betterproto2.Casing.SNAKE)
+    document = _respelled(answer.to_dict(casing=betterproto2.Casing.SNAKE))
     return _HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
+
+
+def _respelled(value: Any) -> Any:
+    """Put names with a number in them right: of a file that it watches, Envoy ignores a field it does not know."""
+    if isinstance(value, dict):
+        return {_SPLIT_NUMBER.sub(r"\1\2", str(name)): _respelled(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_respelled(inner) for inner in value]
+    return value
 
 
 def _forward(path: str, dialect: str, model: Model) -> route.Route:

@@ -24,7 +24,7 @@ from control.apply import Desk, apply
 from control.envoy_admin import Admin
 from control.envoy_resources import publish
 from control.laptop.binaries import find_envoy
-from control.laptop.envoy import SOURCE
+from control.laptop.envoy import find_source
 from control.laptop.places import Places
 from tests.dataplane.installation import free_ports
 
@@ -150,8 +150,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     home = tmp_path_factory.mktemp("pools")
     for name in ("run", "secrets", "journal"):
         (home / name).mkdir()
-    for path in SOURCE.rglob("*.lua"):
-        target = home / "envoy" / path.relative_to(SOURCE)
+    for path in (source := find_source(os.environ)).rglob("*.lua"):
+        target = home / "envoy" / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())
     port, admin_port, *ports = free_ports(5)
