@@ -155,15 +155,10 @@ def _respelled(value: Any) -> Any:
 
 
 def _forward(path: str, dialect: str, model: Model) -> route.Route:
-    facts: dict[str, Any] = {contract.ROUTE_RUNNING_USAGE: model.sends_running_usage}
-    if model.output_tokens_max is not None:
-        facts[contract.ROUTE_OUTPUT_TOKENS_MAX] = model.output_tokens_max
-    if model.affinity is not None and model.affinity.prefix_bytes:
-        facts[contract.ROUTE_PREFIX_BYTES] = model.affinity.prefix_bytes
     return route.Route(
         name=dialect,
         match=_named(path, model.name),
-        metadata=_facts(facts),
+        metadata=_facts(model),
         route=route.RouteAction(
             timeout=ANSWER_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
@@ -184,7 +179,8 @@ def _alias(path: str, dialect: str, model: Model, alias: str) -> route.Route:
     return route.Route(
         name=f"{dialect}/alias",
         match=_named(path, alias),
-        metadata=_facts({contract.ROUTE_MODEL: model.name}),
+        # All that the model's own route says: a script reads a route's metadata once.
+        metadata=_facts(model, {contract.ROUTE_MODEL: model.name}),
         route=_to_no_pool(),
         request_headers_to_remove=list(NOT_FORWARDED),
     )
@@ -199,7 +195,12 @@ def _named(path: str, name: str) -> route.RouteMatch:
     return route.RouteMatch(path=path, dynamic_metadata=[chosen])
 
 
-def _facts(facts: dict[str, Any]) -> core.Metadata:
+def _facts(model: Model, more: dict[str, Any] | None = None) -> core.Metadata:
+    facts: dict[str, Any] = {contract.ROUTE_RUNNING_USAGE: model.sends_running_usage} | (more or {})
+    if model.output_tokens_max is not None:
+        facts[contract.ROUTE_OUTPUT_TOKENS_MAX] = model.output_tokens_max
+    if model.affinity is not None and model.affinity.prefix_bytes:
+        facts[contract.ROUTE_PREFIX_BYTES] = model.affinity.prefix_bytes
     return core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, protobuf.Struct.from_dict(facts)))
 
 

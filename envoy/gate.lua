@@ -57,13 +57,13 @@ end
 -- becomes the model's own name, which is the only one that decisions and records know. Returns a refusal, or nil.
 local function choose(handle, facts, text)
   handle:clearRouteCache()
+  -- Envoy gives a script the metadata of one route only; an alias' route says all that its model's does.
   local about = handle:metadata()
   local model = about:get('model')
   if model then
     facts.model = model
     handle:streamInfo():dynamicMetadata():set(NAMESPACE, 'model', model)
     handle:clearRouteCache()
-    about = handle:metadata()
   end
   local most = about:get('output_tokens_max')
   if most and facts.output_tokens_max > most then

@@ -195,13 +195,13 @@ def until(condition: Callable[[], bool], what: Callable[[], str] = lambda: "") -
 
 def test_an_alias_is_its_model_and_each_server_has_its_own_name_for_it(road: Road) -> None:
     """Only the name differs; who asks for another model is not served by the alias' pools."""
-    road.serve({"name": "org/m", "aliases": ["default"], "pools": [road.pool("main", 0, model='m "2"')]})
+    road.serve({"name": "org/m", "aliases": ["default"], "pools": [road.pool("main", 0, model='m"2"')]})
 
     answers = [road.ask(name, stream=False) for name in ("default", "org/m")]
 
     assert ["first", "first"] == [answer.text for answer in answers]
-    assert [{"model": 'm "2"', "prompt": "hi", "stream": False}] * 2 == [body for _, body in road.servers[0].seen]
-    assert 404 == road.ask('m "2"').status_code
+    assert [{"model": 'm"2"', "prompt": "hi", "stream": False}] * 2 == [body for _, body in road.servers[0].seen]
+    assert 404 == road.ask('m"2"').status_code
     assert 404 == road.ask("Default").status_code
 
 
