@@ -138,11 +138,14 @@ def inlined(bootstrap: dict[str, Any], rendered: Rendered) -> dict[str, Any]:
     """*bootstrap* with clusters and routes in it, instead of the names of their files."""
     whole = copy.deepcopy(bootstrap)
     whole.pop("dynamic_resources", None)
+    static = whole.get("static_resources")
+    if not isinstance(static, dict) or not isinstance(static.get("listeners"), list):
+        raise Invalid("envoy/envoy.yaml has no static_resources with listeners.", mend="Put back what `up` sets the ports of.")
     # Envoy now also refuses a route to a cluster that is not there, but for the one that never is.
     clusters = [*(_untyped(one) for one in _resources(rendered.clusters)), {"name": NO_POOL, "connect_timeout": "1s"}]
-    whole["static_resources"].setdefault("clusters", []).extend(clusters)
+    static.setdefault("clusters", []).extend(clusters)
     [table] = map(_untyped, _resources(rendered.routes))
-    for mapping in _mappings(whole["static_resources"]["listeners"]):
+    for mapping in _mappings(static["listeners"]):
         if mapping.pop("rds", None) is not None:
             mapping["route_config"] = table
     return whole

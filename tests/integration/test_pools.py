@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,10 +19,11 @@ import httpx
 import pytest
 import yaml
 
-from chassis.errors import PeajeError
-from control.apply import Desk, apply
+from chassis.errors import Invalid, PeajeError
+from chassis.models import ModelCatalogue
+from control.apply import Desk, apply, judge
 from control.envoy_admin import Admin
-from control.envoy_resources import publish
+from control.envoy_resources import publish, render_all
 from control.laptop.binaries import find_envoy
 from control.laptop.envoy import find_source
 from control.laptop.places import Places
@@ -288,3 +289,18 @@ def test_more_output_than_the_engines_generate_is_refused_before_anybody_is_aske
     error = road.ask("m", max_tokens=101).json()["error"]
     assert ("invalid_request", "This model generates at most 100 tokens.") == (error["code"], error["message"])
     assert 2 == len(road.servers[0].seen)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("clusters", "consecutive_gateway_failure:", "consecutive_gateway_failures:"), ("routes", "pool/main/m", "pool/main/n")],
+    ids=["a field that Envoy would ignore", "a route to no pool"],
+)
+def test_envoy_judges_what_its_own_check_never_opens(road: Road, file: str, old: str, new: str) -> None:
+    """The files that it watches, as strictly as its bootstrap."""
+    models = ModelCatalogue.parse({"models": [{"name": "m", "engine": "vllm", "endpoints": ["127.0.0.1:1"]}]}, source="x")
+    rendered = render_all(models, road.desk.places.home)
+
+    judge(road.desk.envoy, road.desk.places, rendered)
+    with pytest.raises(Invalid, match="^Envoy refuses what the models document means: "):
+        judge(road.desk.envoy, road.desk.places, replace(rendered, **{file: getattr(rendered, file).replace(old, new)}))
