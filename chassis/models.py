@@ -23,6 +23,7 @@ import structlog
 from chassis import models_document
 from chassis.errors import Invalid
 from chassis.served import Model
+from chassis.telemetry import metrics
 from chassis.watching import file_version
 
 log = structlog.get_logger()
@@ -86,7 +87,9 @@ class WatchedCatalogue:
                 self._identity = identity
                 try:
                     self._catalogue = ModelCatalogue.load(self._path)
+                    metrics.MODELS_REFUSED.set(0)
                     log.info("models_reloaded", count=len(self._catalogue.models))
                 except Invalid as exc:
+                    metrics.MODELS_REFUSED.set(1)
                     log.error("models_refused", reason=exc.message)
         return self._catalogue

@@ -49,6 +49,7 @@ RULE_HITS: Final = Counter(
 RULE_RELOADS: Final = Counter(
     "peaje_ratelimit_rule_reloads_total", "New generic rules, by whether they were taken.", ["outcome"]
 )
+MODELS_REFUSED: Final = Gauge("peaje_models_refused", "1 while the models document is faulty and the last good one is in force, else 0.")
 RULES_CURRENT: Final = Gauge("peaje_ratelimit_rules_current", "1 if the generic rules in force are those of the files, else 0.")
 RULE_DOMAIN_UNKNOWN: Final = Counter(
     "peaje_ratelimit_rule_domain_unknown_total", "Requests of a domain that no file has: all of them pass."

@@ -302,5 +302,5 @@ def test_envoy_judges_what_its_own_check_never_opens(road: Road, file: str, old:
     rendered = render_all(models, road.desk.places.home)
 
     judge(road.desk.envoy, road.desk.places, rendered)
-    with pytest.raises(Invalid, match="^Envoy refuses what the models document means: "):
+    with pytest.raises(Invalid, match=r"^Envoy refuses what the models document means: "):
         judge(road.desk.envoy, road.desk.places, replace(rendered, **{file: getattr(rendered, file).replace(old, new)}))

@@ -8,10 +8,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
-from chassis import models_document
+from chassis import models, models_document
 from chassis.models import ModelCatalogue
 from chassis.models_document import Faulty, load, read
+from chassis.secrets import write_private
 from chassis.served import Affinity, Endpoint, Model, Pool, PriceHint, Retry
 
 WHOLE = """
@@ -176,6 +178,21 @@ def test_a_document_is_read_up_to_its_bounds(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(models_document, "BYTES_MAX", path.stat().st_size - 1)
     with pytest.raises(Faulty, match="larger than"):
         load(path)
+
+
+def test_a_faulty_document_keeps_the_last_good_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is mended; whoever watches it sees that, by a metric."""
+    monkeypatch.setattr(models, "LOOK_EVERY_SECONDS", 0)
+    path = tmp_path / "models.yaml"
+    path.write_text(f"models:\n- {{name: a, {ALONE}}}\n")
+    watched = models.WatchedCatalogue(path)
+    seen = []
+
+    for text in (f"- {{name: b, {ALONE}}}", "- {name: c}", f"- {{name: d, {ALONE}}}"):
+        write_private(path, f"models:\n{text}\n")
+        seen.append((watched.current().names, REGISTRY.get_sample_value("peaje_models_refused")))
+
+    assert [(["b"], 0), (["b"], 1), (["d"], 0)] == seen
 
 
 def test_no_value_is_repeated_in_a_fault() -> None:
