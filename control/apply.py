@@ -41,6 +41,7 @@ from control.envoy_resources import (
     write,
     write_credentials,
 )
+from control.laptop import envoy_files
 from control.laptop.envoy import validate
 from control.laptop.places import Places
 from control.located_yaml import load
@@ -61,6 +62,8 @@ class Applied:
     #: Whether Envoy runs and has said so; otherwise it will read the files when it starts.
     confirmed: bool
     changes: list[Difference] = field(default_factory=list)
+    #: Files that were edited and that only a restart reads.
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +97,20 @@ def apply(desk: Desk, source: Path | None) -> Applied:
             raise
         # Services look at the document twice a second; who is told that it is in force can rely on them, too.
         desk.sleep(max(0.0, 2 * LOOK_EVERY_SECONDS - (desk.clock() - began)))
-        return Applied(models=catalogue.names, confirmed=desk.admin is not None, changes=changes)
+        unread = [str(file) for file in envoy_files.edited(desk.places)] if desk.admin is not None else []
+        return Applied(models=catalogue.names, confirmed=desk.admin is not None, changes=changes, unread=unread)
 
 
 def diff(desk: Desk, source: Path | None) -> list[Difference]:
-    """What *source* (None: the installation's own document) says against what Envoy runs."""
+    """What *source* (None: the installation's own document) and Envoy's other files say against what Envoy runs."""
     if desk.admin is None:
         raise Unavailable("Envoy is not running.", mend="Start it with `./peaje up`, or name its admin interface.")
     _, rendered, _ = _read(desk, source or desk.places.home / MODELS_PATH)
-    return _differences(desk, rendered)
+    unread = [
+        Difference(resource=f"file {file}", place="content", running="as it started with", files="edited, only a restart reads it")
+        for file in envoy_files.edited(desk.places)
+    ]
+    return _differences(desk, rendered) + unread
 
 
 def judge(program: Path, places: Places, rendered: Rendered) -> None:

@@ -442,3 +442,9 @@ def test_what_is_wrong_is_refused_with_its_line_and_changes_nothing(site: Site) 
     ] == json.loads(shown.stdout)["differences"]
     assert 0 == site.road.run("apply").returncode
     assert [] == diff(site.desk, None)
+
+    script = directory / "pool.lua"
+    script.write_text(script.read_text() + "-- edited\n")
+    assert [f"file {script}"] == [one.resource for one in diff(site.desk, None)]
+    script.write_text(script.read_text().removesuffix("-- edited\n"))
+    assert [] == diff(site.desk, None)
