@@ -118,7 +118,11 @@ class Servicer:
         return response
 
     def _models_body(self, identity: Identity) -> str:
-        names = decision.usable_models(identity, self._catalogue().served)
+        catalogue = self._catalogue()
+        names = decision.usable_models(identity, catalogue.served)
+        usable = set(names)
+        # Who may use a model may call it by any of its names.
+        names += sorted(alias for alias, model in catalogue.aliases.items() if model in usable)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "peaje"} for name in names]
         return orjson.dumps({"object": "list", "data": models}).decode()
 

@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from chassis.contract import EPOCH_ENVIRONMENT, EXPRESS_ENVIRONMENT
 from chassis.telemetry import traces
+from control.laptop import envoy_files
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
 from control.laptop.places import REPOSITORY, Places, Ports, write_private
@@ -73,6 +74,7 @@ def render(places: Places, ports: Ports, scale: Scale, *, source: Path = _SHIPPE
     _add_tracing(bootstrap, source / TRACING, _trace_settings())
     _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+    envoy_files.rendered(places, source)
 
 
 def _add_tracing(bootstrap: dict[str, Any], path: Path, settings: traces.Settings) -> None:
@@ -248,6 +250,8 @@ def _set_endpoints(bootstrap: dict[str, Any], scale: Scale, source: Path) -> Non
 
 def _new_epoch() -> Mapping[str, str]:
     """Name this life of Envoy: the collector tells by it which streams died with the last one."""
+    # The supervisor's working directory is the state directory.
+    envoy_files.started(Places(Path.cwd()))
     return {EPOCH_ENVIRONMENT: uuid.uuid4().hex}
 
 
