@@ -20,7 +20,8 @@ _PORTS = Ports(tenants=10000, control=10001, admin=9901)
 def rendered(home: Path) -> dict[str, Any]:
     """What Envoy would run on."""
     place = Places(home)
-    place.envoy.mkdir(exist_ok=True)
+    for directory in (place.envoy, place.run):
+        directory.mkdir(exist_ok=True)
     render(place, _PORTS, Scale())
     document: dict[str, Any] = yaml.safe_load((place.envoy / "envoy.yaml").read_text())
     return document
