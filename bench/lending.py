@@ -375,12 +375,16 @@ PER_MINUTE: Final = 12_000
 def asked_table() -> str:
     """Questions per request by distance from the limit and number of workers, in Markdown."""
     lines = ["| offered | " + " | ".join(f"{count:,} worker{'s' * (count > 1)}" for count in WORKERS) + " |", "|---|" + "---|" * len(WORKERS)]
-    for said, load, used, requests in DISTANCES:
-        seen = [
-            play(Scenario(workers=count, per_minute=PER_MINUTE, load=load, used=used, requests=requests)) for count in WORKERS
-        ]
-        lines.append(f"| {said} | " + " | ".join(f"{one.asked_each:.2f}" for one in seen) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(asked_row, range(len(DISTANCES)))])
+
+
+def asked_row(number: int) -> str:
+    """The line of `asked_table` for that one of `DISTANCES`."""
+    said, load, used, requests = DISTANCES[number]
+    seen = [
+        play(Scenario(workers=count, per_minute=PER_MINUTE, load=load, used=used, requests=requests)) for count in WORKERS
+    ]
+    return f"| {said} | " + " | ".join(f"{one.asked_each:.2f}" for one in seen) + " |"
 
 
 def rush(*, workers: int, seed: int, tokens_each: int = 0) -> Scenario:
