@@ -82,13 +82,27 @@ REQUEST_KEYS: Final = (
     REQ_CERTIFICATE_NAMES,
 )
 
-#: Written on each route, under the names of the filters that read it: whether the pool's engine sends running usage.
+#: Written on each route, under the names of the filters that read it.
 ROUTE_NAMESPACES: Final = ("gate", "tap")
+#: Whether every engine that may answer sends running usage.
 ROUTE_RUNNING_USAGE: Final = "running_usage"
+#: On the routes of an alias: the model's own name, which the gate puts in its place.
+ROUTE_MODEL: Final = "model"
+#: How many bytes of the prompt decide which server it goes to; absent: none do.
+ROUTE_PREFIX_BYTES: Final = "prefix_bytes"
+#: The most that a caller may ask the engines to generate for one choice; absent: not known.
+ROUTE_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 
-#: Written on each cluster of model servers, under this namespace: the engine's kind.
+#: Written on each endpoint of a model, under this namespace: its pool, the engine's kind, and what that calls the model.
 POOL_NAMESPACE: Final = "peaje.pool"
+POOL_NAME: Final = "name"
 POOL_ENGINE: Final = "engine"
+POOL_MODEL: Final = "model"
+
+#: Never leave Envoy: the beginning of a prompt as a number, what the chosen server calls the model, its pool.
+PREFIX_HEADER: Final = "x-peaje-prefix"
+ENGINE_MODEL_HEADER: Final = "x-peaje-engine-model"
+POOL_HEADER: Final = "x-peaje-pool"
 
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 
@@ -242,7 +256,7 @@ J_IDENTITY: Final = "identity"
 J_REQUEST: Final = "request"
 J_USAGE: Final = "usage"
 J_ADMISSION: Final = "admission"
-#: The kind of the engine behind the model, from its cluster's metadata: a row must not change when models.yaml does.
+#: The kind of the engine that answered, from its endpoint's metadata: a row must not change when models.yaml does.
 J_ENGINE: Final = "engine"
 #: Names one life of one Envoy process; set by whoever starts Envoy.
 J_EPOCH: Final = "epoch"

@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from chassis.certificates import WatchedCertificates, server_credentials
 from chassis.errors import Invalid, PeajeError, Unavailable
+from chassis.telemetry import traces
 
 log = structlog.get_logger()
 
@@ -108,6 +109,7 @@ def serve_unary(
     stop.wait()
     status.enter_graceful_shutdown()
     server.stop(GRACE_SECONDS).wait()
+    traces.stop()
     log.info("stopped", socket=at.name)
 
 
@@ -125,7 +127,7 @@ async def _serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any
     for path, (handler, request) in methods.items():
         _, service, method = path.split("/")
         stream = grpc.stream_stream_rpc_method_handler(
-            handler,
+            _traced(path, handler),
             request_deserializer=request.FromString,
             response_serializer=lambda answer: answer.SerializeToString(),
         )
@@ -145,6 +147,7 @@ async def _serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any
     await stop.wait()
     await status.enter_graceful_shutdown()
     await server.stop(GRACE_SECONDS)
+    traces.stop()
     log.info("stopped", socket=at.name)
 
 
@@ -161,7 +164,8 @@ def run(main: Callable[[], None]) -> None:
 def _guarded(path: str, handler: Unary) -> Unary:
     def call(request: Any, context: grpc.ServicerContext) -> Message:
         try:
-            return handler(request, context)
+            with traces.serving(path, context.invocation_metadata):
+                return handler(request, context)
         except Invalid as exc:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, exc.message)
             raise
@@ -173,6 +177,15 @@ def _guarded(path: str, handler: Unary) -> Unary:
             log.error("call_failed", method=path, error=type(exc).__name__, exc_info=True)
             context.abort(grpc.StatusCode.INTERNAL, "internal error")
             raise
+
+    return call
+
+
+def _traced(path: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+        with traces.serving(path, context.invocation_metadata):
+            async for answer in handler(messages, context):
+                yield answer
 
     return call
 

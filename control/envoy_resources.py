@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Turn the models document into the two files that Envoy watches: clusters.yaml and routes.yaml.
+Turn the models document into the files that Envoy watches: clusters.yaml, routes.yaml, and where credentials are.
 
-One cluster per model (its pool of servers) and one route table that chooses the pool by what
-the gate read from the body. The route table is the allow-list: each path of the contract, and
+One route table chooses the model by what the gate read from the body, its weights the pool
+(control/envoy_clusters.py). The table is the allow-list: each path of the contract, and
 after them a 404 for everything else. Envoy's own typed messages build the resources, so a field
 that Envoy does not know cannot be written.
 """
@@ -11,131 +11,111 @@ that Envoy does not know cannot be written.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
-import ssl
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import betterproto2
 import yaml
-from envoy_data_plane.envoy.config.cluster import v3 as cluster
 from envoy_data_plane.envoy.config.core import v3 as core
-from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
 from envoy_data_plane.envoy.config.route import v3 as route
-from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
-from envoy_data_plane.envoy.extensions.upstreams.http import v3 as http
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as previous_hosts
+from envoy_data_plane.envoy.extensions.retry.priority.previous_priorities import v3 as previous_priorities
 from envoy_data_plane.envoy.service.discovery import v3 as discovery
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google import protobuf
 
 from chassis import contract
-from chassis.errors import Invalid, Unavailable
-from chassis.models import Endpoint, Model, ModelCatalogue, supports_continuous_usage
+from chassis.errors import Unavailable
+from chassis.models import ModelCatalogue
+from chassis.served import Model, Retry
+from control.envoy_clusters import CREDENTIALS_DIRECTORY, credentials, model_clusters, pack, target_name
 
 CLUSTERS_FILE: Final = "clusters.yaml"
 ROUTES_FILE: Final = "routes.yaml"
 #: `rds.route_config_name` in envoy.yaml.
 ROUTE_TABLE: Final = "tenants"
 
-#: A server on the same network that takes longer to accept is not there.
-CONNECT_TIMEOUT: Final = timedelta(seconds=1)
 #: No limit on the whole answer: a long generation is not a fault. Silence is: see IDLE_TIMEOUT.
 ANSWER_TIMEOUT: Final = timedelta(0)
 #: Between two pieces of an answer; must exceed the slowest first token.
 IDLE_TIMEOUT: Final = timedelta(seconds=600)
-#: An idle connection is closed before the server closes it (uvicorn, and so vLLM: after 5 s);
-#: otherwise a request now and then meets a connection that is just going away.
-KEEP_ALIVE: Final = timedelta(seconds=4)
-#: Bytes held per connection before the other side is slowed down.
-CONNECTION_BUFFER_BYTES: Final = 1 << 20
 #: The largest request body; the gate reads it whole.
 REQUEST_BODY_BYTES_MAX: Final = 16 << 20
-#: Envoy's own default of 1024 would refuse requests that limits have admitted. Admission is
-#: ratelimit's decision, so this is far above it and only bounds a runaway.
-POOL_MAX: Final = 10000
-#: Only what cannot have reached a model: nothing is generated, or billed, twice.
-RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
+#: Never after the first byte of an answer: Envoy cannot take back what it has passed on.
+RETRY_ON: Final = {
+    Retry.UNSENT: "connect-failure,refused-stream,reset-before-request",
+    Retry.UNANSWERED: "connect-failure,refused-stream,reset",
+}
+#: A pool that dies whole is noticed by its health checks within seconds; until then the second goes to the next one.
+RETRIES: Final = 2
+#: Tries at one that has not failed this request yet; the dead one is the least busy of all.
+_HOSTS_TRIED: Final = 10
 #: The caller's credential is for us, not for the model server; a compressed answer could not be metered.
 NOT_FORWARDED: Final = (contract.AUTHORIZATION_HEADER, contract.API_KEY_HEADER, "accept-encoding")
 
 _MODELS_PATH: Final = "/v1/models"
-_TYPE_PREFIX: Final = "type.googleapis.com/"
-_HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+#: `consecutive_5xx` comes out of betterproto2 as `consecutive_5_xx`.
+_SPLIT_NUMBER: Final = re.compile(r"(_\d)_(xx)\b")
 _HEADER: Final = "# Built from models.yaml; a change here is overwritten.\n"
-#: Where systems keep the certificates that they trust, when Python's own place is empty.
-_TRUSTED_CERTIFICATES: Final = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-)
-
-
-def publish(models_path: Path, directory: Path) -> None:
-    """
-    Read the models document and swap both files below *directory*; refuse in one line, writing nothing.
-
-    Envoy notices a file that is renamed into place, so it never reads half of one.
-    """
-    catalogue = ModelCatalogue.load(models_path)
-    clusters = render([model_cluster(model) for model in catalogue.models])
-    routes = render([route_table(catalogue.models)])
-    # Clusters first: a route must not lead to a pool that Envoy has not heard of.
-    _replace(directory / CLUSTERS_FILE, clusters)
-    _replace(directory / ROUTES_FILE, routes)
-
 
 #: The pool of a request that names no served model. Never defined.
 NO_POOL: Final = "no-pool"
 
 
-def cluster_name(model: str) -> str:
-    """Name the pool of *model*."""
-    return f"model/{model}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """What a models document means to Envoy: its files as text."""
+
+    clusters: str
+    routes: str
+    #: By file name, below `CREDENTIALS_DIRECTORY`; the names of secrets' files, never what is in them.
+    credentials: dict[str, str]
 
 
-def model_cluster(model: Model) -> cluster.Cluster:
-    """Build the pool of one model."""
-    is_static = all(_is_address(server.host) for server in model.endpoints)
-    uses_tls = model.endpoints[0].scheme == "https"
-    return cluster.Cluster(
-        name=cluster_name(model.name),
-        # In each journal record: which engine answered decides what its frames are worth.
-        metadata=core.Metadata(filter_metadata={
-            contract.POOL_NAMESPACE: protobuf.Struct.from_dict({contract.POOL_ENGINE: model.engine})
-        }),
-        type=cluster.ClusterDiscoveryType.STATIC if is_static else cluster.ClusterDiscoveryType.STRICT_DNS,
-        connect_timeout=CONNECT_TIMEOUT,
-        # A server that also has an IPv6 name often listens on IPv4 only (localhost, for one).
-        dns_lookup_family=cluster.ClusterDnsLookupFamily.V4_PREFERRED,
-        # Generations differ a hundredfold in length: taking turns would queue behind the long ones.
-        lb_policy=cluster.ClusterLbPolicy.LEAST_REQUEST,
-        per_connection_buffer_limit_bytes=CONNECTION_BUFFER_BYTES,
-        circuit_breakers=cluster.CircuitBreakers(
-            thresholds=[
-                cluster.CircuitBreakersThresholds(
-                    max_connections=POOL_MAX, max_pending_requests=POOL_MAX, max_requests=POOL_MAX, max_retries=POOL_MAX
-                )
-            ]
-        ),
-        upstream_connection_options=cluster.UpstreamConnectionOptions(
-            # A server that vanished without a word is noticed during a long silence.
-            tcp_keepalive=core.TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=10)
-        ),
-        typed_extension_protocol_options={_HTTP_OPTIONS: _pack(_http_options())},
-        transport_socket=_tls_socket(model) if uses_tls else None,
-        load_assignment=endpoint.ClusterLoadAssignment(
-            cluster_name=cluster_name(model.name),
-            endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=[_server(server) for server in model.endpoints])],
-        ),
+def render_all(catalogue: ModelCatalogue, home: Path) -> Rendered:
+    """Build every file; *home* is where files of credentials are looked for. Raises `Invalid` for one that is not fit."""
+    secrets = credentials(catalogue.models, home)
+    return Rendered(
+        clusters=render([one for model in catalogue.models for one in model_clusters(model, secrets)]),
+        routes=render([route_table(catalogue.models)]),
+        credentials={f"{secret.name}.yaml": render([secret]) for secret in secrets.values()},
     )
 
 
+def publish(models_path: Path, directory: Path, *, home: Path | None = None) -> None:
+    """
+    Read the models document and swap all files below *directory*; refuse in one line, writing nothing.
+
+    Envoy notices a file that is renamed into place, so it never reads half of one. For an Envoy that is not running
+    yet: control/apply.py knows what a running one needs. *home* is the state directory, unless it is above *directory*.
+    """
+    write(render_all(ModelCatalogue.load(models_path), home or directory.parent), directory)
+
+
+def write(rendered: Rendered, directory: Path) -> None:
+    """Swap all files below *directory*, each whole."""
+    write_credentials(rendered, directory)
+    # Clusters first: a route must not lead to a pool that Envoy has not heard of.
+    replace(directory / CLUSTERS_FILE, rendered.clusters)
+    replace(directory / ROUTES_FILE, rendered.routes)
+
+
+def write_credentials(rendered: Rendered, directory: Path) -> None:
+    """Tell Envoy where secrets are, before a cluster asks; what no cluster asks for any more does not harm."""
+    if rendered.credentials:
+        (directory / CREDENTIALS_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+    for name, text in rendered.credentials.items():
+        replace(directory / CREDENTIALS_DIRECTORY / name, text)
+
+
 def route_table(models: Iterable[Model]) -> route.RouteConfiguration:
-    """Build the allow-list: each path to each model's pool, a 404 for another model, a 404 for another path."""
+    """Build the allow-list: each path to each model's pools, a 404 for another model, a 404 for another path."""
     by_name = sorted(models, key=lambda model: model.name)
     routes: list[route.Route] = []
     for path, dialect in contract.PATHS.items():
@@ -144,6 +124,7 @@ def route_table(models: Iterable[Model]) -> route.RouteConfiguration:
             routes.append(_refusal(dialect, route.RouteMatch(path=path), "not_found", "The list of models is not available."))
             continue
         routes.extend(_forward(path, dialect, model) for model in by_name)
+        routes.extend(_alias(path, dialect, model, alias) for model in by_name for alias in model.aliases)
         routes.append(_unrouted(path, dialect))
     routes.append(_refusal("not-found", route.RouteMatch(prefix="/"), "not_found", "Unknown path."))
     return route.RouteConfiguration(
@@ -158,34 +139,105 @@ def route_table(models: Iterable[Model]) -> route.RouteConfiguration:
 
 def render(resources: Sequence[betterproto2.Message]) -> str:
     """Write *resources* as the file that Envoy reads: the same text for the same resources."""
-    answer = discovery.DiscoveryResponse(resources=[_pack(resource) for resource in resources])
+    answer = discovery.DiscoveryResponse(resources=[pack(resource) for resource in resources])
     answer.version_info = hashlib.sha256(bytes(answer)).hexdigest()[:16]
-    document = answer.to_dict(casing=betterproto2.Casing.SNAKE)
+    document = _respelled(answer.to_dict(casing=betterproto2.Casing.SNAKE))
     return _HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
+def _respelled(value: Any) -> Any:
+    """Put names with a number in them right: of a file that it watches, Envoy ignores a field it does not know."""
+    if isinstance(value, dict):
+        return {_SPLIT_NUMBER.sub(r"\1\2", str(name)): _respelled(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_respelled(inner) for inner in value]
+    return value
+
+
 def _forward(path: str, dialect: str, model: Model) -> route.Route:
-    chosen = matcher.MetadataMatcher(
-        filter=contract.NS_REQUEST,
-        path=[matcher.MetadataMatcherPathSegment(key=contract.REQ_MODEL)],
-        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=model.name)),
-    )
-    facts = protobuf.Struct.from_dict({contract.ROUTE_RUNNING_USAGE: supports_continuous_usage(model.engine)})
     return route.Route(
         name=dialect,
-        match=route.RouteMatch(path=path, dynamic_metadata=[chosen]),
-        metadata=core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, facts)),
+        match=_named(path, model.name),
+        metadata=_facts(model),
         route=route.RouteAction(
-            cluster=cluster_name(model.name),
             timeout=ANSWER_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
             # The model server sees its own name, not one that a client chose.
             auto_host_rewrite=True,
-            retry_policy=route.RetryPolicy(retry_on=RETRY_ON, num_retries=1),
+            retry_policy=_retries(model),
+            hash_policy=_hashed_by(model),
+            **_target(model),
         ),
         request_headers_to_remove=list(NOT_FORWARDED),
         request_headers_to_add=[_fairness_id()],
     )
+
+
+def _alias(path: str, dialect: str, model: Model, alias: str) -> route.Route:
+    # Leads nowhere: the gate reads whose name it is, puts that in its place and chooses anew. Should it not, nobody
+    # is served who was judged under another name.
+    return route.Route(
+        name=f"{dialect}/alias",
+        match=_named(path, alias),
+        # All that the model's own route says: a script reads a route's metadata once.
+        metadata=_facts(model, {contract.ROUTE_MODEL: model.name}),
+        route=_to_no_pool(),
+        request_headers_to_remove=list(NOT_FORWARDED),
+    )
+
+
+def _named(path: str, name: str) -> route.RouteMatch:
+    chosen = matcher.MetadataMatcher(
+        filter=contract.NS_REQUEST,
+        path=[matcher.MetadataMatcherPathSegment(key=contract.REQ_MODEL)],
+        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=name)),
+    )
+    return route.RouteMatch(path=path, dynamic_metadata=[chosen])
+
+
+def _facts(model: Model, more: dict[str, Any] | None = None) -> core.Metadata:
+    facts: dict[str, Any] = {contract.ROUTE_RUNNING_USAGE: model.sends_running_usage} | (more or {})
+    if model.output_tokens_max is not None:
+        facts[contract.ROUTE_OUTPUT_TOKENS_MAX] = model.output_tokens_max
+    if model.affinity is not None and model.affinity.prefix_bytes:
+        facts[contract.ROUTE_PREFIX_BYTES] = model.affinity.prefix_bytes
+    return core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, protobuf.Struct.from_dict(facts)))
+
+
+def _target(model: Model) -> dict[str, Any]:
+    weighted = [pool for pool in model.pools if not pool.is_fallback]
+    if len(weighted) == 1:
+        return {"cluster": target_name(model, weighted[0])}
+    clusters = [route.WeightedClusterClusterWeight(name=target_name(model, pool), weight=pool.weight) for pool in weighted]
+    # What belongs together stays in one pool as well.
+    together = model.affinity is not None
+    return {"weighted_clusters": route.WeightedCluster(clusters=clusters, use_hash_policy=True if together else None)}
+
+
+def _hashed_by(model: Model) -> list[route.RouteActionHashPolicy]:
+    if model.affinity is None:
+        return []
+    header = model.affinity.header or contract.PREFIX_HEADER
+    return [route.RouteActionHashPolicy(header=route.RouteActionHashPolicyHeader(header_name=header))]
+
+
+def _retries(model: Model) -> route.RetryPolicy:
+    policy = route.RetryPolicy(
+        retry_on=RETRY_ON[model.retry],
+        num_retries=RETRIES,
+        retry_host_predicate=[
+            route.RetryPolicyRetryHostPredicate(
+                name="envoy.retry_host_predicates.previous_hosts", typed_config=pack(previous_hosts.PreviousHostsPredicate())
+            )
+        ],
+        host_selection_retry_max_attempts=_HOSTS_TRIED,
+    )
+    if len(model.pools) > 1:
+        policy.retry_priority = route.RetryPolicyRetryPriority(
+            name="envoy.retry_priorities.previous_priorities",
+            typed_config=pack(previous_priorities.PreviousPrioritiesConfig(update_frequency=RETRIES)),
+        )
+    return policy
 
 
 def _fairness_id() -> core.HeaderValueOption:
@@ -205,13 +257,17 @@ def _unrouted(path: str, dialect: str) -> route.Route:
     return route.Route(
         name=f"{dialect}/no-model",
         match=route.RouteMatch(path=path),
-        route=route.RouteAction(
-            cluster=NO_POOL,
-            cluster_not_found_response_code=route.RouteActionClusterNotFoundResponseCode.NOT_FOUND,
-            timeout=ANSWER_TIMEOUT,
-            idle_timeout=IDLE_TIMEOUT,
-        ),
+        route=_to_no_pool(),
         request_headers_to_remove=list(NOT_FORWARDED),
+    )
+
+
+def _to_no_pool() -> route.RouteAction:
+    return route.RouteAction(
+        cluster=NO_POOL,
+        cluster_not_found_response_code=route.RouteActionClusterNotFoundResponseCode.NOT_FOUND,
+        timeout=ANSWER_TIMEOUT,
+        idle_timeout=IDLE_TIMEOUT,
     )
 
 
@@ -234,61 +290,8 @@ def _refusal(name: str, match: route.RouteMatch, code: str, message: str) -> rou
     )
 
 
-def _http_options() -> http.HttpProtocolOptions:
-    return http.HttpProtocolOptions(
-        common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=KEEP_ALIVE),
-        explicit_http_config=http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
-    )
-
-
-def _server(server: Endpoint) -> endpoint.LbEndpoint:
-    return endpoint.LbEndpoint(
-        endpoint=endpoint.Endpoint(
-            # Becomes the Host header, where an IPv6 address is written in brackets.
-            hostname=f"[{server.host}]" if ":" in server.host else server.host,
-            address=core.Address(socket_address=core.SocketAddress(address=server.host, port_value=server.port)),
-        )
-    )
-
-
-def _tls_socket(model: Model) -> core.TransportSocket:
-    if any(_is_address(server.host) for server in model.endpoints):
-        raise Invalid(f"Model {model.name!r}: https needs a host name, an address has no certificate to check.")
-    context = tls.UpstreamTlsContext(
-        # Each server is asked for, and must prove, the name that the document gives it.
-        auto_host_sni=True,
-        auto_sni_san_validation=True,
-        common_tls_context=tls.CommonTlsContext(
-            alpn_protocols=["http/1.1"],
-            validation_context=tls.CertificateValidationContext(
-                trusted_ca=core.DataSource(filename=_trusted_certificates())
-            ),
-        ),
-    )
-    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=_pack(context))
-
-
-def _trusted_certificates() -> str:
-    places: Iterable[str | None] = (os.environ.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, *_TRUSTED_CERTIFICATES)
-    for place in places:
-        if place and Path(place).is_file():
-            return place
-    raise Invalid("No trusted certificates were found for https.", mend="Name a file of them in SSL_CERT_FILE.")
-
-
-def _pack(message: betterproto2.Message) -> protobuf.Any:
-    return protobuf.Any.pack(message)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Swap the file at *path* for *text*, whole."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -24,6 +24,7 @@ from chassis import beacon, contract
 from chassis.clock import utc_now
 from chassis.models import ModelCatalogue
 from chassis.settings import StoreSettings
+from chassis.telemetry import traces
 from control import pod
 from control.api import __main__ as control
 from control.api.access import DECLARATION
@@ -45,6 +46,7 @@ _MADE: Final = "<!-- Written by `python -m control.reference`; change the code i
 #: Whose settings, in the order in which they are shown.
 _SETTINGS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
     ("All parts", StoreSettings),
+    ("Traces", traces.Settings),
     ("extauth", extauth.Settings),
     ("ratelimit", ratelimit.Settings),
     ("metering", metering.Settings),

@@ -15,10 +15,10 @@ from typing import Final
 import structlog
 
 from chassis import keys as formats
+from chassis.attempts import Attempts
 from chassis.errors import PeajeError
 from control import audit, operators, service_accounts
 from control.act import Act
-from chassis.attempts import Attempts
 from control.store import Store
 
 log = structlog.get_logger()

@@ -14,6 +14,7 @@
 -- and extauth refuses: a broken gate closes the road. If the answer's fails, the journal has no usage
 -- and the collector bills by estimate, flagged.
 
+local affinity = require('envoy.lua.affinity')
 local answer = require('envoy.lua.answer')
 local express = require('envoy.lua.express')
 local reply = require('envoy.lua.reply')
@@ -65,6 +66,31 @@ local function publish(handle, facts)
   metadata:set(NAMESPACE, 'output_tokens_max', tostring(facts.output_tokens_max))
   metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
   if facts.quantity then metadata:set(NAMESPACE, 'quantity', tostring(facts.quantity)) end
+end
+
+-- Choose the route (which model, which pools) by what was published, and do what it says of its model: an alias
+-- becomes the model's own name, which is the only one that decisions and records know. Returns a refusal, or nil.
+local function choose(handle, facts, text)
+  handle:clearRouteCache()
+  -- Envoy gives a script the metadata of one route only; an alias' route says all that its model's does.
+  local about = handle:metadata()
+  local model = about:get('model')
+  if model then
+    facts.model = model
+    handle:streamInfo():dynamicMetadata():set(NAMESPACE, 'model', model)
+    handle:clearRouteCache()
+  end
+  local most = about:get('output_tokens_max')
+  if most and facts.output_tokens_max > most then
+    return {
+      status = 400, code = 'invalid_request',
+      message = 'This model generates at most ' .. string.format('%d', most) .. ' tokens.',
+    }
+  end
+  local prefix_bytes = about:get('prefix_bytes')
+  if prefix_bytes then
+    handle:headers():replace('x-peaje-prefix', affinity.prefix(text, facts.prompt_at, prefix_bytes))
+  end
 end
 
 local MODELS_FACTS = {
@@ -136,9 +162,9 @@ function envoy_on_request(handle)
   if not facts then return refuse(handle, dialect, denial) end
   facts.dialect, facts.started_at, facts.prompt_bytes = dialect, started_at, length + (facts.repeated_bytes or 0)
   publish(handle, facts)
+  denial = choose(handle, facts, text)
+  if denial then return refuse(handle, dialect, denial) end
   express.try(handle, facts, credential, request_id, tonumber(string.sub(micros, 1, -4)), buffered, text)
-  -- The route (which model, which pool) is chosen by this metadata.
-  handle:clearRouteCache()
 end
 
 function envoy_on_response(handle)

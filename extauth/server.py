@@ -13,7 +13,7 @@ from chassis.secrets import load_peppers
 from chassis.serving import door, serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
-from chassis.telemetry import metrics
+from chassis.telemetry import metrics, traces
 from chassis.telemetry.log import configure
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters.directory import Directory
@@ -57,6 +57,7 @@ class Settings(BaseSettings):
 def main() -> None:
     """Serve until SIGTERM."""
     configure("extauth")
+    traces.configure("extauth")
     stores, settings = StoreSettings(), Settings()
     pool = read_pool(stores.require_postgres(), name="extauth", connections=settings.connections)
     # Callers that are remembered pass for a while, all others get 503: extauth/core/cache.py.

@@ -24,6 +24,7 @@ from chassis import contract
 from chassis.keys import ParsedKey
 from chassis.models import ModelCatalogue
 from chassis.refusals import Refusal, render
+from chassis.telemetry import traces
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters import metrics
 from extauth.adapters.identities import Identities
@@ -117,13 +118,18 @@ class Servicer:
         return response
 
     def _models_body(self, identity: Identity) -> str:
-        names = decision.usable_models(identity, self._catalogue().served)
+        catalogue = self._catalogue()
+        names = decision.usable_models(identity, catalogue.served)
+        usable = set(names)
+        # Who may use a model may call it by any of its names.
+        names += sorted(alias for alias, model in catalogue.aliases.items() if model in usable)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "peaje"} for name in names]
         return orjson.dumps({"object": "list", "data": models}).decode()
 
     @staticmethod
     def _denied(denial: Denial, *, dialect: str, request_id: str) -> wire.CheckResponse:
         refusal = denial.refusal
+        traces.refused(refusal.code)
         for counter in metrics.denial(refusal.code, denial.phase, denial.rule):
             counter.inc()
         log.info(

@@ -13,7 +13,7 @@ from chassis.errors import Invalid
 from chassis.models import WatchedCatalogue
 from chassis.serving import door, serve_streams
 from chassis.settings import StoreSettings
-from chassis.telemetry import metrics
+from chassis.telemetry import metrics, traces
 from chassis.telemetry.log import configure
 from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
@@ -42,6 +42,7 @@ class Settings(BaseSettings):
 def main() -> None:
     """Serve until SIGTERM."""
     configure("metering")
+    traces.configure("metering")
     settings, stores = Settings(), StoreSettings()
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, host=stores.metrics_host)

@@ -25,7 +25,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from chassis import contract
 from chassis.errors import Unavailable
-from chassis.models import ModelCatalogue, supports_continuous_usage
+from chassis.models import ModelCatalogue
 from chassis.wire import access_log_entry_pb2 as entry_wire
 from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
@@ -92,8 +92,7 @@ class Servicer:
     def _shaped(self, message: wire.ProcessingRequest) -> wire.ProcessingResponse:
         facts = message.metadata_context.filter_metadata.get(contract.NS_REQUEST)
         model = facts.fields[contract.REQ_MODEL].string_value if facts is not None else ""
-        engine = self._catalogue().engine_of(model)
-        running = Running(engine is not None and supports_continuous_usage(engine))
+        running = Running(self._catalogue().sends_running_usage(model))
         response = wire.ProcessingResponse(request_body=wire.BodyResponse())
         try:
             body = ask_for_usage(message.request_body.body, running)

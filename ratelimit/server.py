@@ -17,6 +17,7 @@ from chassis.models import WatchedCatalogue
 from chassis.serving import door, serve_unary
 from chassis.settings import StoreSettings
 from chassis.stores.postgres import read_pool
+from chassis.telemetry import traces
 from chassis.telemetry.log import configure
 from chassis.telemetry.metrics import FAILURE_MODE, serve
 from chassis.wire import ratelimit_pb2 as wire
@@ -86,6 +87,7 @@ class Settings(BaseSettings):
 def main() -> None:
     """Serve until SIGTERM."""
     configure("ratelimit")
+    traces.configure("ratelimit")
     stores, settings = StoreSettings(), Settings()
     pool = read_pool(stores.require_postgres(), name="ratelimit", connections=settings.connections)
     limits = LimitsSource(pool)

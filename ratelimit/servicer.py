@@ -21,6 +21,7 @@ import structlog
 from chassis import contract
 from chassis.errors import Invalid, Unavailable
 from chassis.refusals import render
+from chassis.telemetry import traces
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
@@ -131,6 +132,7 @@ class Servicer:
             return response
         metrics.refused(answer.longest_wait(outcome.readings))
         refusal, told = answer.refusal(outcome.readings)
+        traces.refused(refusal.code)
         log.info(
             "limited", request_id=ask.request_id, tenant=ask.tenant_id, key_id=ask.key_id, code=refusal.code, unit=refusal.type
         )
@@ -140,7 +142,7 @@ class Servicer:
     def _take(self, asked: Demand, lease: Lease | None, back: Lease | None) -> Outcome:
         if not self._breaker.is_open:
             try:
-                with metrics.STORE_TAKE.time():
+                with metrics.STORE_TAKE.time(), traces.asking("redis", "take"):
                     outcome = self._take_stored(asked, lease, back)
             except StoreRefused as exc:
                 metrics.STORE_REFUSED.inc()
@@ -219,7 +221,7 @@ class Servicer:
     def _settle_stored(self, tenant_id: str, request_id: str, report: Report, *, model: str) -> None:
         is_shared = self._limits.share(model=model, tenant_id=tenant_id) is not None
         try:
-            with metrics.STORE_SETTLE.time():
+            with metrics.STORE_SETTLE.time(), traces.asking("redis", "settle"):
                 settled = self._stored.settle(
                     tenant_id=tenant_id, request_id=request_id, report=report, model=model if is_shared else ""
                 )

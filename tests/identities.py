@@ -17,7 +17,7 @@ import yaml
 from chassis import contract
 from chassis.clock import utc_now
 from chassis.errors import Unavailable
-from chassis.models import Endpoint, Model, ModelCatalogue
+from chassis.models import ModelCatalogue
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.adapters.identities import Identities
 from extauth.core import decision
@@ -148,8 +148,8 @@ def ask_function(
 @contextmanager
 def serving(socket: Path, identities: Identities) -> Iterator[Callable[..., wire.CheckResponse]]:
     """Serve extauth on *socket*; gives a function that asks it as Envoy does."""
-    models = (Model(name="tiny", engine="openai", endpoints=(Endpoint(scheme="http", host="h", port=1),)),)
-    servicer = Servicer(identities, catalogue=lambda: ModelCatalogue(models=models), clock=utc_now)
+    served = ModelCatalogue.parse({"models": [{"name": "tiny", "engine": "openai", "endpoints": ["h:1"]}]}, source="test")
+    servicer = Servicer(identities, catalogue=lambda: served, clock=utc_now)
     server = grpc.server(ThreadPoolExecutor(4))
     _, service, method = METHOD.split("/")
     handler = grpc.unary_unary_rpc_method_handler(

@@ -73,7 +73,7 @@ def end(
             "shape": "no", "started_at": stamp(at), "stream": False, "wants_usage": "no",
         },
         "request_id": request_id(number), "started_at": stamp(at), "status": 200, "type": "DownstreamEnd",
-        "upstream": f"model/{model}",
+        "upstream": f"pool/main/{model}",
         "usage": {"cached": cached, "input": input, "output": output, "seen": "final", "total": input + output},
     } | changes
     return _line({name: value for name, value in fields.items() if value is not None})

@@ -21,7 +21,7 @@ from psycopg import sql
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from chassis.errors import Unavailable
-from chassis.telemetry import metrics
+from chassis.telemetry import metrics, traces
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ class ReadPool:
         # Each of the connections may have died unnoticed; the one after that is new.
         for _ in range(self._connections + 1):
             try:
-                with pool.connection() as connection, self._counted():
+                with traces.asking("postgresql", "select"), pool.connection() as connection, self._counted():
                     rows: list[tuple[Any, ...]] = connection.execute(query, arguments).fetchall()
                     return rows
             except PoolTimeout:

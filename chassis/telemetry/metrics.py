@@ -27,6 +27,10 @@ LISTENER_HEARD_SECONDS: Final = Histogram(
 LISTENER_SILENT_SECONDS: Final = Gauge(
     "peaje_listener_silent_seconds", "Since a listener last heard its own pulse; it sends one every three seconds.", ["listener"]
 )
+#: A models document is watched by every service.
+MODELS_REFUSED: Final = Gauge(
+    "peaje_models_refused", "1 while the models document is faulty and the last good one is in force, else 0."
+)
 
 
 def serve(port: int, *, host: str = "127.0.0.1") -> None:

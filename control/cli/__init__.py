@@ -28,6 +28,7 @@ from control.cli import (
     reconcile,
     reports,
     reratings,
+    routing,
     service_accounts,
     signing_keys,
     tenants,
@@ -58,6 +59,7 @@ invoices.register(app)
 reratings.register(app)
 reports.register(app)
 operate.register(app)
+routing.register(app)
 laptop.register(app)
 
 

@@ -18,12 +18,15 @@ from pathlib import Path
 from chassis.contract import IDENTITY_PATH, MODELS_PATH
 from chassis.errors import PeajeError, Unavailable
 from chassis.models import ModelCatalogue
+from chassis.models_document import Faulty, read
+from control import price_hints
+from control.apply import validate_inlined
 from control.cli.client import call
 from control.envoy_lint import lint
-from control.envoy_resources import publish
+from control.envoy_resources import render_all, write
 from control.finding import Finding
 from control.laptop.binaries import find_envoy
-from control.laptop.envoy import TLS_EXAMPLE, TLS_PATH, find_source, validate
+from control.laptop.envoy import TLS_EXAMPLE, TLS_PATH, find_source
 from control.laptop.places import Places, read_home
 from control.located_yaml import load
 from extauth.adapters.document import load_whole as load_identity
@@ -40,7 +43,7 @@ def check(directory: str | None, *, as_json: bool) -> int:
         source = Path(directory) if directory else find_source(os.environ)
     except PeajeError as exc:
         return _tell([str(exc)], as_json=as_json)
-    return _tell([*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits()], as_json=as_json)
+    return _tell([*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits(), *_price_hints()], as_json=as_json)
 
 
 def _tell(findings: Sequence[str | Finding], *, as_json: bool) -> int:
@@ -59,23 +62,27 @@ def _envoy(source: Path) -> list[str | Finding]:
             (home / name).mkdir()
         try:
             shutil.copytree(source, home / "envoy")
-            models = read_home(os.environ) / "envoy/models.yaml"
-            if models.exists():
-                shutil.copy(models, home / "envoy/models.yaml")
-            else:
-                (home / "envoy/models.yaml").write_text(_EXAMPLE_MODELS)
-            publish(home / "envoy/models.yaml", home / "envoy")
+            rendered = render_all(_catalogue(), read_home(os.environ))
+            write(rendered, home / "envoy")
             for name in ("envoy.yaml", "clusters.yaml", "routes.yaml"):
                 found += lint(load(home / "envoy" / name), str(source / name))
             for path in (source / TLS_EXAMPLE, read_home(os.environ) / TLS_PATH):
                 if path.exists():
                     found += lint(load(path), str(path))
-            validate(find_envoy(os.environ), Places(home))
+            validate_inlined(find_envoy(os.environ), Places(home), rendered, secrets=read_home(os.environ) / "secrets")
+        except Faulty as exc:
+            found += exc.faults
         except PeajeError as exc:
             found.append(str(exc).replace(str(home / "envoy"), str(source)))
         except OSError as exc:
             found.append(f"{source}: {exc.strerror}.")
     return found
+
+
+def _catalogue() -> ModelCatalogue:
+    """The models document in force, or one that stands for any."""
+    models = read_home(os.environ) / MODELS_PATH
+    return ModelCatalogue.load(models) if models.exists() else ModelCatalogue(models=read(_EXAMPLE_MODELS, source="example"))
 
 
 def _tokenizers() -> list[str]:
@@ -121,3 +128,14 @@ def _limits() -> list[str]:
         return list(call("GET", "/v1/limits/findings")["findings"])
     except Unavailable:
         return []  # not running: there is nothing to ask
+
+
+def _price_hints() -> list[str]:
+    """Hints of the models document in force that no price follows."""
+    try:
+        models = _catalogue().models
+        return price_hints.findings(models, call("GET", "/v1/prices", query={"in_force": "true"})["prices"])
+    except Unavailable:
+        return []  # not running: there is nothing to ask
+    except Faulty:
+        return []  # said above

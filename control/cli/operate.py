@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,6 +73,16 @@ def register(app: typer.Typer) -> None:
                         return
 
 
+    @app.command("log-level")
+    def log_level(
+        level: Annotated[str | None, typer.Argument(help="debug, info, warning, error; or default.", show_default=False)] = None,
+        as_json: Json = False,
+    ) -> None:
+        """Change what every process of this installation writes to its log, within a second; `default` takes it back."""
+        _set_level(level)
+        _show_level(as_json=as_json)
+
+
 def view(before: Reading, after: Reading) -> RenderableType:
     """The table for a terminal."""
     from rich.console import Group
@@ -116,6 +127,36 @@ def _rates(before: Reading, after: Reading) -> list[Rates]:
     return rates(before.tenants, after.tenants, seconds=after.at - before.at)
 
 
+def _level_path() -> Path:
+    from chassis.telemetry.log import LEVEL_PATH
+    from control.laptop.places import read_home
+
+    return read_home(os.environ) / LEVEL_PATH
+
+
+def _set_level(level: str | None) -> None:
+    from chassis.errors import Invalid
+    from chassis.telemetry.log import LEVELS
+    from control.laptop.places import write_private
+
+    path = _level_path()
+    if level is not None and level not in (*LEVELS, "default"):
+        raise Invalid(f"{level[:20]!r} is no level.", mend=f"Use one of {', '.join(LEVELS)}, default.")
+    if level is not None and not path.parent.is_dir():
+        raise Invalid("There is no installation here.", mend="Start it with ./peaje up, or name its directory in PEAJE_HOME.")
+    if level == "default":
+        path.unlink(missing_ok=True)
+    elif level is not None:
+        write_private(path, level + "\n")
+
+
+def _show_level(*, as_json: bool) -> None:
+    from control.cli.show import show
+
+    path = _level_path()
+    show({"log_level": path.read_text("utf-8").strip() if path.exists() else "default"}, as_json=as_json)
+
+
 def _line(remark: Remark) -> str:
     return f"{remark.level:<6} {remark.about:<20} {remark.says}" + (f" {remark.mend}" if remark.mend else "")
 
@@ -139,7 +180,8 @@ def _examine() -> list[Remark]:
         postgres_url=ledger_url(), redis_url=url or valkey_url(place), envoy_admin=_admin_address(), home=place.home
     )
     # The store's socket is named relative to it where its path is long.
-    os.chdir(place.home)
+    if place.home.is_dir():
+        os.chdir(place.home)
     return list(examine(addresses, document["parts"], lambda: list(call("GET", "/v1/limits/findings")["findings"])))
 
 

@@ -56,6 +56,8 @@ class Engine:
     document: Mapping[str, Any]
     parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    #: The document as somebody wrote it, with its comments; None: nobody did.
+    text: str | None = None
 
     @property
     def models(self) -> list[str]:
@@ -69,7 +71,8 @@ def read_models_document(path: Path) -> Engine:
         ModelCatalogue.load(path)
     except Invalid as exc:
         raise Trouble(f"PEAJE_MODELS: {exc}") from exc
-    return Engine(description=f"as {path} says", document=yaml.safe_load(path.read_text()))
+    text = path.read_text("utf-8")
+    return Engine(description=f"as {path} says", document=yaml.safe_load(text), text=text)
 
 
 def ask_model_server(url: str) -> Engine:
@@ -192,9 +195,8 @@ def start_fake(places: Places, environ: Mapping[str, str]) -> Engine:
 
 def publish_document(engine: Engine, places: Places) -> None:
     """Write the models document in place of the last one, whole."""
-    write_private(
-        places.home / MODELS_PATH, yaml.safe_dump(dict(engine.document), sort_keys=False)
-    )
+    text = engine.text if engine.text is not None else yaml.safe_dump(dict(engine.document), sort_keys=False)
+    write_private(places.home / MODELS_PATH, text)
 
 
 def dynamo_version(environment: Path) -> str:

@@ -20,11 +20,15 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import yaml
+from pydantic import ValidationError
 
 from chassis.contract import EPOCH_ENVIRONMENT, EXPRESS_ENVIRONMENT
+from chassis.telemetry import traces
+from control.laptop import envoy_files
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
 from control.laptop.places import REPOSITORY, Places, Ports, write_private
@@ -36,6 +40,9 @@ _SOURCE_SETTING = "PEAJE_ENVOY_SOURCE"
 #: A second door, with TLS, where this file is in the state directory.
 TLS_PATH = "tls.yaml"
 TLS_EXAMPLE = "tls.example.yaml"
+#: What is added where a collector of traces is named.
+TRACING = "tracing.yaml"
+_HTTP_PORT = 80
 _BOOTSTRAP = "envoy/envoy.yaml"
 _TENANTS_LISTENER = "tenants"
 _VALIDATE_SECONDS = 60
@@ -64,8 +71,41 @@ def render(places: Places, ports: Ports, scale: Scale, *, source: Path = _SHIPPE
     bootstrap = _load(source / "envoy.yaml")
     _set_ports(bootstrap, ports, source)
     _set_endpoints(bootstrap, scale, source)
+    _add_tracing(bootstrap, source / TRACING, _trace_settings())
     _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+    envoy_files.rendered(places, source)
+
+
+def _add_tracing(bootstrap: dict[str, Any], path: Path, settings: traces.Settings) -> None:
+    """Where a collector of traces is named, Envoy sends its spans there."""
+    if not settings.url:
+        return
+    try:
+        address = urlsplit(settings.url)
+        port = address.port or _HTTP_PORT
+    except ValueError:
+        address, port = urlsplit(""), 0
+    if address.scheme != "http" or not address.hostname:
+        raise Trouble(f"PEAJE_TRACES_URL={settings.url} is not an address like http://127.0.0.1:4318.")
+    block = _load(path)
+    tracing, cluster = block["tracing"], block["cluster"]
+    config = tracing["provider"]["typed_config"]
+    config["http_service"]["http_uri"]["uri"] = f"{settings.url.rstrip('/')}/v1/traces"
+    config["sampler"]["typed_config"]["sampling_percentage"]["numerator"] = round(settings.percent * 10_000)
+    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    endpoint["endpoint"]["address"]["socket_address"] = {"address": address.hostname, "port_value": port}
+    listeners = bootstrap["static_resources"]["listeners"]
+    for chain in next(one for one in listeners if one["name"] == _TENANTS_LISTENER)["filter_chains"]:
+        chain["filters"][0]["typed_config"]["tracing"] = tracing
+    bootstrap["static_resources"]["clusters"].append(cluster)
+
+
+def _trace_settings() -> traces.Settings:
+    try:
+        return traces.Settings()
+    except ValidationError as exc:
+        raise Trouble("PEAJE_TRACES_PERCENT is not a number from 0 to 100.") from exc
 
 
 def _add_tls_listener(bootstrap: dict[str, Any], path: Path) -> None:
@@ -210,6 +250,8 @@ def _set_endpoints(bootstrap: dict[str, Any], scale: Scale, source: Path) -> Non
 
 def _new_epoch() -> Mapping[str, str]:
     """Name this life of Envoy: the collector tells by it which streams died with the last one."""
+    # The supervisor's working directory is the state directory.
+    envoy_files.started(Places(Path.cwd()))
     return {EPOCH_ENVIRONMENT: uuid.uuid4().hex}
 
 

@@ -111,7 +111,7 @@ SRE: Final = Dashboard(
             Panel(title="First token", unit="s", queries=_quantiles("peaje_model_first_token_seconds", by="model")),
             Panel(title="Between tokens", unit="s", queries=_quantiles("peaje_model_between_tokens_seconds", by="model")),
             Panel(title="Tokens a second of a stream", unit="short", queries=_quantiles("peaje_model_tokens_per_second", by="model")),
-            Panel(title="Model servers' answers, as Envoy sees them", unit="reqps", queries=_rates("envoy_cluster_upstream_rq_xx", "envoy_cluster_name, envoy_response_code_class", where='{envoy_cluster_name=~"model/.*"}')),
+            Panel(title="Model servers' answers, as Envoy sees them", unit="reqps", queries=_rates("envoy_cluster_upstream_rq_xx", "envoy_cluster_name, envoy_response_code_class", where='{envoy_cluster_name=~"pool/.*"}')),
             Panel(title="Under way at the engines, by their own word", unit="short", queries=(
                 ("sum by (model_name) (vllm:num_requests_running)", "{{model_name}} running"),
                 ("sum by (model_name) (vllm:num_requests_waiting)", "{{model_name}} waiting"),

@@ -155,8 +155,8 @@ CAUSES: Final = (
     ),
     Alert(
         name="PeajeEngineFails",
-        expr='sum by (envoy_cluster_name) (rate(envoy_cluster_upstream_rq_xx{envoy_cluster_name=~"model/.*",envoy_response_code_class="5"}[5m]))'
-        ' / sum by (envoy_cluster_name) (rate(envoy_cluster_upstream_rq_total{envoy_cluster_name=~"model/.*"}[5m])) > 0.05',
+        expr='sum by (envoy_cluster_name) (rate(envoy_cluster_upstream_rq_xx{envoy_cluster_name=~"pool/.*",envoy_response_code_class="5"}[5m]))'
+        ' / sum by (envoy_cluster_name) (rate(envoy_cluster_upstream_rq_total{envoy_cluster_name=~"pool/.*"}[5m])) > 0.05',
         minutes=1, severity="page", summary="A model's servers fail more than one request in twenty",
     ),
     Alert(

@@ -79,6 +79,8 @@ function M.read(handle, request, metadata)
   local encoding = headers:get('content-encoding')
   if not kind or (encoding and encoding ~= 'identity') then
     metadata:set(USAGE, 'anomaly', kind and 'encoded' or 'unreadable')
+    -- What was asked for stands in, with the budget as on the bill.
+    if METERS[request.dialect] == 'images' then metadata:set(USAGE, 'quantity', tonumber(request.quantity)) end
     return 0
   end
   local reader = usage.reader(kind, HIDES[request.dialect] and request.wants_usage or 'running', METERS[request.dialect])

@@ -79,7 +79,6 @@ function M.try(handle, facts, credential, request_id, now_ms, body, text)
   if entry.lease then keep(request_id, { key = key, charged = charged, entry = entry }) end
   if not record.start(handle, request_id, entry, facts, { admitted = true }) then return end
   if record.needs_shape(facts) then
-    handle:clearRouteCache()
     record.shape(body, text, facts, handle:metadata():get('running_usage'))
   end
   -- Last: a script that fails before this leaves a request that ratelimit is asked about.

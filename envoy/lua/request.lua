@@ -33,6 +33,18 @@ local OUTPUT_LIMITS = {
   ['openai.speech'] = {},
 }
 
+-- What an engine reads first, per dialect; the first that is there counts.
+local PROMPTS = {
+  ['openai.chat'] = { 'messages' },
+  ['openai.completions'] = { 'prompt' },
+  ['openai.responses'] = { 'instructions', 'input' },
+  ['anthropic.messages'] = { 'system', 'messages' },
+  ['openai.embeddings'] = {},
+  ['rerank'] = { 'query' },
+  ['openai.images'] = { 'prompt' },
+  ['openai.speech'] = { 'input' },
+}
+
 local STREAMS_WITHOUT_USAGE = { ['openai.chat'] = true, ['openai.completions'] = true }
 
 local function refusal(message, param)
@@ -139,8 +151,16 @@ METERS['openai.speech'] = function(body, members)
   return { quantity = first_bytes - second_halves }
 end
 
--- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape, quantity and
--- repeated_bytes where there is a meter }, or nil and a refusal { status, code, message, param }.
+-- Where the prompt begins; the body's own beginning where none is named.
+local function prompt_at(members, dialect)
+  for _, name in ipairs(PROMPTS[dialect]) do
+    if members[name] then return members[name][1] end
+  end
+  return 1
+end
+
+-- Facts of a request: { model, stream, output_tokens_max (0: not said), choices, wants_usage, shape, prompt_at,
+-- quantity and repeated_bytes where there is a meter }, or nil and a refusal { status, code, message, param }.
 function M.read(body, dialect)
   local members, reason = json.document(body)
   if not members then return refusal('The body is not a usable JSON object: ' .. reason .. '.') end
@@ -179,6 +199,7 @@ function M.read(body, dialect)
     output_tokens_max = limit,
     choices = count,
     wants_usage = wants_usage,
+    prompt_at = prompt_at(members, dialect),
     shape = (stream and STREAMS_WITHOUT_USAGE[dialect]) and shape.need(body, members) or shape.NO,
     quantity = metered.quantity,
     repeated_bytes = metered.repeated_bytes,

@@ -52,6 +52,17 @@ function M.ask_for_usage(body, how, can_run)
   return nil
 end
 
+-- The body that names the model as its server does; nil where it does so already, or names none.
+function M.rename(body, name)
+  local members = json.members(body)
+  local span = members and members.model
+  if not span then return nil end
+  -- Names of models are printable ASCII.
+  local quoted = '"' .. string.gsub(name, '["\\]', '\\%0') .. '"'
+  if sub(body, span[1], span[2]) == quoted then return nil end
+  return sub(body, 1, span[1] - 1) .. quoted .. sub(body, span[2] + 1)
+end
+
 -- Which member caps the output, per dialect; the first is the one to put in where there is none.
 local CAPS = {
   ['openai.chat'] = { 'max_tokens', 'max_completion_tokens' },

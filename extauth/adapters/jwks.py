@@ -164,7 +164,9 @@ class KeySource:
         return fetched is not None
 
     def _age_seconds(self) -> float:
-        """Without a set, infinite: nothing of this issuer can be verified."""
+        """Without a set, infinite: nothing of this issuer can be verified. Of a source that is over, nothing."""
+        if self._is_closed:
+            return math.nan
         return math.inf if self._set is None else self._clock() - self._set.fetched_at
 
     def _run(self) -> None:

@@ -9,7 +9,8 @@ up the collector. Of all collectors on one Postgres one checks, the others wait 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import psycopg
 import structlog
 
-from chassis.models import Model, ModelCatalogue
+from chassis.models import ModelCatalogue
+from chassis.served import Endpoint, Model
 from metering.adapters import metrics
 from metering.adapters.engines import fetch
 from metering.core.conservation import Counters, Interval, State, Watch
@@ -44,6 +46,17 @@ where model = %(model)s and ended_at > %(starts_at)s and ended_at <= %(ends_at)s
 on conflict do nothing
 returning ledger_input_tokens - engine_input_tokens, ledger_output_tokens - engine_output_tokens
 """
+
+
+def comparable(models: Iterable[Model]) -> list[Model]:
+    """Those whose engines count for nobody else: two that ask one server for the same model are one to its counters."""
+    models = list(models)
+    counted = Counter(one for model in models for one in _counters_of(model))
+    return [model for model in models if all(counted[one] == 1 for one in _counters_of(model))]
+
+
+def _counters_of(model: Model) -> list[tuple[Endpoint, str]]:
+    return [(endpoint, model.engine_name(pool)) for pool in model.pools for endpoint in pool.endpoints]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,8 +111,7 @@ class Conservation:
         self.waiting = still
 
     def _counters(self) -> dict[str, Counters]:
-        models: tuple[Model, ...] = self.catalogue().models
-        found = {model.name: fetch(model) for model in models}
+        found = {model.name: fetch(model) for model in comparable(self.catalogue().models)}
         return {name: counters for name, counters in found.items() if counters is not None}
 
     def _run(self) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from chassis.models import Endpoint, Model
+from chassis.served import Endpoint, Model
 from metering.core.conservation import Counters
 
 _TIMEOUT_SECONDS: Final = 2.0
@@ -70,19 +70,21 @@ def parse(text: str, *, names: Names, model: str) -> Counters | None:
 
 
 def fetch(model: Model, get: Callable[[str], str] | None = None) -> Counters | None:
-    """The counters of all engines of a pool together; None if one of them cannot be read."""
-    names = NAMES.get(model.engine)
-    if names is None:
-        return None
+    """The counters of all engines behind a model together; None if one of them cannot be read."""
     total = Counters(input_tokens=0, output_tokens=0, running=0)
-    for endpoint in model.endpoints:
-        try:
-            counters = parse((get or _page)(f"{_base(endpoint)}{names.path}"), names=names, model=model.name)
-        except (httpx.HTTPError, ValueError):
+    for pool in model.pools:
+        names = NAMES.get(pool.engine)
+        if names is None:
             return None
-        if counters is None:
-            return None
-        total += counters
+        for endpoint in pool.endpoints:
+            try:
+                page = (get or _page)(f"{_base(endpoint)}{names.path}")
+                counters = parse(page, names=names, model=model.engine_name(pool))
+            except (httpx.HTTPError, ValueError):
+                return None
+            if counters is None:
+                return None
+            total += counters
     return total
 
 

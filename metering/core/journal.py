@@ -47,6 +47,8 @@ _UPSTREAM_FLAGS = {"UH", "UF", "UC", "UR", "UT", "UO", "URX", "LR", "NC", "UPE",
 _WITHOUT_OUTPUT = frozenset({"openai.embeddings", "rerank"})
 #: Dialects in which the request says how much can be delivered at the most, and an engine need not report tokens.
 _METERED_ALONE = frozenset({"openai.images", "openai.speech"})
+#: Anomalies of an answer that nobody could read: what was asked for stands in for what was delivered.
+_UNREAD = frozenset({"encoded", "unreadable"})
 #: How metering can know what a stream that it ended has delivered.
 _STOPPED_BASES = ("running", "counted")
 
@@ -236,8 +238,9 @@ def judge(entry: Entry, outcome: str) -> Usage:
         return _without_tokens(0, basis="none", anomaly=anomaly)
     if dialect in _METERED_ALONE or (dialect in c.DIALECT_METERS and said is not None):
         quantity, anomaly = _quantity(entry, anomaly)
-        said_by_engine = "reported" if dialect not in _METERED_ALONE else "counted"
-        return _without_tokens(quantity, basis="estimated" if said is None else said_by_engine, anomaly=anomaly)
+        by_whom = "counted" if dialect in _METERED_ALONE else "reported"
+        is_guess = said is None or anomaly in _UNREAD
+        return _without_tokens(quantity, basis="estimated" if is_guess else by_whom, anomaly=anomaly)
     return Usage(
         input_tokens=_prompt_estimate(entry),
         output_tokens=frames or _answer_estimate(entry, dialect),

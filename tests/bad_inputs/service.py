@@ -17,14 +17,12 @@ import orjson
 
 from chassis import contract
 from chassis.clock import utc_now
-from chassis.models import Endpoint, Model, ModelCatalogue
+from chassis.models import ModelCatalogue
 from chassis.wire import ext_authz_pb2 as wire
 from extauth.servicer import METHOD, Servicer
 from tests.identities import Call
 
-CATALOGUE = ModelCatalogue(
-    models=(Model(name="tiny", engine="openai", endpoints=(Endpoint(scheme="http", host="127.0.0.1", port=1),)),)
-)
+CATALOGUE = ModelCatalogue.parse({"models": [{"name": "tiny", "engine": "openai", "endpoints": ["127.0.0.1:1"]}]}, source="test")
 Headers = Sequence[tuple[str, bytes]]
 
 

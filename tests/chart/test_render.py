@@ -25,7 +25,7 @@ from tests.chart.rendering import CHART, PRESETS, Object, find, identity, preset
 KUBERNETES: Final = ("1.29", "1.33", "1.37")
 _WARNING: Final = 2
 
-#: Kinds that Kubernetes itself does not have: the fields that we set, as their operators define them.
+#: Kinds that Kubernetes itself does not have: the fields that we set, a part of their operators' CRDs.
 _TEXT: Final = {"type": "string", "minLength": 1}
 _DURATION: Final = {"type": "string", "pattern": "^([0-9]+(h|m|s))+$"}
 _FOREIGN: Final[Mapping[str, Any]] = {

@@ -101,10 +101,23 @@ def text(value: Any) -> Any:
 
 
 def read_request(body: bytes, dialect: str = "openai.chat") -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Give the facts or the refusal of a request body."""
+    """Give the facts or the refusal of a request body; where its prompt begins is `prefix_of`'s."""
     answer = module("request")[b"read"](body, dialect.encode())
     facts, refusal = answer if isinstance(answer, tuple) else (answer, None)
-    return (table(facts) if facts is not None else None), (table(refusal) if refusal is not None else None)
+    read = None if facts is None else {name: fact for name, fact in table(facts).items() if name != "prompt_at"}
+    return read, (table(refusal) if refusal is not None else None)
+
+
+def prefix_of(body: bytes, dialect: str, most: int) -> str:
+    """Give what the beginning of a body's prompt is hashed to."""
+    facts = module("request")[b"read"](body, dialect.encode())
+    return str(text(module("affinity")[b"prefix"](body, facts[b"prompt_at"], most)))
+
+
+def rename(body: bytes, name: str) -> bytes | None:
+    """Name the model of a body as its server does, None where it already does."""
+    renamed: bytes | None = module("shape")[b"rename"](body, name.encode())
+    return renamed
 
 
 def ask_in_lua(body: bytes, dialect: str, running: Running) -> bytes | None:

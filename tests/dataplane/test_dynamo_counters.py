@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from chassis.models import Model, ModelCatalogue
+from chassis.models import ModelCatalogue
+from chassis.served import Model
 from metering.adapters.engines import fetch
 from metering.core.conservation import Counters
 from tests.dataplane.installation import Installation, Tenant
@@ -109,7 +110,7 @@ def test_the_ledger_of_a_thousand_requests_is_what_dynamo_counted(dynamo: Instal
 
 def test_a_frame_of_dynamo_with_text_is_a_token(dynamo: Installation, model: Model) -> None:
     """Asked past Envoy, without running usage: what the basis `counted` rests on."""
-    [endpoint] = model.endpoints
+    [endpoint] = model.pools[0].endpoints
     body = {
         "model": model.name, "messages": [{"role": "user", "content": "toll"}], "max_tokens": 200, "stream": True,
         "stream_options": {"include_usage": True}, "ignore_eos": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -44,6 +45,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[Any, ...]]] 
     "images without usage": (IMAGES, PAINT, {"usage": "missing"}, (0, 0, "images", 2, "counted", "ok")),
     "images compressed": (IMAGES, PAINT, {"usage": "missing", "gzip": True}, (0, 0, "images", 2, "counted", "ok")),
     "images with text that looks like usage": (IMAGES, PAINT, {"fake_usage_text": True}, (3, 32, "images", 2, "reported", "ok")),
+    "images that cannot be read": (IMAGES, PAINT, {"mislabel": True}, (0, 0, "images", 2, "estimated", "ok")),
     "images refused by the engine": (IMAGES, PAINT, {"error_before": 400}, (0, 0, None, 0, "none", "refused_by_engine")),
     "speech": (SPEECH, {"model": "tiny", "voice": "v", "input": TEXT}, {}, (0, 0, "characters", len(TEXT), "counted", "ok")),
     "speech that fails": (SPEECH, {"model": "tiny", "input": TEXT}, {"error_before": 500}, (0, 0, None, 0, "none", "upstream_error")),
@@ -63,6 +65,24 @@ def test_each_answer_is_billed_by_its_meter(road: Installation, tenant: Tenant, 
     if row["basis"] == "reported" and row["input_tokens"]:
         truth = road.truth()[row["request_id"]]
         assert (truth["prompt_tokens"], truth["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
+
+
+def test_a_caller_whom_a_worker_remembers_is_metered_alike(road: Installation, tenant: Tenant) -> None:
+    """On the express lane, where nobody is asked."""
+    plans = [(RERANK, SEARCH), (IMAGES, PAINT), (SPEECH, {"model": "tiny", "input": TEXT})]
+    for path, body in plans * 2:
+        road.post(tenant, path, json=body)
+    asked = road.asked_extauth()
+    for path, body in plans * 10:
+        road.post(tenant, path, json=body)
+
+    # Each worker asks now and then; not for every request.
+    assert road.asked_extauth() - asked < 30
+    found = Counter((row["dialect"], *billed(row)) for row in road.rows(tenant, 36))
+    assert {
+        ("rerank", SEARCH_TOKENS, 0, None, 0, "reported", "ok"): 12, ("openai.images", 3, 32, "images", 2, "reported", "ok"): 12,
+        ("openai.speech", 0, 0, "characters", len(TEXT), "counted", "ok"): 12,
+    } == found
 
 
 def test_the_openai_client_makes_images_and_speech(road: Installation, tenant: Tenant) -> None:
@@ -107,11 +127,13 @@ def test_a_budget_is_spent_by_images_and_not_beyond(road: Installation) -> None:
     time.sleep(1.0)  # the promise is one second
 
     fault = {"usage": "missing"}
-    statuses = [road.post(caller, IMAGES, json=PAINT | {"n": n}, fault=fault).status_code for n in (3, 2, 1)]
+    # The second cannot be read: what was asked for is charged to the budget, as it is on the bill.
+    plans = [(3, fault), (1, fault), (1, {"mislabel": True}), (1, fault)]
+    statuses = [road.post(caller, IMAGES, json=PAINT | {"n": n}, fault=fault).status_code for n, fault in plans]
 
-    [row] = road.rows(caller, 1)
-    assert [402, 200, 402] == statuses
-    assert (80_000_000, 2) == (row["amount_nano"], row["quantity"])
+    rows = road.rows(caller, 2)
+    assert [402, 200, 200, 402] == statuses
+    assert [(40_000_000, 1, "counted"), (40_000_000, 1, "estimated")] == [(row["amount_nano"], row["quantity"], row["basis"]) for row in rows]
 
 
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")

@@ -72,6 +72,21 @@ def test_a_chat_stream_ends_as_length_with_a_code_and_is_billed_to_the_token(roa
     assert road.truth()[row["request_id"]]["completion_tokens"] < 1000
 
 
+def test_a_stream_that_nobody_can_weigh_does_not_pass(road: Installation, limited: Any) -> None:
+    """An engine that encodes its answer unasked: the client is told in plain events, and no token of it is delivered or billed."""
+    caller = limited("encoded", 200)
+
+    answer = road.post(caller, json=chat("one two three", max_tokens=1000, stream=True), fault={"mislabel": True})
+
+    [row] = road.rows(caller, 1)
+    assert "content-encoding" not in answer.headers
+    assert '"content":" ' not in answer.text
+    assert "upstream_unavailable" in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert (0, "counted") == (row["output_tokens"], row["basis"])
+    assert (0, 0) == held_and_open(road, caller)
+
+
 def test_completions_and_responses_end_in_their_own_way(road: Installation, limited: Any) -> None:
     """A last choice of no text; a response that is incomplete."""
     caller = limited("cut others", 200)

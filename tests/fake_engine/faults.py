@@ -66,6 +66,7 @@ class Faults:
     fake_usage_text: bool = _knob(False, FLAG, "the words look like usage, frames, braces and quotes")
     searches: int = _knob(0, COUNT, "rerank says that N searches were billed")
     gzip: bool = _knob(False, FLAG, "compress the answer, asked or not")
+    mislabel: bool = _knob(False, FLAG, "say that the answer is encoded as br, which it is not")
     same_id: bool = _knob(False, FLAG, "every answer has the same id")
     repeat_id: bool | None = _knob(None, FLAG, "the id holds the client's x-request-id; vLLM does unless false")
     error_before: int = _knob(0, STATUS, "answer with this error at once")

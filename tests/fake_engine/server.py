@@ -259,7 +259,10 @@ class FakeEngine:
             return request.keeps_alive
         request_id = request.headers.get("x-request-id")
         fairness_id = request.headers.get("x-gateway-inference-fairness-id")
-        record = Record(request_id=request_id, fairness_id=fairness_id, path=request.path, started_at=request.started_at)
+        record = Record(
+            request_id=request_id, fairness_id=fairness_id, traceparent=request.headers.get("traceparent"), path=request.path,
+            started_at=request.started_at,
+        )
         self.running += 1
         try:
             ask, faults = self._read(request, record)
@@ -334,6 +337,7 @@ class FakeEngine:
         body, headers = payload if is_sound else encode_json(payload, faults), self._echo(record)
         if faults.gzip:
             body, headers = gzip.compress(body, 1), headers + "content-encoding: gzip\r\n"
+        headers += "content-encoding: br\r\n" if faults.mislabel else ""
         record.completion_tokens, record.outcome = turn.tokens, "finished"
         await self._commit(record)
         writer.write(_answer(200, body, headers, media_type="audio/mpeg" if is_sound else "application/json"))
@@ -343,6 +347,7 @@ class FakeEngine:
     async def _stream(self, turn: Turn, record: Record, client: Client, writer: asyncio.StreamWriter) -> bool:
         faults, chunks, produced = turn.faults, 0, 0
         headers = self.kind.stream_headers + self._echo(record) + ("content-encoding: gzip\r\n" if faults.gzip else "")
+        headers += "content-encoding: br\r\n" if faults.mislabel else ""
         out = EventStream(writer, record, faults, _head(200, f"{headers}transfer-encoding: chunked\r\n"))
         if faults.first_ms:
             await client.stay(faults.first_ms)

@@ -30,6 +30,7 @@ class Record:
     seq: int = 0
     request_id: str | None
     fairness_id: str | None = None
+    traceparent: str | None = None
     response_id: str | None = None
     path: str
     model: str | None = None

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from chassis.models import ModelCatalogue
+from metering.adapters.conservation import comparable
 from metering.adapters.engines import NAMES, fetch, parse
 from metering.core.conservation import INTERVAL_MAX, INTERVAL_MIN, Counters, State, Watch
 from tests.fake_engine.kinds import KINDS
@@ -100,3 +101,19 @@ def test_a_pool_that_is_never_quiet_is_told_of_and_waited_for() -> None:
     assert Watch() == waiting
     assert interval is not None
     assert State.BUSY is interval.state
+
+
+def test_models_that_share_an_engines_counters_are_not_compared() -> None:
+    """By the engine's own name for the model, at the same server."""
+    models = ModelCatalogue.parse(
+        {
+            "models": [
+                {"name": "a", "engine": "vllm", "endpoints": ["h:1"], "model": "x"},
+                {"name": "b", "engine": "vllm", "endpoints": ["h:1", "h:2"], "model": "x"},
+                {"name": "c", "engine": "vllm", "endpoints": ["h:1"], "model": "y"},
+            ]
+        },
+        source="test",
+    ).models
+
+    assert ["c"] == [model.name for model in comparable(models)]

@@ -496,6 +496,10 @@ METERED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[A
     "images that nobody could read": (
         {"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "anomaly": "encoded"}, {}, ("images", 2, 0, "estimated", "encoded"),
     ),
+    "images that nobody could read, as the gate says it": (
+        {"dialect": "openai.images", "quantity": "2"}, {"seen": "none", "anomaly": "encoded", "quantity": 2}, {},
+        ("images", 2, 0, "estimated", "encoded"),
+    ),
     "images left within the second": (
         {"dialect": "openai.images", "quantity": "3"}, {"seen": "none", "quantity": 2}, {"flags": "DC"}, ("images", 2, 0, "counted", None),
     ),

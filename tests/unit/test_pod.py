@@ -58,7 +58,7 @@ def test_a_pod_gets_what_up_would_have_made(tmp_path: Path, mounts: Path) -> Non
 
     assert {"envoy.yaml", "gate.lua", "lua", "models.yaml", "clusters.yaml", "routes.yaml"} == {p.name for p in (home / "envoy").iterdir()}
     assert "-- lane\n" == (home / "envoy/lua/lane.lua").read_text()
-    assert {"model/one"} == _pools(home)
+    assert {"pool/main/one"} == _pools(home)
     assert "service_accounts" in (home / "identity.yaml").read_text()
     assert (home / "run").is_dir()
     assert (home / "journal").is_dir()
@@ -132,11 +132,11 @@ def test_pools_follow_the_models_and_a_faulty_document_keeps_the_last_good_ones(
 
     _mount(mounts / "models", {"models.yaml": _MODELS.replace("MODEL", "two")}, moment="..2")
     assert (True, False) == (pools.step(), pools.step())
-    assert {"model/two"} == _pools(home)
+    assert {"pool/main/two"} == _pools(home)
 
     _mount(mounts / "models", {"models.yaml": "models: []\n"}, moment="..3")
     assert not pools.step()
-    assert {"model/two"} == _pools(home)
+    assert {"pool/main/two"} == _pools(home)
 
 
 def test_each_start_of_envoy_is_told_apart_and_gets_what_is_its_pods_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

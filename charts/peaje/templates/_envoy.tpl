@@ -39,7 +39,8 @@ typed_config:
   sni: {{ . }}
   common_tls_context:
     alpn_protocols: [h2]
-    tls_params: {tls_minimum_protocol_version: TLSv1_3}
+    # A client of Envoy stops at 1.2 if nothing is said, and then no handshake succeeds.
+    tls_params: {tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}
     tls_certificate_sds_secret_configs:
     - name: gateway
       sds_config: {resource_api_version: V3, path_config_source: {path: envoy/certificate.yaml}}
