@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psycopg
 import structlog
 
 from chassis.schema.migrate import migrate
@@ -22,6 +23,7 @@ from metering.collector import GARBAGE_THRESHOLD
 from tests.journals import NOON, collecting, exchanges, write_apart
 
 _EXCHANGES_DEFAULT = 100_000
+_SIZE = "select sum(pg_total_relation_size(relid)) from pg_partition_tree('usage_event')"
 
 
 def main() -> None:
@@ -41,10 +43,13 @@ def main() -> None:
             while collector.step(NOON, 0.0):
                 pass
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with psycopg.connect(arguments.url) as connection:
+        [(size_of_rows,)] = connection.execute(_SIZE).fetchall()
     records = 2 * arguments.exchanges
     print(
         f"{records} records, {size / 1e6:.0f} MB: {records / cpu:,.0f} records/s per core of the collector, "
-        f"{records / wall:,.0f} records/s with Postgres beside it"
+        f"{records / wall:,.0f} records/s with Postgres beside it; "
+        f"{size_of_rows / arguments.exchanges:,.0f} bytes a row with its indexes"
     )
 
 

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases among many workers, in virtual time: the promises of decision 23 at a thousand of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.lending import Scenario, play, rush
+from ratelimit.core.limits import Unit
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(1, 1), (30, 2), (1000, 1)])
+def test_no_request_passes_beyond_the_limit_and_little_is_left_unused(workers: int, seed: int) -> None:
+    """A rush while leases are out: whoever is refused finds less than half of the bucket left, which is what may be lent."""
+    seen = play(rush(workers=workers, seed=seed))
+
+    assert seen.passed < seen.offered
+    assert seen.over[Unit.REQUESTS] <= 0
+    assert seen.left_at_refusal_max < 0.5
+    assert seen.unspent_max <= 0.5
+
+
+@pytest.mark.parametrize("workers", [1, 1000])
+def test_tokens_overshoot_by_what_was_under_way_at_the_most(workers: int) -> None:
+    """The published bound: the sum over requests under way, or over and not told yet, of what they used beyond their charge."""
+    seen = play(rush(workers=workers, seed=1, tokens_each=300))
+
+    assert seen.passed < seen.offered
+    assert seen.over_bound <= 0
+
+
+def test_far_from_the_limit_few_ask_and_near_it_all_do() -> None:
+    """By the request rate of each worker; from half of the bucket on each request is decided."""
+    far = play(Scenario(workers=10, per_minute=60_000, load=0.1, used=0.0, requests=1000))
+    spread = play(Scenario(workers=1000, per_minute=60_000, load=0.1, used=0.0, requests=1000))
+    near = play(Scenario(workers=10, per_minute=60_000, load=0.5, used=0.95, requests=500))
+
+    assert far.asked_each < 0.2
+    assert 0.8 < spread.asked_each < 1.0
+    assert near.asked == near.offered
+
+
+def test_a_scenario_is_played_the_same_each_time() -> None:
+    """By its seed, which matters."""
+    scenario = Scenario(workers=5, per_minute=6000, load=2.0, used=0.3, requests=400)
+
+    assert play(scenario) == play(scenario)
+    assert play(scenario) != play(Scenario(workers=5, per_minute=6000, load=2.0, used=0.3, requests=400, seed=2))
