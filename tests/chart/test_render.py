@@ -53,10 +53,17 @@ _FOREIGN: Final[Mapping[str, Any]] = {
                 "type": "array", "minItems": 1,
                 "items": {
                     "type": "object", "additionalProperties": False,
-                    "properties": {"port": {"type": "string", "maxLength": 15}, "path": _TEXT, "interval": _DURATION},
+                    "properties": {
+                        "port": {"type": "string", "maxLength": 15}, "path": _TEXT, "interval": _DURATION,
+                        "relabelings": {"type": "array", "items": {"type": "object", "required": ["targetLabel", "replacement"]}},
+                    },
                 },
             },
         },
+    },
+    "monitoring.coreos.com/v1/PrometheusRule": {
+        "type": "object", "additionalProperties": False, "required": ["groups"],
+        "properties": {"groups": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["name", "rules"]}}},
     },
 }  # fmt: skip
 
@@ -159,3 +166,18 @@ def test_an_ipv6_cluster_is_listened_to(placement: str) -> None:
 
     assert "0.0.0.0" not in text
     assert ("[::]:9001" in text) == (placement == "separate")
+
+
+def test_rules_and_dashboards_are_those_of_every_installation() -> None:
+    """As they are made; and jobs have the names that the rules rely on."""
+    monitoring = CHART.parent / "monitoring"
+    dashboards = {path.name: path.read_text() for path in (monitoring / "dashboards").glob("*.json")}
+    jobs = {
+        rule["replacement"] for endpoint in find(rendered("large"), "PodMonitor", "peaje")["spec"]["podMetricsEndpoints"]
+        for rule in endpoint["relabelings"] if rule["targetLabel"] == "job"
+    }  # fmt: skip
+    scraped = yaml.safe_load((monitoring / "prometheus.yaml").read_text())["scrape_configs"]
+
+    assert yaml.safe_load((monitoring / "rules/peaje.yaml").read_text()) == find(rendered("large"), "PrometheusRule", "peaje")["spec"]
+    assert dashboards == find(rendered("large"), "ConfigMap", "peaje-dashboards")["data"]
+    assert {config["job_name"] for config in scraped} == jobs
