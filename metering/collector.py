@@ -351,7 +351,7 @@ def collect(
                 )
             finally:
                 ledger.close()
-            return
+            return  # noqa: TRY300 - an `else` would be read as that of the loop
         except psycopg.Error as exc:
             log.error("ledger_unavailable", journal=source.name, error=type(exc).__name__, reason=str(exc).splitlines()[0])
         except OSError as exc:

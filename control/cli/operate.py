@@ -136,8 +136,8 @@ def _level_path() -> Path:
 
 def _set_level(level: str | None) -> None:
     from chassis.errors import Invalid
+    from chassis.secrets import write_private
     from chassis.telemetry.log import LEVELS
-    from control.laptop.places import write_private
 
     path = _level_path()
     if level is not None and level not in (*LEVELS, "default"):

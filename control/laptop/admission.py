@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from chassis.secrets import ADMIN_TOKEN_NAME, BOOTSTRAP_TOKEN_NAME
+from chassis.secrets import ADMIN_TOKEN_NAME, BOOTSTRAP_TOKEN_NAME, write_private
 from control.laptop.errors import Trouble
-from control.laptop.places import Places, write_private
+from control.laptop.places import Places
 
 DEMO_TENANT = "demo"
 #: Its own tenant, so that nobody is billed for being watched over.

@@ -25,9 +25,10 @@ import yaml
 from chassis.contract import MODELS_PATH
 from chassis.errors import Invalid
 from chassis.models import ModelCatalogue
+from chassis.secrets import write_private
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
-from control.laptop.places import REPOSITORY, Places, write_private
+from control.laptop.places import REPOSITORY, Places
 from control.laptop.probes import http_ok, lists_model
 from control.laptop.processes import free_port
 

@@ -27,11 +27,12 @@ import yaml
 from pydantic import ValidationError
 
 from chassis.contract import EPOCH_ENVIRONMENT, EXPRESS_ENVIRONMENT
+from chassis.secrets import write_private
 from chassis.telemetry import traces
 from control.laptop import envoy_files
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
-from control.laptop.places import REPOSITORY, Places, Ports, write_private
+from control.laptop.places import REPOSITORY, Places, Ports
 from control.laptop.probes import http_client, http_ok
 from control.laptop.scale import SERVICES, Scale
 

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from control.laptop.places import Places, write_private
+from chassis.secrets import write_private
+from control.laptop.places import Places
 
 #: What `up` rendered from, and what the running Envoy was started with.
 _RENDERED_FROM: Final = "envoy-rendered-from.json"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chassis.secrets import write_private as write_private
+from chassis.secrets import write_private
 from control.laptop.errors import Trouble
 
 REPOSITORY = Path(__file__).resolve().parents[2]

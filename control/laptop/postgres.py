@@ -25,9 +25,10 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from chassis.secrets import write_private
 from control.laptop.errors import Trouble
 from control.laptop.parts import Account, Part, base_environment
-from control.laptop.places import Places, write_private
+from control.laptop.places import Places
 from control.laptop.probes import Probe
 from control.laptop.processes import free_port, is_free
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from chassis.contract import IDENTITY_PATH, MODELS_PATH
 from chassis.errors import Invalid
+from chassis.secrets import write_private
 from control.envoy_resources import publish
 from control.laptop import binaries, engine, envoy, places, postgres, reporter, state, stores, valkey
 from control.laptop.admission import Addresses, admit
@@ -279,12 +280,12 @@ def _publish_identity(place: Places, environ: Mapping[str, str]) -> None:
     try:
         if named:
             identity_document.load_whole(Path(named), home=place.home)
-            places.write_private(path, Path(named).read_text("utf-8"))
+            write_private(path, Path(named).read_text("utf-8"))
             return
     except Invalid as exc:
         raise Trouble(f"PEAJE_IDENTITY: {exc}") from exc
     if not path.exists():
-        places.write_private(path, identity_document.DEFAULT_TEXT)
+        write_private(path, identity_document.DEFAULT_TEXT)
     identity_document.load_whole(path, home=place.home)
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chassis.secrets import write_private
 from control.laptop.errors import Trouble
-from control.laptop.places import Places, write_private
+from control.laptop.places import Places
 from control.laptop.processes import ProcessId, is_alive
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
+from chassis.secrets import write_private
 from control.laptop.parts import Part, base_environment
-from control.laptop.places import Places, socket_address, write_private
+from control.laptop.places import Places, socket_address
 from control.laptop.probes import valkey_answers
 
 SOCKET = "run/valkey.sock"

@@ -159,6 +159,6 @@ def read_account(row: tuple[Any, ...], _asked_at: datetime) -> tuple[AccountStat
     return state, tenant_id
 
 
-def read_standing(tenant_active: bool, project_active: bool, labels: dict[str, Any]) -> Standing:
+def read_standing(tenant_active: bool, project_active: bool, labels: dict[str, Any]) -> Standing:  # noqa: FBT001 - columns
     """A row of `PROJECT_BY_ID`."""
     return Standing(tenant_active=tenant_active, project_active=project_active, labels=labels)

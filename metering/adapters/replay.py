@@ -111,13 +111,15 @@ def _copy_rate_cards(source: str, target: psycopg.Connection[tuple[object, ...]]
         "rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano, "
         "meter, each_nano, effective, created_at"
     )
-    with psycopg.connect(source) as connection, connection.cursor() as reading, target.cursor() as writing:
-        with (
-            reading.copy(f"copy rate_card ({columns}) to stdout") as outgoing,
-            writing.copy(f"copy rate_card ({columns}) from stdin") as incoming,
-        ):
-            for data in outgoing:
-                incoming.write(data)
+    with (
+        psycopg.connect(source) as connection,
+        connection.cursor() as reading,
+        target.cursor() as writing,
+        reading.copy(f"copy rate_card ({columns}) to stdout") as outgoing,
+        writing.copy(f"copy rate_card ({columns}) from stdin") as incoming,
+    ):
+        for data in outgoing:
+            incoming.write(data)
 
 
 def _count(piece: Piece, found: Found) -> None:

@@ -82,7 +82,7 @@ def list_files(live: Path) -> list[Path]:
     pattern = re.compile(re.escape(live.stem) + _OLD_SUFFIX)
     old = []
     try:
-        names = os.listdir(live.parent)
+        names = [path.name for path in live.parent.iterdir()]
     except FileNotFoundError:
         return []
     for name in names:

@@ -31,7 +31,7 @@ def ask_for_usage(body: bytes, running: Running) -> bytes:
     """
     document = json.loads(body)
     if not isinstance(document, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object")  # noqa: TRY004 - a body, not a type, is wrong
     options = document.get("stream_options")
     if options is not None and not isinstance(options, dict):
         # The engine's own error is clearer than any of ours.

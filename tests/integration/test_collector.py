@@ -66,7 +66,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], 
         count[0], limit[0] = 0, number
         return count
 
-    yield set_limit
+    return set_limit
 
 
 def a_bit_of_everything() -> list[bytes]:

@@ -40,7 +40,10 @@ def store(postgres_url: str) -> Iterator[Store]:
     made.close()
 
 
-def put(store: Store, scope: Scope = ACME, manner: Manner = Manner(), **changes: Any) -> dict[str, Any]:
+_MANNER = Manner()
+
+
+def put(store: Store, scope: Scope = ACME, manner: Manner = _MANNER, **changes: Any) -> dict[str, Any]:
     return limits.put(store, ACT, scope, changes, manner=manner, catalogue=CATALOGUE)
 
 

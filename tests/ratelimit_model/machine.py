@@ -161,10 +161,10 @@ class Lives(RuleBasedStateMachine):
         for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
             price = _PRICE if unit is Unit.MONEY else None
             # Money is in nano-units: a limit of some requests' worth.
-            amount = amount * 1_000_000 if unit is Unit.MONEY else amount
+            most = amount * 1_000_000 if unit is Unit.MONEY else amount
             counter = Counter(
                 name=f"peaje:{{{self.tenant}}}:{index}", limit_id=index, kind=kind, unit=unit, period=period,
-                amount=amount, burst=amount if burst is None else burst, full=hits(unit, full, price),
+                amount=most, burst=most if burst is None else burst, full=hits(unit, full, price),
                 lean=hits(unit, lean, price), effect=effect, price=price, ends_us=BEGIN_US + 31 * 86_400_000_000,
             )  # fmt: skip
             if counter.kind is Kind.BUCKET:

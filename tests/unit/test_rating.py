@@ -71,13 +71,13 @@ def test_amounts_are_within_half_a_nano_of_the_exact_fraction() -> None:
     for _ in range(10_000):
         prices = [chance.randrange(10**chance.randint(1, 15)) for _ in range(4)]
         card = replace(CARD, **dict(zip(("input_nano", "output_nano", "cached_nano", "reasoning_nano"), prices, strict=True)))
-        input, output = chance.randrange(10**8), chance.randrange(10**8)
-        cached, reasoning = chance.randint(0, input), chance.randint(0, output)
+        read, written = chance.randrange(10**8), chance.randrange(10**8)
+        cached, reasoning = chance.randint(0, read), chance.randint(0, written)
 
-        amount = cost(card, input=input, output=output, cached=cached, reasoning=reasoning)
+        amount = cost(card, input=read, output=written, cached=cached, reasoning=reasoning)
 
         exact = Fraction(
-            (input - cached) * prices[0] + (output - reasoning) * prices[1] + cached * prices[2] + reasoning * prices[3],
+            (read - cached) * prices[0] + (written - reasoning) * prices[1] + cached * prices[2] + reasoning * prices[3],
             1_000_000,
         )
         assert -Fraction(1, 2) < amount - exact <= Fraction(1, 2)

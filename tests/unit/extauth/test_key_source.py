@@ -91,7 +91,7 @@ def test_a_short_rsa_key_is_ignored() -> None:
     """Factored in a day is no key."""
     from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
 
-    short = rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key()
+    short = rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key()  # noqa: S505 - that it is short is the point
     entry = get_algorithm_by_name("RS256").to_jwk(short, as_dict=True) | {"kid": "short"}
 
     with pytest.raises(Unusable, match="rsa_too_short"):

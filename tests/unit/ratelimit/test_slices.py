@@ -84,8 +84,8 @@ def test_streams_together_never_deliver_more_than_a_hard_limit_has(unit: Unit, s
             outcome = take(memory, asked, number)
             if outcome.admitted:
                 streams[ask.request_id] = 0, outcome.output
-        for request_id, (output, held) in list(streams.items()):
-            wanted = output + draw.randint(1, 9)
+        for request_id, (output, promised) in list(streams.items()):
+            held, wanted = promised, output + draw.randint(1, 9)
             if wanted > held:
                 held = renew(memory, request_id, Renewal(input=300, output=wanted, more=draw.choice([1, 7, SLICE])), number)
             if wanted > held or draw.random() < 0.005:
