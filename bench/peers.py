@@ -35,7 +35,6 @@ class Peer:
     command: Callable[[int, int, Path], list[str]]
     #: None if it can be run.
     missing: str | None = None
-    key: str = "none"
 
 
 def litellm(venv: Path | None) -> Peer:
