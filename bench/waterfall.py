@@ -55,6 +55,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "Envoy": (), "services": ("extauth", "ratelimit", "metering"), "collector": ("collector",), "stores": ("valkey", "postgres"),
 }  # fmt: skip
 _PEER = "the peer"
+_BOOTSTRAP = "step.yaml"
 _ROOMY: Final = {"rpm": 100_000_000, "tpm": 100_000_000_000}
 
 
@@ -196,25 +197,35 @@ def _each(
             yield peer.name, port, {_PEER: [pid]}, Caller.UNLIMITED
 
 
-@contextmanager
-def _envoy(road: Installation, step: Step, directory: Path, upstream: int) -> Iterator[tuple[int, int]]:
-    """One Envoy of *step* beside *road*, in a state directory that is the installation's but for Envoy's part of it."""
-    port, admin = free_ports(2)
+def prepare(home: Path, step: Step, directory: Path, *, port: int, admin: int, upstream: int) -> None:
+    """
+    Make *directory* what an Envoy of *step* finds around it: *home*, but for Envoy's own part of it.
+
+    Its journal is *home*'s if it is collected, else one that nobody reads.
+    """
     directory.mkdir(parents=True)
     own = {"envoy"} if step.is_collected else {"envoy", "journal"}
-    for entry in road.home.iterdir():
+    for entry in home.iterdir():
         if entry.name not in own:
             (directory / entry.name).symlink_to(entry)
     if "journal" in own:
         (directory / "journal").mkdir()
-    shutil.copytree(road.home / "envoy", directory / "envoy")
+    shutil.copytree(home / "envoy", directory / "envoy")
     clusters = directory / "envoy/clusters.yaml"
     # The installation's own model server is not fast enough to be stood before; it has one pool.
     clusters.write_text(re.sub(r"(?<=port_value: )\d+", str(upstream), clusters.read_text()))
     whole = yaml.safe_load((directory / "envoy/envoy.yaml").read_text())
-    (directory / "step.yaml").write_text(yaml.safe_dump(bootstrap(whole, step, port=port, admin=admin, upstream=upstream)))
+    made = bootstrap(whole, step, port=port, admin=admin, upstream=upstream)
+    (directory / _BOOTSTRAP).write_text(yaml.safe_dump(made))
+
+
+@contextmanager
+def _envoy(road: Installation, step: Step, directory: Path, upstream: int) -> Iterator[tuple[int, int]]:
+    """One Envoy of *step* beside *road*: its pid and port."""
+    port, admin = free_ports(2)
+    prepare(road.home, step, directory, port=port, admin=admin, upstream=upstream)
     process = subprocess.Popen(
-        [find_envoy(os.environ), "-c", "step.yaml", "--concurrency", "2", "--use-dynamic-base-id", "--log-level", "error",
+        [find_envoy(os.environ), "-c", _BOOTSTRAP, "--concurrency", "2", "--use-dynamic-base-id", "--log-level", "error",
          "--file-flush-interval-msec", "50"],
         cwd=directory, stdin=subprocess.DEVNULL,
         env=os.environ | {EPOCH_ENVIRONMENT: uuid.uuid4().hex, EXPRESS_ENVIRONMENT: "on" if step.is_express else "off"},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from bench.peers import by_command, litellm
 from bench.steps import STEPS, Step, bootstrap
-from bench.waterfall import PARTS, Measured, chart, middle, table
+from bench.waterfall import PARTS, Measured, chart, middle, prepare, table
 from tests.conformance.road import ROOT
 
 
@@ -59,6 +60,26 @@ def test_a_part_that_envoy_yaml_no_longer_has_is_named(what: str, step: Step) ->
     """Rather than a step that costs nothing because its control is spelled otherwise by now."""
     with pytest.raises(ValueError, match=f"no {what} named gone"):
         manager(step)
+
+
+@pytest.mark.parametrize("step", [STEPS[2], STEPS[-1]], ids=["own journal", "collected"])
+def test_a_steps_envoy_has_the_installation_around_it(tmp_path: Path, step: Step) -> None:
+    """The services' sockets, another model server, and a journal that is read or that is nobody's."""
+    home, place = tmp_path / "home", tmp_path / "runs/step"
+    for name in ("run", "journal", "envoy"):
+        (home / name).mkdir(parents=True)
+    (home / "run/extauth.sock").touch()
+    (home / "envoy/clusters.yaml").write_text("address: 127.0.0.1\nport_value: 37225\nname: pool/main/tiny\n")
+    shutil.copyfile(ROOT / "envoy/envoy.yaml", home / "envoy/envoy.yaml")
+
+    prepare(home, step, place, port=1, admin=2, upstream=3)
+
+    assert (place / "run/extauth.sock").exists()
+    assert "address: 127.0.0.1\nport_value: 3\nname: pool/main/tiny\n" == (place / "envoy/clusters.yaml").read_text()
+    assert "37225" in (home / "envoy/clusters.yaml").read_text()
+    (place / "journal/journal.jsonl").touch()
+    assert step.is_collected == (home / "journal/journal.jsonl").exists()
+    assert 2 == yaml.load((place / "step.yaml").read_text(), yaml.CSafeLoader)["admin"]["address"]["socket_address"]["port_value"]
 
 
 def test_the_table_says_what_each_step_adds_and_who_was_left_out() -> None:
