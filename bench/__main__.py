@@ -2,7 +2,7 @@
 """
 `python -m bench`: CPU per request of every process, beside bare Envoy in the same run.
 
-Absolute figures belong to the machine; read the ratios. `--write` puts the table into
+With `--waterfall` each control is switched on in turn (`bench.waterfall`). Absolute figures belong to the machine; read the ratios. `--write` puts the table into
 docs/benchmarks.md.
 """
 
@@ -22,11 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import waterfall
+from bench.cpu import cpu_seconds
 from bench.load import Load, Result, run
+from bench.peers import by_command, litellm
 from tests.dataplane.installation import REPOSITORY, Installation, free_ports, running
 
-_TICKS = os.sysconf("SC_CLK_TCK")
 _DOCUMENT = REPOSITORY / "docs/benchmarks.md"
+_CHART = REPOSITORY / "docs/waterfall.svg"
 _BEGIN, _END = "<!-- bench: begin -->", "<!-- bench: end -->"
 #: Parts whose CPU is the price of a request; the model server and the load generator are not.
 _COUNTED = ("envoy", "extauth", "ratelimit", "metering", "collector", "valkey", "postgres")
@@ -83,21 +86,6 @@ def shapes(scale: float) -> list[Shape]:
     ]
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its living descendants."""
-    total, waiting = 0.0, [pid]
-    while waiting:
-        one = waiting.pop()
-        try:
-            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / _TICKS
-            for task in Path(f"/proc/{one}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except (OSError, ValueError):
-            continue
-    return total
-
-
 @contextmanager
 def bare_envoy(engine_port: int) -> Iterator[tuple[int, int]]:
     """A plain Envoy in front of the same engine: its pid and port."""
@@ -139,7 +127,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
     parser.add_argument("--write", action="store_true", help=f"put the table into {_DOCUMENT.name}")
+    parser.add_argument("--waterfall", action="store_true", help="each control switched on in turn, instead")
+    parser.add_argument("--runs", type=int, default=None, help="of the waterfall, whose medians are told (3; 1 with --quick)")
+    parser.add_argument("--keys", type=int, default=1, help="of the waterfall: keys of each caller, used in turn (1, 1000, 100000)")
+    parser.add_argument("--litellm", type=Path, default=None, metavar="VENV", help="of the waterfall: an environment with LiteLLM")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", type=by_command,
+                        help="of the waterfall: another gateway, by a command with {upstream} and {port}")
     options = parser.parse_args()
+    if options.waterfall:
+        _waterfall(options)
+        return
 
     lines = [
         "| lane | request | bare Envoy | Envoy | extauth | ratelimit | metering | collector | Valkey | Postgres | all | ratio "
@@ -170,6 +167,23 @@ def main() -> None:
         text = _DOCUMENT.read_text()
         start, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
         _DOCUMENT.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:])
+
+
+def _waterfall(options: argparse.Namespace) -> None:
+    peers = (litellm(options.litellm), *options.peer)
+    asked = waterfall.Options(
+        runs=options.runs or (1 if options.quick else 3), scale=0.2 if options.quick else 1.0, key_count=options.keys, peers=peers
+    )
+    found = waterfall.measure_all(asked)
+    table = waterfall.table(found, peers)
+    print(table)
+    if options.write:
+        text = _DOCUMENT.read_text()
+        begin, end = "<!-- waterfall: begin -->", "<!-- waterfall: end -->"
+        made = f"{asked.runs} run{'s' * (asked.runs > 1)}, {asked.key_count:,} key{'s' * (asked.key_count > 1)} of each caller.\n\n{table}\n\n![CPU a request, by step](waterfall.svg)"
+        start, stop = text.index(begin) + len(begin), text.index(end)
+        _DOCUMENT.write_text(f"{text[:start]}\n{made}\n{text[stop:]}")
+        _CHART.write_text(waterfall.chart(found))
 
 
 def _measured(

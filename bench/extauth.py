@@ -28,7 +28,7 @@ from typing import Any, Final
 import grpc
 import psycopg
 
-from bench.__main__ import cpu_seconds
+from bench.cpu import cpu_seconds
 from chassis import contract, keys
 from chassis.clock import utc_now
 from chassis.models import ModelCatalogue

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from itertools import cycle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,8 @@ class Load:
     body: bytes
     requests: int
     connections: int
+    #: Keys, of which each request takes the next one; none: the headers say who is calling.
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,9 @@ async def run(load: Load) -> Result:
     """Send all requests and read all answers whole."""
     head = f"POST {load.path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(load.body)}\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
-    message = head.encode() + b"\r\n" + load.body
+    opening, body = head.encode(), b"\r\n" + load.body
+    whole = opening + body
+    keys = cycle(load.keys)
     left = iter(range(load.requests))
     latencies: list[float] = []
     failures = 0
@@ -47,7 +52,7 @@ async def run(load: Load) -> Result:
         reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
         for _ in left:
             began = time.perf_counter()
-            writer.write(message)
+            writer.write(b"%sauthorization: Bearer %s\r\n%s" % (opening, next(keys).encode(), body) if load.keys else whole)
             ok = await answered_ok(reader)
             latencies.append(time.perf_counter() - began)
             failures += not ok

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.__main__ import _COUNTED, cpu_seconds
+from bench.__main__ import _COUNTED
+from bench.cpu import cpu_seconds
 from bench.load import Load, run
 from tests.dataplane.installation import Installation, running
 

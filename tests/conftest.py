@@ -2,8 +2,9 @@
 """
 What all tests share: which of them run, and the installations that they run against.
 
-Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour.
-Without, they are deselected, and the end of the run says so.
+Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour. `--express off` runs
+every installation without the express lane, and leaves out what tests the lane itself. What is deselected is said at the
+end of the run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import structlog
 from hypothesis import settings
 
 from bench.revocation import SEVERAL
+from chassis.contract import EXPRESS_ENVIRONMENT
 from tests.chaos.storm import REQUESTS_PER_ENVOY_DEATH
 from tests.dataplane.installation import Installation, Tenant, free_ports, running
 from tests.hostile.guessing import UNKNOWN_PER_MINUTE
@@ -25,6 +27,9 @@ from tests.otlp import collecting_traces
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
+#: Marker of what only the express lane does; nothing to see without it.
+LANE = "express"
+_LANE_TESTS = "what only the express lane does"
 #: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
 _KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN", "PEAJE_PROMTOOL")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -38,7 +43,7 @@ settings.load_profile("peaje")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `./peaje test` take --chaos and --soak."""
+    """Let `./peaje test` take --chaos, --soak and --express."""
     group = parser.getgroup("peaje")
     for name, what in ON_REQUEST.items():
         group.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}: {what}")
@@ -47,14 +52,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--storm-requests-per-envoy-death", type=int, default=REQUESTS_PER_ENVOY_DEATH, help="how rarely Envoy is killed in it"
     )
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
+    group.addoption(f"--{LANE}", choices=("on", "off"), default="on", help="whether Envoy's workers remember decisions")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, and forget the settings of whoever runs the tests."""
     for name, what in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{name}: {what}; only with --{name}")
+    config.addinivalue_line("markers", f"{LANE}: {_LANE_TESTS}; not with --{LANE} off")
     for name in [name for name in os.environ if name.startswith("PEAJE_") and name not in _KEPT_SETTINGS]:
         del os.environ[name]
+    if config.getoption(LANE) == "off":
+        os.environ[EXPRESS_ENVIRONMENT] = "off"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected: list[pytest.Item] = []
     for item in items:
         missing = [name for name in ON_REQUEST if item.get_closest_marker(name) and not config.getoption(name)]
+        if item.get_closest_marker(LANE) and config.getoption(LANE) == "off":
+            missing.append(LANE)
         for name in missing:
             left_out[name] = left_out.get(name, 0) + 1
         (deselected if missing else kept).append(item)
@@ -76,8 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _on_the_road(item: pytest.Item) -> bool:
-    """Whether it needs the installation that many share: one process has it, and begins with it, for it takes longest."""
-    return "road" in getattr(item, "fixturenames", ())
+    """Whether it needs the installation that many share: one process has it, and begins with it, for it takes longest. A module may have its own."""
+    return "road" in getattr(item, "fixturenames", ()) and not hasattr(getattr(item, "module", None), "road")
 
 
 @pytest.hookimpl(trylast=True)
@@ -95,7 +106,8 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say at the end what was left out, and how to run it."""
     for name, count in config.stash.get(_LEFT_OUT, {}).items():
-        terminalreporter.write_line(f"{count} {name} tests left out ({ON_REQUEST[name]}): --{name} runs them")
+        what, option = (_LANE_TESTS, f"--{LANE} on") if name == LANE else (ON_REQUEST[name], f"--{name}")
+        terminalreporter.write_line(f"{count} {name} tests left out ({what}): {option} runs them")
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ def test_each_answer_is_billed_by_its_meter(road: Installation, tenant: Tenant, 
         assert (truth["prompt_tokens"], truth["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
 
 
+@pytest.mark.express
 def test_a_caller_whom_a_worker_remembers_is_metered_alike(road: Installation, tenant: Tenant) -> None:
     """On the express lane, where nobody is asked."""
     plans = [(RERANK, SEARCH), (IMAGES, PAINT), (SPEECH, {"model": "tiny", "input": TEXT})]

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What processes have cost so far, from /proc."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes below one, itself left out."""
+    found, waiting = [], [pid]
+    while waiting:
+        try:
+            tasks = list(Path(f"/proc/{waiting.pop()}/task").iterdir())
+            children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        except (OSError, ValueError):
+            continue
+        found += children
+        waiting += children
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its living descendants."""
+    total = 0.0
+    for one in (pid, *descendants(pid)):
+        try:
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += (int(fields[11]) + int(fields[12])) / _TICKS
+    return total
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of one process; 0 if it is gone."""
+    try:
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
