@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,8 @@ class Door:
     #: host:port; empty: the socket.
     address: str = ""
     certificates: WatchedCertificates | None = None
+    #: How long it goes on once it is told to stop: until everybody has asked for its health and turned to another one.
+    drain_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -60,20 +63,20 @@ class Door:
         return self.address or self.socket
 
 
-def door(socket: str, *, listen: str, tls_directory: Path | None) -> Door:
+def door(socket: str, *, listen: str, tls_directory: Path | None, drain_seconds: float = 0.0) -> Door:
     """
     Read where to listen from a service's settings; raises `Invalid`.
 
     TCP without certificates is refused: whoever reaches the port could reserve, settle and decide.
     """
     if not listen:
-        return Door(socket=socket)
+        return Door(socket=socket, drain_seconds=drain_seconds)
     _host, colon, port = listen.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65535:
         raise Invalid(f"{listen!r} is no address to listen on.", mend="Write host:port, as in [::]:9001.")
     if tls_directory is None:
         raise Invalid("A service listens on TCP with certificates only.", mend="Name their directory in PEAJE_TLS_DIRECTORY.")
-    return Door(socket=socket, address=listen, certificates=WatchedCertificates(tls_directory))
+    return Door(socket=socket, address=listen, certificates=WatchedCertificates(tls_directory), drain_seconds=drain_seconds)
 
 
 def serve_unary(
@@ -108,6 +111,9 @@ def serve_unary(
     log.info("serving", socket=at.name)
     stop.wait()
     status.enter_graceful_shutdown()
+    # A call that arrives while the server stops is answered with an error, which Envoy does not ask again.
+    stop.clear()
+    stop.wait(at.drain_seconds)  # told twice, it hurries
     server.stop(GRACE_SECONDS).wait()
     traces.stop()
     log.info("stopped", socket=at.name)
@@ -146,6 +152,9 @@ async def _serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any
     log.info("serving", socket=at.name)
     await stop.wait()
     await status.enter_graceful_shutdown()
+    stop.clear()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), at.drain_seconds)
     await server.stop(GRACE_SECONDS)
     traces.stop()
     log.info("stopped", socket=at.name)

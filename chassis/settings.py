@@ -42,6 +42,9 @@ class StoreSettings(BaseSettings):
 
     #: Directory with tls.crt, tls.key and ca.crt, for services that are asked over TCP; read again when they change.
     tls_directory: Path | None = None
+    #: How long a service that is told to stop goes on serving while its health says that it ends. Two of Envoy's checks are
+    #: 4 s: then nobody is refused. Only where another process takes its place; alone it would refuse all that while.
+    drain_seconds: float = Field(default=0.0, ge=0, le=600)
     #: Address on which services show their metrics. Not loopback only where nobody else reaches it, as in a pod.
     metrics_host: str = "127.0.0.1"
 

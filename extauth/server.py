@@ -78,7 +78,9 @@ def main() -> None:
     catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
     servicer = Servicer(identities, catalogue=catalogue.current, clock=utc_now)
     serve_unary(
-        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
+        door(
+            settings.socket, listen=settings.listen, tls_directory=stores.tls_directory, drain_seconds=stores.drain_seconds
+        ),
         {METHOD: (servicer.check, wire.CheckRequest)},
         workers=settings.workers,
     )

@@ -56,7 +56,9 @@ def main() -> None:
         url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds
     ).start()
     serve_streams(
-        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
+        door(
+            settings.socket, listen=settings.listen, tls_directory=stores.tls_directory, drain_seconds=stores.drain_seconds
+        ),
         {
             METHOD: (servicer.process, wire.ProcessingRequest),
             ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.StreamAccessLogsMessage),

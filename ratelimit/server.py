@@ -140,7 +140,9 @@ def main() -> None:
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
     serve_unary(
-        door(settings.socket, listen=settings.listen, tls_directory=stores.tls_directory),
+        door(
+            settings.socket, listen=settings.listen, tls_directory=stores.tls_directory, drain_seconds=stores.drain_seconds
+        ),
         {METHOD: (by_domain(servicer.should_rate_limit, generic.should_rate_limit), wire.RateLimitRequest)},
         workers=settings.workers,
     )

@@ -155,7 +155,7 @@ def _on_socket(process: ServiceProcess, env: Mapping[str, str], needs: tuple[str
     return Part(
         name=process.name,
         argv=_module(process.service),
-        env={**env, **process.settings()},
+        env={**process.defaults(), **env, **process.settings()},
         needs=needs,
         ready=grpc_serving(process.socket),
         before_start=lambda: _remove(process.socket),

@@ -18,6 +18,8 @@ from control.laptop.errors import Trouble
 SERVICES: Final = (CLUSTER_EXTAUTH, CLUSTER_RATELIMIT, CLUSTER_METERING)
 #: Processes of one service. Each is a Python process with connections of its own; more is for more machines.
 PROCESSES_MAX: Final = 16
+#: Envoy has looked twice by then (envoy.yaml: every 2 s) and asks another one.
+DRAIN_SECONDS: Final = "4.5"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,12 @@ class ServiceProcess:
     socket: str
     #: Loopback port of its metrics; 0: none.
     metrics_port: int = 0
+    #: Whether there are others of its kind, which serve while it ends.
+    has_siblings: bool = False
+
+    def defaults(self) -> dict[str, str]:
+        """What its environment says unless the user's own does."""
+        return {"PEAJE_DRAIN_SECONDS": DRAIN_SECONDS} if self.has_siblings else {}
 
     def settings(self) -> dict[str, str]:
         """What its environment says that its siblings' does not."""
@@ -61,6 +69,7 @@ class Scale:
                 name=service if number == 1 else f"{service}-{number}",
                 socket=_socket(service, number),
                 metrics_port=first_port + number - 1 if first_port else 0,
+                has_siblings=self.counts.get(service, 1) > 1,
             )
             for number in range(1, self.counts.get(service, 1) + 1)
         ]

@@ -194,6 +194,7 @@ volumeMounts:
 {{- if not $sidecar -}}
 {{- $_ := set $env (printf "%s_LISTEN" $prefix) (include "peaje.listen" (list $root $grpc)) -}}
 {{- $_ := set $env "PEAJE_TLS_DIRECTORY" "/etc/peaje/tls" -}}
+{{- $_ := set $env "PEAJE_DRAIN_SECONDS" "5" -}}
 {{- $_ := set $ports "grpc" $grpc -}}
 {{- $ready = dict "tcpSocket" (dict "port" "grpc") -}}
 {{- $mounts = append $mounts (dict "name" "tls" "mountPath" "/etc/peaje/tls" "readOnly" true) -}}

@@ -34,6 +34,7 @@ def test_each_process_has_a_name_a_socket_and_a_metrics_port_of_its_own() -> Non
         (process.name, process.socket, process.metrics_port) for process in processes
     ]
     assert {"PEAJE_EXTAUTH_SOCKET": "run/extauth-2.sock", "PEAJE_EXTAUTH_METRICS_PORT": "9101"} == processes[1].settings()
+    assert {"PEAJE_DRAIN_SECONDS"} == processes[1].defaults().keys()
 
 
 def test_every_process_is_a_part_that_is_told_its_own_socket() -> None:
