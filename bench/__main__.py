@@ -172,7 +172,7 @@ def main() -> None:
 def _waterfall(options: argparse.Namespace) -> None:
     peers = (litellm(options.litellm), *options.peer)
     asked = waterfall.Options(
-        runs=options.runs or (1 if options.quick else 3), scale=0.2 if options.quick else 1.0, key_count=options.keys, peers=peers
+        runs=options.runs or (1 if options.quick else 3), scale=0.4 if options.quick else 1.0, key_count=options.keys, peers=peers
     )
     found = waterfall.measure_all(asked)
     table = waterfall.table(found, peers)
