@@ -74,22 +74,22 @@ local function choose(handle, facts, text)
   handle:clearRouteCache()
   -- Envoy gives a script the metadata of one route only; an alias' route says all that its model's does.
   local about = handle:metadata()
-  local model = about:get('model')
+  -- Numbers come as text.
+  local model, most, prefix_bytes = about:get('model'), about:get('output_tokens_max'), about:get('prefix_bytes')
   if model then
     facts.model = model
     handle:streamInfo():dynamicMetadata():set(NAMESPACE, 'model', model)
     handle:clearRouteCache()
   end
-  local most = about:get('output_tokens_max')
+  most = most and tonumber(most)
   if most and facts.output_tokens_max > most then
     return {
       status = 400, code = 'invalid_request',
       message = 'This model generates at most ' .. string.format('%d', most) .. ' tokens.',
     }
   end
-  local prefix_bytes = about:get('prefix_bytes')
   if prefix_bytes then
-    handle:headers():replace('x-peaje-prefix', affinity.prefix(text, facts.prompt_at, prefix_bytes))
+    handle:headers():replace('x-peaje-prefix', affinity.prefix(text, facts.prompt_at, tonumber(prefix_bytes)))
   end
 end
 

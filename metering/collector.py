@@ -196,8 +196,7 @@ class Collector:
             for found in batch.defects.get(piece.place.file_id, ()):
                 log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
                 metrics.DEFECTS.labels(self.name).inc()
-        for request_id in added:
-            self.exchanges.recorded(batch.events[request_id], batch.ended[request_id], now)
+        self.exchanges.recorded(((batch.events[request_id], batch.ended[request_id]) for request_id in added), now)
         for refusal in batch.refusals:
             self.exchanges.refused(refusal)
         absorbed = len(batch.events) - len(added)

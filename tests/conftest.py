@@ -23,6 +23,7 @@ from chassis.contract import EXPRESS_ENVIRONMENT
 from tests.chaos.storm import REQUESTS_PER_ENVOY_DEATH
 from tests.dataplane.installation import Installation, Tenant, free_ports, running
 from tests.hostile.guessing import UNKNOWN_PER_MINUTE
+from tests.otlp import collecting_traces
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
@@ -116,8 +117,11 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
     ports = dict(zip(("extauth", "ratelimit", "metering", "collector", "beacon", "events"), free_ports(6), strict=True))
     settings |= {f"PEAJE_{part.upper()}_METRICS_PORT": str(port) for part, port in ports.items()}
-    with running(tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings) as installation:
-        installation.metrics_ports = ports
+    [port] = free_ports(1)
+    with collecting_traces(port) as traces, running(
+        tmp_path_factory.mktemp("road"), "--engine", "fake", environment=settings | {"PEAJE_TRACES_URL": traces.url}
+    ) as installation:
+        installation.metrics_ports, installation.traces = ports, traces
         yield installation
         # After everything that the tests have done to it: no secret lies about, and the ledger still holds.
         assert [] == installation.leaks()

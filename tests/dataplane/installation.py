@@ -22,6 +22,8 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
+from tests.otlp import Collected
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEAJE = REPOSITORY / "peaje"
 
@@ -50,6 +52,8 @@ class Installation:
     _tenants: Iterator[int] = field(default_factory=lambda: iter(range(10_000)))
     #: Where its services show metrics.
     metrics_ports: dict[str, int] = field(default_factory=dict)
+    #: Where its spans go.
+    traces: Collected | None = None
     #: Every key that tests were given, to be looked for at the end where it must not be.
     issued: list[str] = field(default_factory=list, repr=False)
 

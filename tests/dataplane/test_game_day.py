@@ -24,7 +24,6 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from chassis.keys import mint
 from control.monitoring.rules import alerts, section
@@ -203,21 +202,6 @@ def _oddly_shaped(stage: Stage) -> None:
         stage.road.post(stage.usual, json=chat(stream=True, stream_options={"include_usage": False, "chunk_size": 1}))
 
 
-@contextmanager
-def _past_the_gateway(stage: Stage) -> Iterator[None]:
-    [model] = yaml.safe_load((stage.road.home / "envoy/models.yaml").read_text())["models"]
-    stage.notes["engine"] = f"http://{model['endpoints'][0]}/v1/chat/completions"
-    yield
-    stage.notes["engine"] = f"{stage.road.url}/v1/chat/completions"
-
-
-def _now_and_then_past_it(stage: Stage) -> None:
-    """Only once a while: an interval is compared between two quiet moments."""
-    if stage.lapse.count % 40 == 1:
-        httpx.post(stage.notes["engine"], json=chat(), headers={"authorization": f"Bearer {stage.usual.key}"})
-    time.sleep(0.25)
-
-
 SCENES = (
     Scene(alerts=("PeajeStoreAway",), cause=frozen("valkey"), traffic=Stage.count, said="store", is_short=True),
     Scene(alerts=("PeajeUsageDisputed",), cause=_contradicted, traffic=lambda _: time.sleep(0.2), said="conflict", is_short=True),
@@ -239,7 +223,6 @@ SCENES = (
     Scene(alerts=("PeajeEngineFails",), cause=_as_it_is, traffic=_fail_at_the_engine, said="TENANT", clears_minutes=7),
     Scene(alerts=("PeajeUsageInexact",), cause=_as_it_is, traffic=_without_usage, said="counted", clears_minutes=12),
     Scene(alerts=("PeajeMeteringSkipped",), cause=frozen("metering"), traffic=_oddly_shaped, said="metering", clears_minutes=11),
-    Scene(alerts=("PeajeLedgerDrifts",), cause=_past_the_gateway, traffic=_now_and_then_past_it, said="holds"),
 )  # fmt: skip
 
 
@@ -268,12 +251,9 @@ def _stays(lapse: Lapse, name: str) -> bool:
 
 def _mended(stage: Stage, scene: Scene) -> None:
     """As usual again: what the window still holds is let pass."""
-    if scene.traffic is _now_and_then_past_it:
-        _now_and_then_past_it(stage)
-    else:
-        stage.serve()
-        stage.lapse.scrape()
-        stage.lapse.quiet(scene.clears_minutes)
+    stage.serve()
+    stage.lapse.scrape()
+    stage.lapse.quiet(scene.clears_minutes)
 
 
 def test_every_alert_is_caused_or_judged_on_samples() -> None:

@@ -125,19 +125,14 @@ def test_made_up_keys_cost_postgres_so_many_reads_and_a_key_from_the_same_addres
     # On a busy machine one may not be judged in time, which is a refusal too.
     assert {REFUSED, UNSEEN} <= set(answers) <= {REFUSED, UNSEEN, (503, "service_unavailable")}
     assert UNKNOWN_PER_MINUTE <= answers.total() - answers[UNSEEN]
-    assert 'denials_total{phase="identity",rule="too_many_unknown"}' in metrics_of_extauth(road)
+    assert 'denials_total{phase="identity",rule="too_many_unknown"}' in road.scrape("extauth")
     # Nobody else has guessed.
     assert REFUSED == ask(http.client.HTTPConnection("127.0.0.1", road.port, timeout=60), made_up[-1])
 
 
-def metrics_of_extauth(road: Installation) -> str:
-    """As Prometheus reads them."""
-    return httpx.get(f"http://127.0.0.1:{road.metrics_ports[0]}/metrics", timeout=30).raise_for_status().text
-
-
 def reads_of_postgres(road: Installation) -> int:
     """How often extauth has asked it about somebody."""
-    line = re.search(r'^peaje_extauth_directory_lookups_total\{source="postgres"\} (\S+)$', metrics_of_extauth(road), re.MULTILINE)
+    line = re.search(r'^peaje_extauth_directory_lookups_total\{source="postgres"\} (\S+)$', road.scrape("extauth"), re.MULTILINE)
     assert line is not None
     return int(float(line[1]))
 

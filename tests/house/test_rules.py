@@ -175,6 +175,7 @@ NOT_CAUSED: dict[str, tuple[str, dict[str, str], list[float], list[float]]] = {
     "PeajeUsageLateSlowly": ("rows", {}, [], []),
     "PeajeChangesLate": ("pulses", {}, [], []),
     "PeajeChangesLateSlowly": ("pulses", {}, [], []),
+    "PeajeLedgerDrifts": ("peaje_conservation_drift_tokens", {"model": "tiny", "kind": "input"}, [-1] * 30, [0] * 30),
     "PeajeRoadClosed": ("peaje_collector_road_closed", {"journal": "local"}, [1] * 30, [0] * 30),
     "PeajeDiskFills": ("peaje_collector_disk_used_percent", {"journal": "local"}, [80.1] * 30, [80.0] * 30),
     "PeajeKeySetsOld": ("peaje_extauth_jwks_age_seconds", {"issuer": "own"}, [float("inf")] * 30, [3600.0] * 30),

@@ -53,6 +53,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/tenants/{tenant}/credits/{grant_id}/expire"): {"reason": "refunded"},
     ("POST", "/v1/reconciliation/{exception_id}/explain"): {"note": "why"},
     ("POST", "/v1/reconciliation/{exception_id}/sign"): {"note": "why"},
+    ("POST", "/v1/journals/{journal}/retire"): {"reason": "why", "files": "gone"},
 }
 
 
@@ -71,8 +72,8 @@ class Operation:
 
     @property
     def objects(self) -> list[str]:
-        """Parameters of the path that name something of a tenant; months and exceptions are the platform's."""
-        return [name for name in self.names if name not in ("month", "exception_id")]
+        """Parameters of the path that name something of a tenant; months, exceptions and journals are the platform's."""
+        return [name for name in self.names if name not in ("month", "exception_id", "journal")]
 
     def at(self, values: dict[str, str]) -> str:
         """The path with *values* in it; an unknown parameter is a hole in the matrix, and fails."""
@@ -98,7 +99,7 @@ def values_of(tenant: Tenant) -> dict[str, str]:
     return {
         "tenant": tenant.tenant_id, "project": tenant.project_id, "key_id": tenant.key["key_id"],
         "service_account_id": tenant.account["service_account_id"], "operator_id": tenant.operator["operator_id"],
-        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01", "exception_id": "987654321",
+        "request_id": f"request-of-{tenant.tenant_id}", "month": "2026-01", "exception_id": "987654321", "journal": "gone",
         "grant_id": "cg_000000000000",
         "webhook_id": (tenant.webhook or {"webhook_id": "wh_000000000000"})["webhook_id"],
     }  # fmt: skip
@@ -106,7 +107,7 @@ def values_of(tenant: Tenant) -> dict[str, str]:
 
 NOBODYS = {
     "tenant": "nobody", "project": "nothing", "key_id": "000000000000", "service_account_id": "sa_000000000000",
-    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01", "exception_id": "987654321",
+    "operator_id": "op_000000000000", "request_id": "request-of-nobody", "month": "2026-01", "exception_id": "987654321", "journal": "gone",
     "webhook_id": "wh_000000000000", "grant_id": "cg_000000000000",
 }  # fmt: skip
 

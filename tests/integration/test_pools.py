@@ -232,7 +232,7 @@ def test_a_credential_goes_to_its_own_pool_and_is_shown_nowhere(road: Road) -> N
     assert "first" == road.ask("m").text
     own.stop()
     until(lambda: road.ask("m").text == "second")
-    file.write_text(SECRET[::-1])
+    file.write_text(f"{SECRET[::-1]}\n")  # as an editor leaves it
     road.serve(model)
     assert "second" == road.ask("m").text
 

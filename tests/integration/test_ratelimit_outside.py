@@ -49,7 +49,7 @@ class World:
         self.execute(
             "insert into usage_hour (hour, tenant_id, project_id, key_id, model, request_count, input_tokens, output_tokens, "
             "cached_tokens, reasoning_tokens) values (date_trunc('hour', %s, 'UTC'), %s, 'default', 'k', 'm', 1, %s, 0, 0, 0) "
-            "on conflict (hour, tenant_id, project_id, key_id, model, currency) do update set "
+            "on conflict (hour, tenant_id, project_id, key_id, model, currency, meter) do update set "
             "input_tokens = usage_hour.input_tokens + excluded.input_tokens",
             NOW, TENANT, tokens,
         )

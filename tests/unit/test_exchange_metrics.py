@@ -68,8 +68,8 @@ def test_tenants_beyond_the_bound_share_a_label() -> None:
     exchanges = Exchanges(tenants_max=2)
     before = {name: value("peaje_tenant_requests_total", tenant=name, outcome="ok") for name in ("t-1", "t-2", "t-3", OTHER_TENANTS)}
 
-    for tenant in ("t-1", "t-2", "t-3", "t-1", "t-4"):
-        exchanges.recorded(*reversed(exchange(tenant=tenant)), NOON)
+    for tenants in (("t-1", "t-2", "t-3"), ("t-1", "t-4")):
+        exchanges.recorded([exchange(tenant=tenant)[::-1] for tenant in tenants], NOON)
 
     counted = {name: value("peaje_tenant_requests_total", tenant=name, outcome="ok") - was for name, was in before.items()}
     assert {"t-1": 2, "t-2": 1, "t-3": 0, OTHER_TENANTS: 2} == counted
@@ -92,6 +92,16 @@ def test_the_lane_says_who_was_asked(request_facts: dict[str, str], lane: str) -
     """By what the gate wrote into the record."""
     before = value("peaje_gateway_lanes_total", lane=lane)
 
-    Exchanges(tenants_max=0).recorded(*reversed(exchange(request=request_facts)), NOON)
+    Exchanges(tenants_max=0).recorded([exchange(request=request_facts)[::-1]], NOON)
 
     assert before + 1 == value("peaje_gateway_lanes_total", lane=lane)
+
+
+def test_a_batch_counts_as_its_rows_would_one_by_one() -> None:
+    """Tokens and requests of one tenant are added up first, and nothing of it is lost."""
+    batch = [exchange(tenant="t-batch", input=number, output=2 * number)[::-1] for number in range(1, 5)]
+
+    Exchanges(tenants_max=1).recorded(batch, NOON)
+
+    assert 4 == value("peaje_tenant_requests_total", tenant="t-batch", outcome="ok")
+    assert (10, 20, 0) == tuple(value("peaje_tenant_tokens_total", tenant="t-batch", kind=kind) for kind in ("input", "output", "cached"))
