@@ -125,7 +125,7 @@ def engine_port(road: Installation) -> int:
 def main() -> None:
     """Measure and print, or write into the document."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the requests; of the waterfall less than half of them, once")
     parser.add_argument("--write", action="store_true", help=f"put the table into {_DOCUMENT.name}")
     parser.add_argument("--waterfall", action="store_true", help="each control switched on in turn, instead")
     parser.add_argument("--runs", type=int, default=None, help="of the waterfall, whose medians are told (3; 1 with --quick)")
@@ -172,7 +172,7 @@ def main() -> None:
 def _waterfall(options: argparse.Namespace) -> None:
     peers = (litellm(options.litellm), *options.peer)
     asked = waterfall.Options(
-        runs=options.runs or (1 if options.quick else 3), scale=0.2 if options.quick else 1.0, key_count=options.keys, peers=peers
+        runs=options.runs or (1 if options.quick else 3), scale=0.4 if options.quick else 1.0, key_count=options.keys, peers=peers
     )
     found = waterfall.measure_all(asked)
     table = waterfall.table(found, peers)

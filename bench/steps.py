@@ -38,26 +38,33 @@ class Step:
     logs: frozenset[str] = frozenset()
     #: Filters that are left out; None: all but the router.
     without: frozenset[str] | None = None
-    #: Whether the collector reads this step's journal.
-    is_collected: bool = False
+    #: Processes beside Envoy that work for it; what the others do meanwhile is not its price.
+    uses: frozenset[str] = frozenset()
     #: Whether the gate remembers decisions.
     is_express: bool = True
 
+    @property
+    def is_collected(self) -> bool:
+        """Whether the collector reads this step's journal."""
+        return "collector" in self.uses
 
+
+_ASKED: Final = frozenset({"extauth", "ratelimit", "valkey", "postgres"})
+_RECORDED: Final = _ASKED | {"collector"}
 STEPS: Final = (
     Step(name="bare Envoy"),
     Step(name="+ journal", logs=frozenset({"journal"})),
     Step(name="+ gate: body, usage, start record", logs=frozenset({"journal"}), without=_DECISIONS | _METERING, is_express=False),
-    Step(name="+ identity, remembered", logs=frozenset({"journal"}), without=frozenset()),
-    Step(name="+ limits, far: leases", logs=frozenset({"journal"}), without=frozenset(), caller=Caller.FAR),
-    Step(name="+ collector and ledger", logs=frozenset({"journal"}), without=frozenset(), caller=Caller.FAR, is_collected=True),
+    Step(name="+ identity, remembered", logs=frozenset({"journal"}), without=frozenset(), uses=_ASKED),
+    Step(name="+ limits, far: leases", logs=frozenset({"journal"}), without=frozenset(), caller=Caller.FAR, uses=_ASKED),
+    Step(name="+ collector and ledger", logs=frozenset({"journal"}), without=frozenset(), caller=Caller.FAR, uses=_RECORDED),
     Step(
         name="+ second witness: everything", logs=frozenset({"journal", "witness"}), without=frozenset(), caller=Caller.FAR,
-        is_collected=True,
+        uses=_RECORDED | {"metering"},
     ),
     Step(
         name="asked each time: a quota", logs=frozenset({"journal", "witness"}), without=frozenset(), caller=Caller.QUOTA,
-        is_collected=True,
+        uses=_RECORDED | {"metering"},
     ),
 )  # fmt: skip
 

@@ -153,7 +153,7 @@ def table(found: Mapping[str, Mapping[str, Measured]], peers: Sequence[Peer]) ->
         for name, one in steps.items():
             is_peer = _PEER in one.parts
             parts = [f"{one.parts[_PEER]:.0f}", "", "", ""] if is_peer else [f"{one.parts.get(part, 0):.0f}" for part in PARTS]
-            more = "" if is_peer else f"{one.all - before:+.0f}"
+            more = "" if is_peer else f"{round(one.all - before):+d}"
             before = before if is_peer else one.all
             lines.append(
                 f"| {shape} | {name} | {' | '.join(parts)} | {one.all:.0f} | {one.all / bare:.1f}× | {more} | {one.p50:.1f} / {one.p99:.1f} "
@@ -181,11 +181,11 @@ def _each(
 ) -> Iterator[tuple[str, int, dict[str, list[int]], Caller]]:
     """Start each step and each peer that there is, one after the other: its name, port, processes by part, caller."""
     status = {part["name"]: int(part["pid"]) for part in road.status()["parts"] if part.get("pid")}
-    beside = {part: [status[name] for name in names if name in status] for part, names in PARTS.items() if names}
     for number, step in enumerate(STEPS):
         directory = place / f"step-{number}"
         with _envoy(road, step, directory, upstream[1]) as (pid, port):
-            yield step.name, port, {"Envoy": [pid], **beside}, step.caller
+            beside = {part: [status[name] for name in names if name in step.uses] for part, names in PARTS.items()}
+            yield step.name, port, beside | {"Envoy": [pid]}, step.caller
     for number, peer in enumerate(peers):
         if peer.missing:
             continue

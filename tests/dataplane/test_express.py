@@ -196,7 +196,6 @@ def test_who_is_near_a_limit_is_recognised_and_decided_exactly(road: Installatio
 
 def test_the_credential_is_nowhere_in_the_journal(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
     """The worker's memory holds it; nothing that it writes does."""
-    settle_news(session, road)
-    road.rows(tenant, 2)
+    road.rows(tenant, settle_news(session, road))
 
     assert all(tenant.key not in path.read_text() for path in (road.home / "journal").iterdir())

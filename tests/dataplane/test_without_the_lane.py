@@ -18,12 +18,12 @@ from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, 
 from tests.dataplane.test_limits import test_what_was_held_is_replaced_by_what_the_engine_counted
 from tests.dataplane.test_metering import test_hourly_sums_equal_the_rows
 from tests.dataplane.test_refusals import (
-    test_over_the_request_limit_is_429_with_headers_that_are_true,
+    test_a_request_larger_than_its_limit_is_told_that_it_never_passes,
     test_two_hundred_at_once_with_room_for_ten_admits_ten,
 )
 
 __all__ = [
-    "test_hourly_sums_equal_the_rows", "test_over_the_request_limit_is_429_with_headers_that_are_true",
+    "test_a_request_larger_than_its_limit_is_told_that_it_never_passes", "test_hourly_sums_equal_the_rows",
     "test_two_hundred_at_once_with_room_for_ten_admits_ten", "test_what_was_held_is_replaced_by_what_the_engine_counted",
 ]  # fmt: skip
 

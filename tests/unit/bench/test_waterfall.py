@@ -50,6 +50,13 @@ def test_each_step_has_all_that_the_one_before_has() -> None:
     assert complete == made[-1] == made[-2]
 
 
+def test_what_works_for_a_step_is_counted_and_only_that() -> None:
+    """From the first decision on those who decide, later the collector; at the end every process that there is."""
+    assert all(before.uses <= after.uses for before, after in pairwise(STEPS))
+    assert [0, 0, 0] == [len(step.uses) for step in STEPS[:3]]
+    assert {name for names in PARTS.values() for name in names} == STEPS[-1].uses
+
+
 def test_bare_envoy_has_nothing_of_ours() -> None:
     """A router, and one route to the upstream."""
     assert {"@type", "stat_prefix", "route_config", "http_filters"} == set(manager(STEPS[0]))
