@@ -150,15 +150,17 @@ def test_a_start_that_cannot_be_written_refuses_the_request(small: Installation)
 
     with _full(small, small.home / "journal/starts.jsonl"):
         refused: list[httpx.Response] = []
-        deadline = time.monotonic() + VISIBLE_SECONDS
+        said: list[tuple[int, float]] = []
+        deadline = time.monotonic() + 2 * VISIBLE_SECONDS
         # Each worker writes on to the file that it has open, for two seconds at most.
         while len(refused) < 10 and time.monotonic() < deadline:
             answer = small.post(tenant, json=chat(stream=len(refused) % 2 == 1))
+            said.append((answer.status_code, answer.elapsed.total_seconds()))
             refused = [*refused, answer] if answer.status_code == 503 else []
             time.sleep(0.2)
     assert 200 == _last_status(small, tenant, 200)
 
-    assert 10 == len(refused)
+    assert 10 == len(refused), said
     assert {"service_unavailable"} == {it.json()["error"]["code"] for it in refused}
     rows = {row["request_id"]: row for row in small.rows(tenant, 2)}
     assert before.headers["x-request-id"] in rows

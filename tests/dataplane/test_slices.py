@@ -33,6 +33,10 @@ def limited(road: Installation) -> Any:
     return make
 
 
+#: A model server that has not said everything before it can be stopped.
+SLOW = {"x-fake-engine": '{"chunk_ms": 2}'}
+
+
 def counters_of(road: Installation) -> redis.Redis:
     """The installation's counter store."""
     return redis.Redis(
@@ -58,7 +62,7 @@ def test_a_chat_stream_ends_as_length_with_a_code_and_is_billed_to_the_token(roa
     caller = limited("cut", 200)
     client = openai.OpenAI(base_url=f"{road.url}/v1", api_key=caller.key, max_retries=0)
 
-    chunks = list(client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000, stream=True))
+    chunks = list(client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000, stream=True, extra_headers=SLOW))
 
     [row] = road.rows(caller, 1)
     assert "length" == chunks[-1].choices[0].finish_reason
@@ -147,7 +151,7 @@ def test_streams_that_share_the_last_tokens_never_deliver_more_than_there_are(ro
         try:
             chunks = list(
                 client.chat.completions.create(
-                    model="tiny", messages=MESSAGES, max_tokens=1600, stream=True, extra_headers={"x-fake-engine": '{"chunk_ms": 2}'}
+                    model="tiny", messages=MESSAGES, max_tokens=1600, stream=True, extra_headers=SLOW
                 )
             )
         except openai.RateLimitError:
