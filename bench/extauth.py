@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,8 @@ MISSES: Final = 10_000
 CALLS: Final = 20_000
 WARM_CALLS: Final = 1_000
 UNDER_WAY: Final = 8
+#: Refusals of each of two kinds whose times are compared (K05 asks for |t| < 4.5 over so many).
+TIMED: Final = 100_000
 #: Tokens whose key id nobody has heard of, each another.
 STRANGE_KEYS: Final = 10_000
 _DOCUMENT: Final = REPOSITORY / "docs/benchmarks.md"
@@ -162,6 +166,9 @@ def _measure(url: str, installation: Installation, count: int) -> dict[str, str]
         strangers = [ask(keys.mint("live", secrets.token_bytes).key) for _ in range(MISSES)]
         figures["deny: a key that nobody has, each another (K04), read from Postgres"] = _row(strangers, "denied_response")
         figures["deny: the same ones again, nothing looked up"] = _row(strangers, "denied_response")
+        figures[f"K05: a wrong secret of a key that there is, and a key that nobody has; {TIMED:,} of each in turn"] = _difference(
+            ask(_wrong_secret(0)), strangers[0]
+        )
         unseen = [ask(keys.mint("live", secrets.token_bytes).key, servicer=bounded) for _ in range(MISSES)]
         unseen[0]()
         figures["deny: the same from an address that has no turn left, not looked up"] = _row(unseen, "denied_response")
@@ -187,10 +194,12 @@ def _measure_tokens() -> dict[str, str]:
         good = ask(provider.mint())
         while good() != "ok_response":
             time.sleep(0.05)  # the key set is on its way
+        other = ask(provider.mint())
         strangers = [ask(provider.cook({"header": {"kid": f"unknown-{number}"}})) for number in range(STRANGE_KEYS)]
         before = provider.fetches
         figures = {
             "token: verified before": _row([good] * STRANGE_KEYS, "ok_response"),
+            "the same, with another good one before each": _row([good] * STRANGE_KEYS, "ok_response", between=[other] * STRANGE_KEYS),
             "the same, with an unknown key id before each (J05)": _row([good] * STRANGE_KEYS, "ok_response", between=strangers),
         }
         figures[f"fetches of the key set meanwhile, {STRANGE_KEYS:,} unknown key ids"] = str(provider.fetches - before)
@@ -218,6 +227,27 @@ def _row(calls: list[Callable[[], str | None]], expected: str, *, between: Seque
         f"{cpu / len(calls) / 1000:.0f} µs CPU; p50 {times[len(times) // 2] / 1000:.0f} µs, "
         f"p99 {times[len(times) * 99 // 100] / 1000:.0f} µs"
     )
+
+
+def _wrong_secret(number: int) -> str:
+    body = f"peaje_live_{number:012}_{number + 1:032}"
+    return body + keys.checksum(body)
+
+
+def _difference(first: Callable[[], str | None], second: Callable[[], str | None]) -> str:
+    """Welch's t of the times of two refusals, one after the other so that what else runs reaches both alike."""
+    times: tuple[list[int], list[int]] = ([], [])
+    for call in (first, second):
+        call()  # whatever has to be looked up
+    for number in range(2 * TIMED):
+        # Which of the two comes first changes: it would find the processor's caches as the other left them.
+        which = (number + number // 2) % 2
+        began = time.perf_counter_ns()
+        (first, second)[which]()
+        times[which].append(time.perf_counter_ns() - began)
+    means = [statistics.fmean(taken) for taken in times]
+    error = math.sqrt(sum(statistics.pvariance(taken, mean) / TIMED for taken, mean in zip(times, means, strict=True)))
+    return f"{means[0] / 1000:.1f} and {means[1] / 1000:.1f} µs, t = {(means[0] - means[1]) / error:.1f}"
 
 
 def _request(key: str, model: str) -> bytes:

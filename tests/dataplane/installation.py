@@ -133,7 +133,7 @@ class Installation:
         Where a key that was issued or one of the installation's secrets can be read, with its first letters.
 
         Looked at: files below log, journal, run and envoy; every table; everything in Valkey; what Envoy's
-        admin interface and the services' metrics show.
+        admin interface and the services' metrics show; all spans, where they are collected.
         """
         secrets = [*self.issued, *(path.read_text().strip() for path in (self.home / "secrets").iterdir())]
         wanted = re.compile(b"|".join(re.escape(secret.encode()) for secret in secrets))
@@ -166,6 +166,8 @@ class Installation:
             yield "valkey", key + repr(read[kind](key) if kind != b"none" else b"").encode()
         for path in ("stats?usedonly", "config_dump", "clusters", "certs", "server_info"):
             yield f"envoy {path}", httpx.get(f"http://127.0.0.1:{self.admin_port}/{path}", timeout=30).content
+        if self.traces is not None:
+            yield "traces", b"\n".join(self.traces.raw)
         for port in self.metrics_ports.values():
             yield f"metrics on {port}", httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).raise_for_status().content
 
