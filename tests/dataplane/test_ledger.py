@@ -179,8 +179,9 @@ def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_t
         _reopen(small)
         # Its log is opened anew with the next record.
         small.post(tenant, json=chat())
-        time.sleep(0.3)
+        _wait_flushed(small)
         cut = {small.post(tenant, json=chat(max_tokens=7)).headers["x-request-id"] for _ in range(3)}
+        _wait_flushed(small)
     _reopen(small)
     assert 200 == small.post(tenant, json=chat()).status_code
 
@@ -224,6 +225,14 @@ def _full(small: Installation, path: Path) -> Iterator[None]:
 
 def _reopen(small: Installation) -> None:
     httpx.post(f"http://127.0.0.1:{small.admin_port}/reopen_logs", timeout=10).raise_for_status()
+
+
+def _wait_flushed(small: Installation) -> None:
+    """Wait until Envoy holds no record back, be it that it has lost them."""
+    stats = f"http://127.0.0.1:{small.admin_port}/stats"
+    # A record is made a little after its answer has been read.
+    time.sleep(0.3)
+    until(lambda: httpx.get(stats, params={"filter": "^filesystem.write_total_buffered$"}, timeout=10).text.split() == ["filesystem.write_total_buffered:", "0"])
 
 
 def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:

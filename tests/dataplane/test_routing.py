@@ -79,6 +79,7 @@ class Site:
     """The installation, its engines, and its models document."""
 
     road: Installation
+    reader: Tenant
     engines: dict[str, Engine]
     document: Path
     desk: Desk
@@ -92,9 +93,16 @@ class Site:
         self.document.write_text(yaml.safe_dump({"models": list(models)}, sort_keys=False))
 
     def serving(self, *models: dict[str, Any]) -> None:
-        """Put these models into force, as `peaje apply FILE` does."""
+        """Put these models into force, as `peaje apply FILE` does, and wait until extauth has read of them as well."""
         self.write(*models)
         apply(self.desk, self.document)
+        names = {name for model in models for name in (model["name"], *model.get("aliases", ()))}
+        until(lambda: names <= self.listed(), f"{names} served")
+
+    def listed(self) -> set[str]:
+        """What extauth tells a caller of models."""
+        answer = httpx.get(f"{self.road.url}/v1/models", headers={"authorization": f"Bearer {self.reader.key}"}, timeout=30)
+        return {model["id"] for model in answer.raise_for_status().json()["data"]}
 
     def healthy(self, pool: str) -> int:
         """How many servers of a pool Envoy would choose now."""
@@ -141,7 +149,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         environment = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_MODELS": str(document)}
         with running(directory / "home", environment=environment) as road:
             admin = Admin(f"http://127.0.0.1:{road.admin_port}")
-            yield Site(road, engines, document, Desk(places=Places(road.home), envoy=find_envoy(os.environ), admin=admin))
+            yield Site(road, road.new_tenant("reader"), engines, document, Desk(places=Places(road.home), envoy=find_envoy(os.environ), admin=admin))
             assert [] == road.leaks()
             verified = road.cli("ledger", "verify")
             assert verified["ok"], verified
