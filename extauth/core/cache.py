@@ -76,7 +76,9 @@ class Remembered(Generic[Value]):
 
     def has(self, key: str, now: datetime) -> bool:
         """Whether *key* is known to exist or to have existed, or known not to: nobody guesses it by looking."""
-        return key in self._known or self.fresh(key, now) is not None
+        # Looked at in any case: how long a refusal takes must not tell whether there is such a key.
+        is_fresh = self.fresh(key, now) is not None
+        return is_fresh or key in self._known
 
     def stale(self, key: str, now: datetime) -> Found[Value] | None:
         """
