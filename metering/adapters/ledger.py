@@ -24,7 +24,7 @@ from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
 from metering.core.lines import Defect
 from metering.core.lives import ENDED_LIVES_MAX, Lives
-from metering.core.rating import RateCard, RateCards, amount_nano
+from metering.core.rating import RateCard, RateCards, Tier, amount_nano
 
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
 REFUSALS_PER_BATCH_MAX: Final = 200
@@ -39,7 +39,7 @@ OUTBOX_LOCK: Final = 0x7065616A_65000004
 
 _EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
 _event_values = attrgetter(*_EVENT_FIELDS)
-_COPY_EVENTS: Final = f"copy incoming ({', '.join(_EVENT_FIELDS)}, currency, amount_nano, rate_card_id, recorded_at) from stdin"
+_COPY_EVENTS: Final = f"copy incoming ({', '.join(_EVENT_FIELDS)}, currency, amount_nano, rate_card_id, tier_above_tokens, recorded_at) from stdin"
 
 _PREPARE: Final = """
 create temp table incoming (like usage_event) on commit delete rows;
@@ -50,7 +50,7 @@ _TAKE_CHARGING_LOCK: Final = "select pg_advisory_xact_lock_shared(%s)"
 
 _RATE_CARDS: Final = """
 select rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-       meter, each_nano, lower(effective), upper(effective)
+       meter, each_nano, lower(effective), upper(effective), tiers
 from rate_card
 where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effective && tstzrange(%s, %s, '[]')
 """
@@ -382,18 +382,21 @@ def _rate_cards(cursor: psycopg.Cursor[Any], events: Sequence[UsageEvent]) -> Ra
         ),
     ).fetchall()
     names = [field.name for field in fields(RateCard)]
-    return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
+    return RateCards(
+        RateCard(**dict(zip(names, (*row, tuple(Tier(**tier) for tier in tiers)), strict=True))) for *row, tiers in rows
+    )
 
 
-def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None]:
-    """Currency, amount and rate card of a row: all three, or none."""
+def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None, int | None]:
+    """Currency, amount and rate card of a row, all three or none; and which of the card's tiers it is charged by."""
     card = cards.find(tenant_id=event.tenant_id, model=event.model, admitted_at=event.started_at)
     if card is None:
-        return None, None, None
+        return None, None, None, None
     amount = amount_nano(
         card, input_tokens=event.input_tokens, output_tokens=event.output_tokens,
         cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens, meter=event.meter, quantity=event.quantity,
     )
     if amount is None:
-        return None, None, None
-    return card.currency, amount, card.rate_card_id
+        return None, None, None, None
+    tier = card.tier(event.input_tokens)
+    return card.currency, amount, card.rate_card_id, None if tier is None else tier.above_tokens

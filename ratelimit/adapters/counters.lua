@@ -12,8 +12,9 @@
 --
 -- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
 -- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
--- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, and the
--- least that a request with any token costs.
+-- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, the
+-- least that a request with any token costs, what each of its meter costs, the input tokens that it may turn out
+-- to have, and tiers from the lowest: {input, output, cached, above so many input tokens}.
 
 local DAYS_400_MS = 34560000000
 -- Leases purged in one call; more wait for the next, and until then count as held.
@@ -116,16 +117,36 @@ end
 
 -- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
 -- and nano-units per million would not be exact in a double.
-local function cost(price, input, output, cached, quantity)
+local function cost_by(prices, price, input, output, cached, quantity)
   if input == 0 and output == 0 and quantity == 0 then return 0 end
   local amount, rest = 0, 0
   local tokens = { input - cached, output, cached }
   for i = 1, 3 do
-    local low = price[i] % 1000000
-    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
+    local low = prices[i] % 1000000
+    amount = amount + tokens[i] * ((prices[i] - low) / 1000000)
     rest = rest + tokens[i] * low
   end
   return math.max(price[4] or 0, amount + math.ceil(rest / 1000000) + quantity * (price[5] or 0))
+end
+
+-- By the tier that so many input tokens fall into.
+local function cost(price, input, output, cached, quantity)
+  local prices = price
+  for _, tier in ipairs(price[7] or {}) do
+    if input > tier[4] then prices = tier end
+  end
+  return cost_by(prices, price, input, output, cached, quantity)
+end
+
+-- By the dearest that the request may fall into.
+local function worst_cost(price, input, output, quantity)
+  local most = cost_by(price, price, input, output, 0, quantity)
+  for _, tier in ipairs(price[7] or {}) do
+    if tier[4] < math.max(input, price[6]) then
+      most = math.max(most, cost_by(tier, price, input, output, 0, quantity))
+    end
+  end
+  return most
 end
 
 local HITS = {
@@ -147,11 +168,17 @@ end
 -- A quota or budget that may not be overshot: what is asked of it goes by the output that is granted.
 local function is_hard(counter) return counter.k == 'quota' and counter.e == 'refuse' end
 
+-- Hits that are held of a hard counter for so many tokens.
+local function holds_of(counter, input, output, quantity)
+  if counter.u == 'money' and type(counter.c) == 'table' then return worst_cost(counter.c, input, output, quantity) end
+  return hits_of(counter, input, output, 0, quantity)
+end
+
 -- Hits that the lean ask takes of a counter where so many tokens are held. Any but a hard counter is asked
 -- for the usual, and settles as a debt.
 local function lean_hits(demand, counter, output, input)
   if not demand.o or not is_hard(counter) then return counter.l end
-  return hits_of(counter, input, output, 0, demand.q or 0)
+  return holds_of(counter, input, output, demand.q or 0)
 end
 
 -- The most tokens that fit, from `high` down to `low`; nil if not even those do.

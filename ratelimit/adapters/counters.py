@@ -265,7 +265,8 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter), "w": counter.weight,
         "c": None if price is None else [
-            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano
+            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano, price.reach,
+            [[it.input_nano, it.output_nano, it.cached_nano, it.above_tokens] for it in price.tiers],
         ],
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Final, LiteralString
 
@@ -21,7 +22,7 @@ from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all, listen
 from ratelimit.core.demand import Counter
 from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit
-from ratelimit.core.usage import Price
+from ratelimit.core.usage import Price, Tier
 
 log = structlog.get_logger()
 
@@ -32,7 +33,7 @@ order by limit_id
 """
 #: Those in force now; a price for a later day comes with the next reload after it begins.
 _PRICES: Final = """
-select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano, meter, each_nano
+select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano, meter, each_nano, tiers
 from rate_card
 where effective @> now()
 """
@@ -58,6 +59,8 @@ _OF_SCOPE: Final[LiteralString] = """
   and (%(model)s::text is null or model = %(model)s)
 """
 _RELOAD_EVERY_SECONDS = 5.0
+#: Reasoning is charged as output, as by a price without tiers.
+_TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
 _RETRY_EVERY_SECONDS = 0.5
 
 PriceList = Mapping[tuple[str, str | None], Price]
@@ -140,10 +143,11 @@ class LimitsSource:
             ) in fetch_all(self._pool, _ALL_LIMITS, ())
         ]  # fmt: skip
         prices: dict[tuple[str, str | None], Price] = {}
-        for model, tenant_id, currency, input_, output, cached, minimum, meter, each in fetch_all(self._pool, _PRICES, ()):
+        for model, tenant_id, currency, input_, output, cached, minimum, meter, each, tiers in fetch_all(self._pool, _PRICES, ()):
             prices[model, tenant_id] = Price(
                 currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum,
                 meter=meter, each_nano=each,
+                tiers=tuple(Tier(**{name: tier[name] for name in _TIER_FIELDS}) for tier in tiers),
             )
         self._pools = {
             model: Pool(model=model, slots=slots, tokens_per_second=tokens_per_second)

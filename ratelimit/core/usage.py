@@ -12,6 +12,16 @@ _MILLION = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """Prices of requests with more than *above_tokens* input tokens, in place of all others for all of their tokens."""
+
+    above_tokens: int
+    input_nano: int
+    output_nano: int
+    cached_nano: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
     """Nano-units of *currency* per million tokens, and for each of what a meter counts."""
 
@@ -25,6 +35,10 @@ class Price:
     #: What else is charged; empty: nothing.
     meter: str = ""
     each_nano: int = 0
+    #: From the lowest *above_tokens* to the highest.
+    tiers: tuple[Tier, ...] = ()
+    #: Input tokens that the request which this is a price for may turn out to have, whatever it is estimated at.
+    reach: int = 0
 
     def of(self, meter: str) -> Price:
         """The same for requests of *meter*, which another meter's price does not charge."""
@@ -69,13 +83,28 @@ def cost_nano(price: Price | None, usage: Usage) -> int:
     """
     if price is None:
         return 0
-    cached = min(usage.cached, usage.input)
-    parts = (
-        (usage.input - cached) * price.input_nano + cached * price.cached_nano + usage.output * price.output_nano
-    )
-    if not usage.input and not usage.output and not usage.quantity:
+    tier = next((tier for tier in reversed(price.tiers) if usage.input > tier.above_tokens), None)
+    return _cost(price, price if tier is None else tier, usage)
+
+
+def worst_nano(price: Price | None, usage: Usage) -> int:
+    """
+    What *usage* costs at most while nobody knows into which tier the request falls: by the dearest within its reach.
+
+    What is held of a budget goes by it. How many input tokens there are is as estimated; only their price is the worst.
+
+    >>> price = Price(
+    ...     currency="USD", input_nano=1_000_000, output_nano=0, cached_nano=0,
+    ...     tiers=(Tier(above_tokens=100, input_nano=5_000_000, output_nano=0, cached_nano=0),), reach=101)
+    >>> usage = Usage(input=80, output=0)
+    >>> cost_nano(price, usage), worst_nano(price, usage)
+    (80, 400)
+    """
+    if price is None:
         return 0
-    return max(price.minimum_nano, -(-parts // _MILLION) + usage.quantity * price.each_nano)
+    most = max(usage.input, price.reach)
+    reached = [_cost(price, tier, usage) for tier in price.tiers if tier.above_tokens < most]
+    return max([_cost(price, price, usage), *reached])
 
 
 def hits(unit: Unit, usage: Usage, price: Price | None) -> int:
@@ -92,3 +121,18 @@ def hits(unit: Unit, usage: Usage, price: Price | None) -> int:
         case Unit.MONEY:
             return cost_nano(price, usage)
     return 1
+
+
+def holds(unit: Unit, usage: Usage, price: Price | None) -> int:
+    """What is held of a counter of *unit* that may not be overshot, for a request that may use *usage*."""
+    return worst_nano(price, usage) if unit is Unit.MONEY else hits(unit, usage, price)
+
+
+def _cost(price: Price, prices: Price | Tier, usage: Usage) -> int:
+    if not usage.input and not usage.output and not usage.quantity:
+        return 0
+    cached = min(usage.cached, usage.input)
+    parts = (
+        (usage.input - cached) * prices.input_nano + cached * prices.cached_nano + usage.output * prices.output_nano
+    )
+    return max(price.minimum_nano, -(-parts // _MILLION) + usage.quantity * price.each_nano)

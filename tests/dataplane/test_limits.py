@@ -169,6 +169,35 @@ def test_two_hundred_at_once_with_money_for_one(road: Installation) -> None:
     assert {"insufficient_quota"} == {answer.json()["error"]["code"] for answer in answers if answer.status_code == 402}
 
 
+def test_tiers_are_charged_whole_and_a_budget_holds_the_dearer_one(road: Installation) -> None:
+    """Short and long prompts at once, all within the bytes that reach the tier: the bills are each row's own, and their sum fits."""
+    caller = road.new_tenant("tiers")
+    road.cli(
+        "prices", "set", "--model", "tiny", "--input", "1000", "--output", "1000", "--tier", "10:input=8000,output=8000",
+        "--tenant", caller.tenant_id,
+    )  # fmt: skip
+    budget = 3_000_000_000
+    answer = road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json={"monthly_budget": "3.00"})
+    assert answer.status_code == 200, answer.text
+    time.sleep(1.0)  # the promise is one second
+
+    def send(number: int) -> int:
+        words = "toll " * (40 if number % 2 else 2)
+        return road.post(caller, json=chat(words, max_tokens=8), fault={"chunk_ms": 20}).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = Counter(pool.map(send, range(96)))
+    rows = road.rows(caller, statuses[200])
+
+    assert 96 == statuses[200] + statuses[402]
+    assert {None, 10} == {row["tier_above_tokens"] for row in rows}
+    for row in rows:
+        is_long = row["input_tokens"] > 10
+        assert (10 if is_long else None) == row["tier_above_tokens"]
+        assert (row["input_tokens"] + row["output_tokens"]) * (8_000_000 if is_long else 1_000_000) == row["amount_nano"]
+    assert 0 < sum(row["amount_nano"] for row in rows) <= budget
+
+
 def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
     """It is written to the log instead."""
     caller = limited(road, "shadow", requests_per_minute=1, effect="shadow")
