@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -257,12 +258,16 @@ def _without_tokens(quantity: int, *, basis: str, anomaly: str | None) -> Usage:
 
 
 def _quantity(entry: Entry, anomaly: str | None) -> tuple[int, str | None]:
+    return metered(entry.fields[c.J_REQUEST], entry.fields[c.J_USAGE], anomaly)
+
+
+def metered(request: Mapping[str, Any], usage: Mapping[str, Any], anomaly: str | None = None) -> tuple[int, str | None]:
     """What was delivered by the dialect's meter, and what is odd about it. Where nobody said: what was asked for."""
-    dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
+    dialect = request.get(c.REQ_DIALECT)
     if dialect not in c.DIALECT_METERS:
         return 0, anomaly
-    asked = min(int(entry.fields[c.J_REQUEST].get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
-    said = entry.fields[c.J_USAGE].get(c.USE_QUANTITY)
+    asked = min(int(request.get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
+    said = usage.get(c.USE_QUANTITY)
     if said is None:
         return asked if dialect in _METERED_ALONE else 0, anomaly
     quantity = whole(said)
