@@ -146,7 +146,11 @@ class Collector:
         if self._upkeep_due.now(monotonic):
             self._upkeep(now)
         if self._files_due.now(monotonic):
-            self._look_after_files(now, monotonic)
+            try:
+                self._look_after_files(now, monotonic)
+            except OSError as exc:
+                # A disk that takes no change may still be read, and what is on it is owed.
+                log.error("journal_files_unavailable", journal=self.name, error=type(exc).__name__, reason=exc.strerror)
         # A life that is found to be over only now may have written its last records after we had looked there.
         ended = self.lives.ended
         reading = self.reader.next(self.live, self.places)
