@@ -69,6 +69,8 @@ def test_a_disk_that_does_not_answer_is_waited_for_and_every_record_comes_once(
     monkeypatch: pytest.MonkeyPatch, ledger_url: str, live: Path
 ) -> None:
     """It fails in the middle of a journal that is being read, again and again; the collector says so and lives on."""
+    # Where its mark of being ready goes.
+    monkeypatch.chdir(live.parents[1])
     write_apart(live, exchanges(100))
     limit: list[int | None] = [0]
     going_bad(monkeypatch, live, lambda: limit[0])

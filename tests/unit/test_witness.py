@@ -161,10 +161,10 @@ def test_the_servicer_keeps_ends_and_goes_on_after_what_it_cannot_read() -> None
         spaces = common.metadata.filter_metadata
         if tenant:
             spaces["envoy.filters.http.ext_authz"].update({"tenant": tenant, "nested": {"x": 1}})
-        spaces["peaje.request"].update({"started_at": stamp(NOON)})
-        spaces["peaje.usage"].update({"seen": "final", "input": 3, "output": 5})
+        spaces["peaje.request"].update({"started_at": stamp(NOON), "dialect": "openai.images", "quantity": "2"})
+        spaces["peaje.usage"].update({"seen": "final", "input": 3, "output": 5, "quantity": 2})
 
     kept = asyncio.run(_hear(message, wire.StreamAccessLogsMessage()))
 
     assert [request_id(0), request_id(3)] == [one.request_id for one in kept]
-    assert ("acme", 3, 5) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens)
+    assert ("acme", 3, 5, 2) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens, kept[0].quantity)
