@@ -217,6 +217,7 @@ DESC_SEEN: Final = "seen"
 DESC_INPUT: Final = "input"
 DESC_OUTPUT: Final = "output"
 DESC_CACHED: Final = "cached"
+DESC_REASONING: Final = "reasoning"
 DESC_FRAMES: Final = "frames"
 DESC_HOLD: Final = "hold"
 SETTLE_KEYS: Final = (
@@ -229,6 +230,7 @@ SETTLE_KEYS: Final = (
     DESC_INPUT,
     DESC_OUTPUT,
     DESC_CACHED,
+    DESC_REASONING,
     DESC_QUANTITY,
     DESC_FRAMES,
     DESC_SEEN,
@@ -380,6 +382,7 @@ ERROR_CODES: Final = (
     "invalid_request",
     "unsupported_encoding",
     "request_too_large",
+    "request_timeout",
     "not_found",
     "rate_limit_exceeded",
     "fair_share",

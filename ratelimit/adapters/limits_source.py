@@ -33,7 +33,7 @@ order by limit_id
 """
 #: Those in force now; a price for a later day comes with the next reload after it begins.
 _PRICES: Final = """
-select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano, meter, each_nano, tiers
+select model, tenant_id, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano, meter, each_nano, tiers
 from rate_card
 where effective @> now()
 """
@@ -59,7 +59,6 @@ _OF_SCOPE: Final[LiteralString] = """
   and (%(model)s::text is null or model = %(model)s)
 """
 _RELOAD_EVERY_SECONDS = 5.0
-#: Reasoning is charged as output, as by a price without tiers.
 _TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
 _RETRY_EVERY_SECONDS = 0.5
 
@@ -143,9 +142,9 @@ class LimitsSource:
             ) in fetch_all(self._pool, _ALL_LIMITS, ())
         ]  # fmt: skip
         prices: dict[tuple[str, str | None], Price] = {}
-        for model, tenant_id, currency, input_, output, cached, minimum, meter, each, tiers in fetch_all(self._pool, _PRICES, ()):
+        for model, tenant_id, currency, input_, output, cached, reasoning, minimum, meter, each, tiers in fetch_all(self._pool, _PRICES, ()):
             prices[model, tenant_id] = Price(
-                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum,
+                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, reasoning_nano=reasoning, minimum_nano=minimum,
                 meter=meter, each_nano=each,
                 tiers=tuple(Tier(**{name: tier[name] for name in _TIER_FIELDS}) for tier in tiers),
             )

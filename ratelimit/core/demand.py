@@ -154,8 +154,10 @@ def demand(
     limits = list(limits)
     prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
     if price is not None:
-        # A tokenizer makes at most a token of each byte, and the JSON around a prompt is more than a chat template adds.
-        price = replace(price.of(DIALECT_METERS.get(ask.dialect, "")), reach=ask.prompt_bytes)
+        price = price.of(DIALECT_METERS.get(ask.dialect, ""))
+        if price.tiers:
+            # A tokenizer makes at most a token of each byte, and the JSON around a prompt is more than a chat template adds.
+            price = replace(price, reach=ask.prompt_bytes)
     choices, usual, worst = max(ask.choices, 1), 0, 0
     if ask.dialect not in _WITHOUT_OUTPUT:
         usual = estimates.output_tokens(

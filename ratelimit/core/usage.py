@@ -19,6 +19,8 @@ class Tier:
     input_nano: int
     output_nano: int
     cached_nano: int
+    #: Of output tokens that were reasoning; None: as any other.
+    reasoning_nano: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Price:
     output_nano: int
     #: Of input tokens that the engine had cached.
     cached_nano: int
+    #: Of output tokens that were reasoning; None: as any other.
+    reasoning_nano: int | None = None
     #: The least that a request that used anything costs, in nano-units.
     minimum_nano: int = 0
     #: What else is charged; empty: nothing.
@@ -47,11 +51,12 @@ class Price:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens, of which *cached* is part of *input*, and the quantity of what else the dialect is metered by."""
+    """Tokens, *cached* part of *input* and *reasoning* of *output*, and the quantity of what else the dialect is metered by."""
 
     input: int
     output: int
     cached: int = 0
+    reasoning: int = 0
     quantity: int = 0
 
 
@@ -63,12 +68,13 @@ class Report:
     input: int | None
     output: int
     cached: int = 0
+    reasoning: int = 0
     quantity: int = 0
 
     def usage(self, admitted: Usage) -> Usage:
         """The usage to charge, given what was estimated at admission."""
         input_ = admitted.input if self.input is None else self.input
-        return Usage(input=input_, output=self.output, cached=self.cached, quantity=self.quantity)
+        return Usage(input=input_, output=self.output, cached=self.cached, reasoning=self.reasoning, quantity=self.quantity)
 
 
 def cost_nano(price: Price | None, usage: Usage) -> int:
@@ -84,12 +90,18 @@ def cost_nano(price: Price | None, usage: Usage) -> int:
     if price is None:
         return 0
     tier = next((tier for tier in reversed(price.tiers) if usage.input > tier.above_tokens), None)
-    return _cost(price, price if tier is None else tier, usage)
+    prices = price if tier is None else tier
+    cached, reasoning = min(usage.cached, usage.input), min(usage.reasoning, usage.output)
+    parts = (
+        (usage.input - cached) * prices.input_nano + cached * prices.cached_nano
+        + (usage.output - reasoning) * prices.output_nano + reasoning * _reasoning_nano(prices)
+    )  # fmt: skip
+    return _rounded(price, usage, parts)
 
 
 def worst_nano(price: Price | None, usage: Usage) -> int:
     """
-    What *usage* costs at most while nobody knows into which tier the request falls: by the dearest within its reach.
+    What *usage* costs at most, whatever of it is cached or reasoning, and by the dearest tier within the request's reach.
 
     What is held of a budget goes by it. How many input tokens there are is as estimated; only their price is the worst.
 
@@ -103,8 +115,11 @@ def worst_nano(price: Price | None, usage: Usage) -> int:
     if price is None:
         return 0
     most = max(usage.input, price.reach)
-    reached = [_cost(price, tier, usage) for tier in price.tiers if tier.above_tokens < most]
-    return max([_cost(price, price, usage), *reached])
+    reached: list[Price | Tier] = [price, *(tier for tier in price.tiers if tier.above_tokens < most)]
+    parts = [
+        usage.input * max(it.input_nano, it.cached_nano) + usage.output * max(it.output_nano, _reasoning_nano(it)) for it in reached
+    ]
+    return _rounded(price, usage, max(parts))
 
 
 def hits(unit: Unit, usage: Usage, price: Price | None) -> int:
@@ -128,11 +143,11 @@ def holds(unit: Unit, usage: Usage, price: Price | None) -> int:
     return worst_nano(price, usage) if unit is Unit.MONEY else hits(unit, usage, price)
 
 
-def _cost(price: Price, prices: Price | Tier, usage: Usage) -> int:
+def _reasoning_nano(prices: Price | Tier) -> int:
+    return prices.output_nano if prices.reasoning_nano is None else prices.reasoning_nano
+
+
+def _rounded(price: Price, usage: Usage, parts: int) -> int:
     if not usage.input and not usage.output and not usage.quantity:
         return 0
-    cached = min(usage.cached, usage.input)
-    parts = (
-        (usage.input - cached) * prices.input_nano + cached * prices.cached_nano + usage.output * prices.output_nano
-    )
     return max(price.minimum_nano, -(-parts // _MILLION) + usage.quantity * price.each_nano)

@@ -99,8 +99,8 @@ def test_the_limiter_reads_the_tiers_that_the_ledger_charges_by(store: Store, le
     finally:
         pool.close()
 
-    tier = Tier(above_tokens=7, input_nano=3, output_nano=4, cached_nano=2)
-    assert Price(currency="USD", input_nano=1, output_nano=2, cached_nano=1, tiers=(tier,)) == found
+    tier = Tier(above_tokens=7, input_nano=3, output_nano=4, cached_nano=2, reasoning_nano=1)
+    assert Price(currency="USD", input_nano=1, output_nano=2, cached_nano=1, reasoning_nano=2, tiers=(tier,)) == found
 
 
 @pytest.mark.parametrize(

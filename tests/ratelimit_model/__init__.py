@@ -13,16 +13,26 @@ from ratelimit.core.usage import Report, Usage, hits
 
 
 def worst(counter: Counter, usage: Usage) -> int:
-    """The most that *usage* can come to: each price of the counter alone, as long as its requests may be so long."""
+    """
+    The most that *usage* can come to: by each price alone that requests may have, with nothing or all of it cached or reasoning.
+
+    What costs is linear between those ends.
+    """
     price = counter.price
     if counter.unit is not Unit.MONEY or price is None:
         return hits(counter.unit, usage, price)
     alone = [replace(price, tiers=())] + [
-        replace(price, tiers=(), input_nano=tier.input_nano, output_nano=tier.output_nano, cached_nano=tier.cached_nano)
+        replace(
+            price, tiers=(), input_nano=tier.input_nano, output_nano=tier.output_nano, cached_nano=tier.cached_nano,
+            reasoning_nano=tier.reasoning_nano,
+        )
         for tier in price.tiers
         if usage.input > tier.above_tokens or price.reach > tier.above_tokens
     ]
-    return max(hits(counter.unit, usage, one) for one in alone)
+    return max(
+        hits(counter.unit, replace(usage, cached=cached, reasoning=reasoning), one)
+        for one in alone for cached in (0, usage.input) for reasoning in (0, usage.output)
+    )
 
 
 @dataclass

@@ -19,10 +19,10 @@ from tests.ratelimit_model import Model
 BEGIN_US = 1_898_553_600_000_000
 #: The middle tier is the dearest for input, the highest for output.
 _PRICE = Price(
-    currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, minimum_nano=40_000,
+    currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, reasoning_nano=900_000_011, minimum_nano=40_000,
     tiers=(
         Tier(above_tokens=400, input_nano=400_000_009, output_nano=500_000_003, cached_nano=200_000_001),
-        Tier(above_tokens=900, input_nano=100_000_003, output_nano=1_100_000_001, cached_nano=1),
+        Tier(above_tokens=900, input_nano=100_000_003, output_nano=1_100_000_001, cached_nano=1, reasoning_nano=7),
     ),
 )  # fmt: skip
 #: How many more input tokens than estimated a prompt may have.
@@ -124,10 +124,10 @@ class Lives(RuleBasedStateMachine):
             assert held == 0
 
     @precondition(lambda self: self.open)
-    @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), input_=st.none() | _TOKENS)
-    def end(self, demand: Demand, output: int, cached: int, input_: int | None) -> None:
+    @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), reasoning=st.integers(0, 2000), input_=st.none() | _TOKENS)
+    def end(self, demand: Demand, output: int, cached: int, reasoning: int, input_: int | None) -> None:
         """Settled once, however often it is said; what was refused has nothing to settle."""
-        report = Report(input=input_, output=output, cached=cached)
+        report = Report(input=input_, output=output, cached=cached, reasoning=reasoning)
 
         settled = self.settle(demand, report)
 

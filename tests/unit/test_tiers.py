@@ -7,6 +7,7 @@ import doctest
 import random
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,12 @@ from control.cli import tiers as written
 from metering.core import rating
 from metering.core.rating import RateCard, amount_nano
 from ratelimit.core import usage
-from ratelimit.core.limits import Unit
-from ratelimit.core.usage import Price, Usage, cost_nano, holds
+from ratelimit.core.decide import Memory, settle, take
+from ratelimit.core.demand import demand
+from ratelimit.core.estimate import Estimates
+from ratelimit.core.limits import Limit, Period, Unit
+from ratelimit.core.usage import Price, Report, Usage, cost_nano, holds
+from tests.unit.ratelimit.test_core import ASK, NOW
 from tests.unit.test_rating import CARD
 
 #: The middle tier is the dearest for input, and the highest is the cheapest for everything.
@@ -88,7 +93,7 @@ def test_what_is_held_is_never_less_than_what_the_request_can_cost() -> None:
         asked = Usage(input=chance.randrange(3000), output=chance.randrange(3000), quantity=chance.randint(0, 3))
         actual = Usage(
             input=chance.randint(0, asked.input), output=chance.randint(0, asked.output), cached=chance.randint(0, asked.input),
-            quantity=chance.randint(0, asked.quantity),
+            reasoning=chance.randint(0, asked.output), quantity=chance.randint(0, asked.quantity),
         )
 
         held = holds(Unit.MONEY, asked, price)
@@ -96,6 +101,18 @@ def test_what_is_held_is_never_less_than_what_the_request_can_cost() -> None:
         assert cost_nano(price, actual) <= held
         dearer += held > cost_nano(price, asked)
     assert 1000 < dearer
+
+
+def test_reasoning_is_held_and_settled_at_its_own_price() -> None:
+    """Dearer than the rest of the output it is held at, until the engine has said how much there was; cheaper it is not."""
+    dear = Price(currency="USD", input_nano=1_000_000, output_nano=2_000_000, cached_nano=500_000, reasoning_nano=7_000_000)
+    cheap = replace(dear, reasoning_nano=1_000_000)
+    whole = Usage(input=10, output=20, reasoning=15)
+
+    assert (10 + 5 * 2 + 15 * 7, 10 + 5 * 2 + 15) == (cost_nano(dear, whole), cost_nano(cheap, whole))
+    assert (10 + 20 * 7, 10 + 20 * 2) == (holds(Unit.MONEY, whole, dear), holds(Unit.MONEY, whole, cheap))
+    assert cost_nano(dear, whole) == cost_nano(dear, Report(input=10, output=20, reasoning=15).usage(whole))
+    assert 20 * 7 == cost_nano(dear, Usage(input=0, output=20, reasoning=99))
 
 
 def test_a_tier_out_of_reach_holds_nothing_more() -> None:
@@ -108,6 +125,38 @@ def test_a_tier_out_of_reach_holds_nothing_more() -> None:
 
     assert [100, 100, 500] == held
     assert 100 == holds(Unit.TOKENS, asked, replace(price, reach=101))
+
+
+def test_a_budget_is_never_overspent_by_a_prompt_in_a_dearer_tier() -> None:
+    """
+    Forty lives of a budget with many prompts under way, each as long as its bytes allow.
+
+    What is spent beyond the budget is at most what the tokens beyond the estimates cost; of whoever was no longer than
+    estimated nothing is, although one dearer tier is within everybody's reach.
+    """
+    chance, admitted = random.Random(21), 0
+    for life in range(40):
+        tier = usage.Tier(above_tokens=chance.randint(20, 60), input_nano=9_000_000, output_nano=9_000_000, cached_nano=9_000_000)
+        price = Price(currency="USD", input_nano=1_000_000, output_nano=1_000_000, cached_nano=1_000_000, tiers=(tier,))
+        limit = Limit(limit_id=1, tenant_id="t", unit=Unit.MONEY, period=Period.CALENDAR_MONTH, amount=5_000, currency="USD")
+        memory, under_way, beyond = Memory(), [], 0
+        for number in range(100):
+            ask = replace(ASK, request_id=str(number), prompt_bytes=chance.randint(1, 150), output_tokens_max=chance.randint(1, 40), choices=1)
+            asked = demand(ask, [limit], estimates=Estimates(), price=price, output_cap=100, now=NOW)
+            outcome = take(memory, asked, number)
+            if outcome.admitted:
+                admitted += 1
+                most = ask.prompt_bytes if life % 2 else asked.full.input
+                actual = Report(input=chance.randint(0, most), output=chance.randint(0, outcome.output))
+                beyond += max(0, (actual.input or 0) - asked.full.input) * 9
+                under_way.append((ask.request_id, actual))
+            while len(under_way) > 20 or (under_way and number == 99):
+                settle(memory, *under_way.pop(chance.randrange(len(under_way))), number)
+
+        [level] = memory.levels.values()
+        assert not level.held and level.used <= 5_000 + beyond
+        assert beyond == 0 or life % 2
+    assert admitted > 400
 
 
 @pytest.mark.parametrize("module", [rating, usage, written])
@@ -143,6 +192,9 @@ def test_a_written_tier_is_what_was_said_and_what_is_not_said_is_as_the_tiers_ow
     assert [(5, nano, nano, nano // 2, 4 * nano), (7, 2 * nano, 3 * nano, 2 * nano, 3 * nano)] == found
 
 
-def _prices(chance: random.Random) -> dict[str, int]:
+def _prices(chance: random.Random) -> dict[str, Any]:
     input_nano = chance.randrange(10**9)
-    return {"input_nano": input_nano, "output_nano": chance.randrange(10**9), "cached_nano": chance.randint(0, input_nano)}
+    return {
+        "input_nano": input_nano, "output_nano": chance.randrange(10**9), "cached_nano": chance.randrange(10**9),
+        "reasoning_nano": chance.choice([None, chance.randrange(10**9)]),
+    }
