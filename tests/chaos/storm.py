@@ -86,7 +86,7 @@ class Storm:
 
     def rage(self) -> None:
         """Send everything, and kill until it is sent."""
-        self.tenants = [self.road.new_tenant("storm") for _ in range(TENANTS)]
+        self.tenants = self.tenants or [self.road.new_tenant("storm") for _ in range(TENANTS)]
         over = threading.Event()
         killer = threading.Thread(target=self._kill, args=(over,))
         self.began_at, began = time.time(), time.monotonic()
