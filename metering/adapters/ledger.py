@@ -8,7 +8,7 @@ A crash at any moment repeats the batch, and the repeat changes nothing: rows co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from datetime import datetime
 from operator import attrgetter
@@ -39,6 +39,7 @@ OUTBOX_LOCK: Final = 0x7065616A_65000004
 
 _EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
 _event_values = attrgetter(*_EVENT_FIELDS)
+_TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
 _COPY_EVENTS: Final = f"copy incoming ({', '.join(_EVENT_FIELDS)}, currency, amount_nano, rate_card_id, tier_above_tokens, recorded_at) from stdin"
 
 _PREPARE: Final = """
@@ -383,8 +384,13 @@ def _rate_cards(cursor: psycopg.Cursor[Any], events: Sequence[UsageEvent]) -> Ra
     ).fetchall()
     names = [field.name for field in fields(RateCard)]
     return RateCards(
-        RateCard(**dict(zip(names, (*row, tuple(Tier(**tier) for tier in tiers)), strict=True))) for *row, tiers in rows
+        RateCard(**dict(zip(names, (*row, tuple(map(_tier, tiers))), strict=True))) for *row, tiers in rows
     )
+
+
+def _tier(stored: Mapping[str, int]) -> Tier:
+    # The schema has looked at these; whatever else a document may hold is no price.
+    return Tier(**{name: stored[name] for name in _TIER_FIELDS})
 
 
 def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None, int | None]:
