@@ -91,6 +91,9 @@ SRE: Final = Dashboard(
         ("Limits", (
             Panel(title="Decisions", unit="reqps", queries=_rates("peaje_ratelimit_decisions_total", "outcome")),
             Panel(title="Refusals by limit", unit="reqps", queries=_rates("peaje_ratelimit_refusals_total", "kind, unit")),
+            Panel(title="Refused falsely", unit="percentunit", queries=(
+                (f'sum(rate(peaje_ratelimit_refusals_judged_total{{judgement="false"}}{_RATE})) / sum(rate(peaje_ratelimit_refusals_judged_total{{judgement!="unknown"}}{_RATE}))', "of those that could be judged"),
+            ), says="What stood in their way did not use what it held."),
             Panel(title="Held", unit="short", queries=(
                 ("sum(peaje_ratelimit_reservations_total) - sum(peaje_ratelimit_settled_total)", "reservations"),
                 ("max(peaje_ratelimit_reservations_held_long)", "longer than 30 s"),
