@@ -49,7 +49,9 @@ ROW_DELAY_SECONDS: Final = Histogram(
 EXCEPTIONS_OPEN: Final = Gauge("peaje_reconciliation_exceptions_open", "Disagreements that nobody has explained or signed for.")
 #: Models are the operator's own names.
 DRIFT_TOKENS: Final = Gauge(
-    "peaje_conservation_drift_tokens", "Ledger less engine, in the newest interval that could be compared.", ["model", "kind"]
+    "peaje_conservation_drift_tokens",
+    "Ledger less engine in the newest interval, but for what requests that were cut explain; nothing where it could not be compared.",
+    ["model", "kind"],
 )
 
 ADDED_SECONDS: Final = Histogram(
