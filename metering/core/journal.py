@@ -175,7 +175,7 @@ def _refuse_odd_values(fields: dict[str, Any]) -> None:
             raise ValueError(name)
     if fields.get(c.J_STATUS, 0) > _STATUS_MAX:
         raise ValueError(c.J_STATUS)
-    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE):
+    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE, c.J_TRACE):
         if type(fields.get(name, "")) is not str:
             raise ValueError(name)
     for name in (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY):
