@@ -23,6 +23,7 @@ from standardwebhooks.webhooks import Webhook
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
 from tests.receivers import receiving
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     }
     with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
         yield installation
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for *condition*, as long as a row may take and a restarted process."""
-    deadline = time.monotonic() + 2 * VISIBLE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "nothing came"
-        time.sleep(0.05)
 
 
 def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
