@@ -324,6 +324,8 @@ STARTS_PATH: Final = "journal/starts.jsonl"
 #: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
 JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"
+#: Directory. Which models document each process serves (chassis/marks.py); `apply` waits for all of them.
+MODELS_READ_PATH: Final = "run/models-read"
 #: Who else than a key may call: issuers of tokens, client certificates, attribute policies.
 IDENTITY_PATH: Final = "identity.yaml"
 #: Audience of the tokens that the control API mints for service accounts.

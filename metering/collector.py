@@ -300,7 +300,7 @@ def main() -> None:
         serve(settings.metrics_port, host=stores.metrics_host)
     if settings.conservation_seconds:
         Conservation(
-            url=url, catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
+            url=url, catalogue=WatchedCatalogue(stores.home, process="collector").watch().current,
             clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
         ).start()
     exchanges = metrics.Exchanges(tenants_max=settings.metrics_tenants)
