@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     journals: str = ""
     #: Between looks at a journal that was read to its end; half of it is the usual delay of a row. A batch costs
     #: Postgres about the same for one row as for a hundred, so looking more often costs more than it shows.
-    idle_seconds: float = 0.5
+    idle_seconds: float = 1.0
     #: Between attempts while Postgres is away.
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.
