@@ -22,14 +22,7 @@ from standardwebhooks.webhooks import Webhook
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
 from tests.receivers import receiving
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for *condition*, as long as a row may take and a restarted process."""
-    deadline = time.monotonic() + 2 * VISIBLE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "nothing came"
-        time.sleep(0.05)
+from tests.waiting import until
 
 
 def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
