@@ -8,16 +8,18 @@ the ledger must say the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Final
 
 from chassis import contract as c
 from metering.core.journal import Malformed, is_request_id, moment, whole
 
-_COUNTED = ("final", "running")
+_COUNTED: Final = frozenset({"final", "running"})
+_WORDS: Final = 6
+#: What Envoy writes for metadata that is not there.
+_NOTHING: Final = "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,22 +53,38 @@ class Kind(StrEnum):
     USAGE_DIFFERS = "usage_differs"
 
 
-def sighting(
-    request_id: str, *, identity: Mapping[str, Any], request: Mapping[str, Any], usage: Mapping[str, Any], heard_at: datetime
-) -> Sighting:
-    """What three namespaces of metadata say of an exchange; raises `Malformed` for what is no exchange of ours."""
+def sighting(line: str, *, heard_at: datetime) -> Sighting:
+    """
+    Read what `envoy/envoy.yaml` has Envoy say of an exchange; raises `Malformed` for what is no exchange of ours.
+
+    Id, start, how usage was seen, input, output, tenant: six words, of which `-` says that there is nothing to say.
+
+    >>> seen = sighting("0000002a-0000-4000-8000-000000000000 1763000000.000001 final 3 5 acme", heard_at=datetime.max)
+    >>> seen.tenant_id, seen.input_tokens, seen.output_tokens
+    ('acme', 3, 5)
+    """
     try:
-        if not is_request_id(request_id):
+        request_id, started_at, seen, input_, output, tenant_id = line.split(" ", _WORDS - 1)
+        if not is_request_id(request_id) or tenant_id == _NOTHING:
             raise ValueError(c.J_REQUEST_ID)
-        counted = usage.get(c.USE_SEEN) in _COUNTED
+        counted = seen in _COUNTED
         return Sighting(
-            request_id=request_id, started_at=moment(request[c.REQ_STARTED_AT]), tenant_id=str(identity[c.ID_TENANT]),
-            input_tokens=whole(usage.get(c.USE_INPUT, 0)) if counted else None,
-            output_tokens=whole(usage.get(c.USE_OUTPUT, 0)) if counted else None,
+            request_id=request_id, started_at=moment(started_at), tenant_id=tenant_id,
+            input_tokens=_count(input_) if counted else None, output_tokens=_count(output) if counted else None,
             heard_at=heard_at,
         )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as exc:
-        raise Malformed(f"{type(exc).__name__} in an access log entry") from exc
+    except (ValueError, OverflowError, OSError) as exc:
+        raise Malformed(f"{type(exc).__name__} in an access log line of {len(line)} characters") from exc
+
+
+def _count(word: str) -> int | None:
+    """A count of tokens, of which metadata without one has zero; None for what cannot be one."""
+    if word == _NOTHING:
+        return 0
+    try:
+        return whole(float(word))
+    except ValueError:
+        return None
 
 
 def compare(seen: Sighting, row: Row | None) -> Kind | None:
