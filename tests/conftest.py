@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--storm-requests-per-envoy-death", type=int, default=REQUESTS_PER_ENVOY_DEATH, help="how rarely Envoy is killed in it"
     )
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
+    group.addoption("--soak-seconds", type=int, default=600, help="how long memory is looked at; keys and garbage are as many as fit")
     group.addoption(f"--{LANE}", choices=("on", "off"), default="on", help="whether Envoy's workers remember decisions")
 
 
