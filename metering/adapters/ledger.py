@@ -23,7 +23,7 @@ from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
 from metering.core.lines import Defect
 from metering.core.lives import ENDED_LIVES_MAX, Lives
-from metering.core.rating import RateCard, RateCards, amount_nano
+from metering.core.rating import RateCard, RateCards, Tier, amount_nano
 
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
 REFUSALS_PER_BATCH_MAX: Final = 200
@@ -36,11 +36,13 @@ CHARGING_LOCK: Final = 0x7065616A_65000003
 #: Held by every transaction that writes to the outbox, from before its first row until its commit.
 OUTBOX_LOCK: Final = 0x7065616A_65000004
 
+_TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
 _TYPES: Final[Mapping[Any, str]] = {str: "text", str | None: "text", datetime: "timestamptz", int: "int8", bool: "bool"}
 #: In binary, as a row costs a quarter of what its text costs; so each value's type has to be said.
 _COPIED: Final[Mapping[str, str]] = {
     **{name: _TYPES[kind] for name, kind in get_type_hints(UsageEvent).items()},
-    "status": "int4", "currency": "text", "amount_nano": "int8", "rate_card_id": "int8", "recorded_at": "timestamptz",
+    "status": "int4", "currency": "text", "amount_nano": "int8", "rate_card_id": "int8", "tier_above_tokens": "int8",
+    "recorded_at": "timestamptz",
 }
 _COPY_EVENTS: Final = f"copy incoming ({', '.join(_COPIED)}) from stdin (format binary)"
 
@@ -54,7 +56,7 @@ _TAKE_CHARGING_LOCK: Final = "select pg_advisory_xact_lock_shared(%s)"
 
 _RATE_CARDS: Final = """
 select rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-       meter, each_nano, lower(effective), upper(effective)
+       meter, each_nano, lower(effective), upper(effective), tiers
 from rate_card
 where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effective && tstzrange(%s, %s, '[]')
 """
@@ -395,18 +397,26 @@ def _rate_cards(cursor: psycopg.Cursor[Any], events: Sequence[UsageEvent]) -> Ra
         ),
     ).fetchall()
     names = [field.name for field in fields(RateCard)]
-    return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
+    return RateCards(
+        RateCard(**dict(zip(names, (*row, tuple(map(_tier, tiers))), strict=True))) for *row, tiers in rows
+    )
 
 
-def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None]:
-    """Currency, amount and rate card of a row: all three, or none."""
+def _tier(stored: Mapping[str, int]) -> Tier:
+    # The schema has looked at these; whatever else a document may hold is no price.
+    return Tier(**{name: stored[name] for name in _TIER_FIELDS})
+
+
+def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None, int | None]:
+    """Currency, amount and rate card of a row, all three or none; and which of the card's tiers it is charged by."""
     card = cards.find(tenant_id=event.tenant_id, model=event.model, admitted_at=event.started_at)
     if card is None:
-        return None, None, None
+        return None, None, None, None
     amount = amount_nano(
         card, input_tokens=event.input_tokens, output_tokens=event.output_tokens,
         cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens, meter=event.meter, quantity=event.quantity,
     )
     if amount is None:
-        return None, None, None
-    return card.currency, amount, card.rate_card_id
+        return None, None, None, None
+    tier = card.tier(event.input_tokens)
+    return card.currency, amount, card.rate_card_id, None if tier is None else tier.above_tokens

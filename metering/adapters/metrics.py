@@ -25,6 +25,8 @@ _BETWEEN_TOKENS_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 
 _RATE_BUCKETS: Final = (1, 5, 10, 20, 30, 50, 75, 100, 150, 200, 400, 1000)
 #: Seconds, around the promise of 50 ms.
 _ADDED_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+#: What a tenant's requests usually come to: shown with its first one of any kind.
+_OUTCOMES: Final = ("ok", "client_closed", "upstream_error", "refused")
 #: Stands for every tenant beyond those that have a label of their own; no tenant's id looks like it.
 OTHER_TENANTS: Final = "(other)"
 
@@ -49,7 +51,9 @@ ROW_DELAY_SECONDS: Final = Histogram(
 EXCEPTIONS_OPEN: Final = Gauge("peaje_reconciliation_exceptions_open", "Disagreements that nobody has explained or signed for.")
 #: Models are the operator's own names.
 DRIFT_TOKENS: Final = Gauge(
-    "peaje_conservation_drift_tokens", "Ledger less engine, in the newest interval that could be compared.", ["model", "kind"]
+    "peaje_conservation_drift_tokens",
+    "Ledger less engine in the newest interval, but for what requests that were cut explain; nothing where it could not be compared.",
+    ["model", "kind"],
 )
 
 ADDED_SECONDS: Final = Histogram(
@@ -80,8 +84,11 @@ TENANT_REQUESTS: Final = Counter(
 )
 TENANT_TOKENS: Final = Counter("peaje_tenant_tokens_total", "Tokens of a tenant, as the ledger has them.", ["tenant", "kind"])
 
+# Shown from the start: a counter that appears with its first count has never grown, as Prometheus sees it.
 for _lane in ("express", "recognised", "asked"):
     LANES.labels(_lane)
+for _status in ("402", "403", "429", "503"):
+    REFUSALS.labels(_status)
 
 
 class Exchanges:
@@ -127,6 +134,8 @@ class Exchanges:
         if len(self._tenants) >= self._tenants_max:
             return OTHER_TENANTS
         self._tenants.add(tenant_id)
+        for outcome in _OUTCOMES:
+            TENANT_REQUESTS.labels(tenant_id, outcome)
         return tenant_id
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -38,7 +39,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECONDS: Final = 1_000_000
 #: HTTP has three digits.
 _STATUS_MAX = 999
-_TEXTS = (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE)
+_TEXTS = (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE, c.J_TRACE)
 _COUNTS = (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY)
 _NESTED = (c.J_IDENTITY, c.J_REQUEST, c.J_USAGE, c.J_ADMISSION)
 
@@ -264,12 +265,16 @@ def _without_tokens(quantity: int, *, basis: str, anomaly: str | None) -> Usage:
 
 
 def _quantity(entry: Entry, anomaly: str | None) -> tuple[int, str | None]:
+    return metered(entry.fields[c.J_REQUEST], entry.fields[c.J_USAGE], anomaly)
+
+
+def metered(request: Mapping[str, Any], usage: Mapping[str, Any], anomaly: str | None = None) -> tuple[int, str | None]:
     """What was delivered by the dialect's meter, and what is odd about it. Where nobody said: what was asked for."""
-    dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
+    dialect = request.get(c.REQ_DIALECT)
     if dialect not in c.DIALECT_METERS:
         return 0, anomaly
-    asked = min(int(entry.fields[c.J_REQUEST].get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
-    said = entry.fields[c.J_USAGE].get(c.USE_QUANTITY)
+    asked = min(int(request.get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
+    said = usage.get(c.USE_QUANTITY)
     if said is None:
         return asked if dialect in _METERED_ALONE else 0, anomaly
     quantity = whole(said)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Final, LiteralString
 
@@ -23,7 +24,7 @@ from chassis.errors import Unavailable
 from chassis.stores.postgres import ReadPool, fetch_all, listen
 from ratelimit.core.demand import Counter
 from ratelimit.core.limits import Effect, Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit, by_tenant
-from ratelimit.core.usage import Price
+from ratelimit.core.usage import Price, Tier
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ _OF_TENANTS: Final[LiteralString] = _LIMITS + "where tenant_id = any(%s) order b
 _TENANTS_OF: Final = "select tenant_id from api_key where key_id = any(%(names)s) union select unnest(%(names)s::text[])"
 #: Those in force now, and when that will be others.
 _PRICES: Final = """
-select model, tenant_id, currency, input_nano, output_nano, cached_nano, minimum_nano, meter, each_nano
+select model, tenant_id, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano, meter, each_nano, tiers
 from rate_card
 where effective @> now()
 """
@@ -70,6 +71,7 @@ _OF_SCOPE: Final[LiteralString] = """
   and (%(key)s::text is null or key_id = %(key)s)
   and (%(model)s::text is null or model = %(model)s)
 """
+_TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
 #: Between two readings of everything: what a change costs that nobody told of, as by hand with triggers off.
 WHOLE_EVERY_SECONDS: Final = 300.0
 #: Limits that are read at once: a twentieth of a second, well below a statement's timeout.
@@ -288,10 +290,11 @@ class LimitsSource:
             self._heard.has_prices = True
             raise
         prices: dict[tuple[str, str | None], Price] = {}
-        for model, tenant_id, currency, input_, output, cached, minimum, meter, each in rows:
+        for model, tenant_id, currency, input_, output, cached, reasoning, minimum, meter, each, tiers in rows:
             prices[model, tenant_id] = Price(
-                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum,
+                currency=currency, input_nano=input_, output_nano=output, cached_nano=cached, reasoning_nano=reasoning, minimum_nano=minimum,
                 meter=meter, each_nano=each,
+                tiers=tuple(Tier(**{name: tier[name] for name in _TIER_FIELDS}) for tier in tiers),
             )
         self._prices = prices
         self._prices_turn_at = math.inf if turn_seconds is None else began + turn_seconds

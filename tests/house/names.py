@@ -21,6 +21,7 @@ import yaml
 #: Names of the contract that Envoy has no reason to spell, and why.
 NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
+    "MODELS_READ_PATH": "services write it and control reads it",
     "POOL_HEADER": "set, read and removed by what control writes: clusters.yaml",
     "IDENTITY_PATH": "extauth reads it; Envoy asks extauth",
     "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",
@@ -31,6 +32,7 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "SCOPES": "extauth's rule, as above",
     "DIALECT_METERS": "what ratelimit and the ledger call what the scripts count",
     "METERS": "as above",
+    "EPOCH_HEIR": "whoever starts Envoy makes names of lives with it, and the collector reads them",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
@@ -55,11 +57,11 @@ def findings(root: Path, contract: ModuleType) -> list[str]:
     bootstrap = _parse((root / "envoy/envoy.yaml").read_text())
     lua = {path.name: _LUA_COMMENT.sub("", path.read_text()) for path in sorted((root / "envoy").rglob("*.lua"))}
     return [
-        *_unspelled(contract, "\n".join([*map(str, _scalars(bootstrap)), *lua.values()])),
+        *_unspelled(contract, "\n".join([*map(str, _scalars(bootstrap)), *lua.values(), (root / "envoy/tracing.yaml").read_text()])),
         *_metadata(contract, lua),
         *_metadata_read(contract, bootstrap),
         *_descriptors(contract, bootstrap),
-        *_journal(contract, bootstrap, lua.get("journal.lua", "")),
+        *_journal(contract, bootstrap, lua.get("journal.lua", ""), _parse((root / "envoy/tracing.yaml").read_text())["journal"]),
         *_dialects(contract, lua.get("gate.lua", "")),
         *_codes(contract, bootstrap, lua),
     ]
@@ -191,10 +193,10 @@ def _descriptor_key(action: Mapping[str, Any]) -> str:
     return str(action.get("typed_config", action)["descriptor_key"])
 
 
-def _journal(contract: ModuleType, bootstrap: Any, journal_lua: str) -> Iterator[str]:
+def _journal(contract: ModuleType, bootstrap: Any, journal_lua: str, where_traced: Any) -> Iterator[str]:
     """Envoy's records have all members of the contract; the start record no others, and ours in it by name."""
     formats = [mapping["json_format"] for mapping in _mappings(bootstrap) if mapping.get("omit_empty_values") is True]
-    members = set().union(*formats)
+    members = set(where_traced).union(*formats)
     yield from (f"the contract has no journal member {name}" for name in sorted(members - set(contract.JOURNAL_KEYS)))
     yield from (f"no record has the journal member {name}" for name in sorted(set(contract.JOURNAL_KEYS) - members))
     for name in sorted(set(_JSON_MEMBER.findall(journal_lua)) - set(contract.JOURNAL_KEYS)):

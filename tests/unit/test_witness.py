@@ -17,13 +17,15 @@ from metering.servicer import Witness
 from tests.journals import NOON, request_id, stamp
 
 SEEN = Sighting(
-    request_id=request_id(1), started_at=NOON, tenant_id="acme", input_tokens=3, output_tokens=5, heard_at=NOON
+    request_id=request_id(1), started_at=NOON, tenant_id="acme", input_tokens=3, output_tokens=5, quantity=None, heard_at=NOON
 )
 
 
-def line(number: int = 1, *, started_at: str = stamp(NOON), usage: str = "final 3 5", tenant: str = "acme") -> str:
+def line(
+    number: int = 1, *, started_at: str = stamp(NOON), usage: str = "final 3 5", meter: str = "- openai.chat -", tenant: str = "acme"
+) -> str:
     """What Envoy says of an exchange."""
-    return f"{request_id(number)} {started_at} {usage} {tenant}"
+    return f"{request_id(number)} {started_at} {usage} {meter} {tenant}"
 
 
 def said(text: str) -> Sighting:
@@ -53,8 +55,8 @@ def test_usage_that_is_none_says_nothing(usage: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "mine 1.0 final 3 5 acme", line(tenant="-"), line(started_at="-"), line(started_at="soon"), line(started_at="9" * 20 + ".0"),
-        line(started_at="1e5"), line().rpartition(" ")[0],
+        "", "mine 1.0 final 3 5 - openai.chat - acme", line(tenant="-"), line(started_at="-"), line(started_at="soon"), line(started_at="9" * 20 + ".0"),
+        line(started_at="1e5"), line().rpartition(" ")[0], line(meter="2 openai.images many"),
     ],
 )
 def test_a_line_that_is_no_exchange_of_ours_is_malformed(text: str) -> None:
@@ -63,19 +65,54 @@ def test_a_line_that_is_no_exchange_of_ours_is_malformed(text: str) -> None:
         said(text)
 
 
+def booked(tenant: str = "acme", input_tokens: int = 3, output_tokens: int = 5, quantity: int = 0, outcome: str = "ok") -> Row:
+    return Row(tenant_id=tenant, input_tokens=input_tokens, output_tokens=output_tokens, quantity=quantity, outcome=outcome)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
         (None, Kind.ROW_MISSING),
-        (Row(tenant_id="acme", input_tokens=3, output_tokens=5), None),
-        (Row(tenant_id="bolt", input_tokens=3, output_tokens=5), Kind.TENANT_DIFFERS),
-        (Row(tenant_id="acme", input_tokens=4, output_tokens=5), Kind.USAGE_DIFFERS),
-        (Row(tenant_id="acme", input_tokens=3, output_tokens=0), Kind.USAGE_DIFFERS),
+        (booked(), None),
+        (booked(tenant="bolt"), Kind.TENANT_DIFFERS),
+        (booked(input_tokens=4), Kind.USAGE_DIFFERS),
+        (booked(output_tokens=0), Kind.USAGE_DIFFERS),
+        # It said nothing of what else the dialect is metered by: the ledger may have put what was asked for.
+        (booked(quantity=2), None),
     ],
 )
 def test_each_way_to_differ_has_a_name(row: Row | None, expected: Kind | None) -> None:
     """The tenant before the tokens: who pays matters more."""
     assert expected == compare(SEEN, row)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "outcome", "expected"),
+    [
+        (2, "ok", None), (1, "ok", Kind.USAGE_DIFFERS), (3, "ok", Kind.USAGE_DIFFERS), (0, "ok", Kind.USAGE_DIFFERS),
+        (2, "client_closed", None), (0, "client_closed", Kind.USAGE_DIFFERS), (0, "lost", Kind.USAGE_DIFFERS),
+        # Nothing of an answer that somebody broke off is charged by its meter.
+        (0, "upstream_error", None), (0, "gateway_error", None), (0, "refused_by_engine", None), (1, "upstream_error", Kind.USAGE_DIFFERS),
+    ],
+)
+def test_what_else_was_metered_is_compared_as_tokens_are(quantity: int, outcome: str, expected: Kind | None) -> None:
+    """Two images that the witness saw are two images on the bill."""
+    seen = said(line(usage="none - -", meter="2 openai.images 2"))
+
+    assert 2 == seen.quantity
+    assert expected == compare(seen, booked(input_tokens=0, output_tokens=0, quantity=quantity, outcome=outcome))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "asked", "delivered", "expected"),
+    [
+        ("openai.images", "2", "3", 2), ("openai.speech", "12", "12", 12), ("rerank", "", "4", 4), ("rerank", "-", "0", 0),
+        ("openai.images", "2", "-1", None), ("openai.images", "2", "1.5", None), ("openai.images", "2", "-", None), ("openai.chat", "", "7", 0),
+    ],
+)
+def test_what_was_metered_is_read_as_the_ledger_does(dialect: str, asked: str, delivered: str, expected: int | None) -> None:
+    """No more than was asked for; a count that cannot be says nothing."""
+    assert expected == said(line(usage="none - -", meter=f"{delivered} {dialect} {asked}")).quantity
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
