@@ -8,10 +8,9 @@ the ledger must say the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from chassis import contract as c
 from metering.core.journal import Malformed, is_request_id, metered, moment, whole
@@ -24,8 +23,8 @@ _NOTHING: Final = "-"
 _BROKEN_OFF: Final = frozenset({"upstream_error", "gateway_error", "refused_by_engine"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
+# A named tuple, as the journal's records are: one is made for each request.
+class Sighting(NamedTuple):
     """What the witness saw of one exchange."""
 
     request_id: str
@@ -40,8 +39,7 @@ class Sighting:
     heard_at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """What the ledger says of the same exchange."""
 
     tenant_id: str
@@ -108,9 +106,9 @@ def compare(seen: Sighting, row: Row | None) -> Kind | None:
         return Kind.ROW_MISSING
     if row.tenant_id != seen.tenant_id:
         return Kind.TENANT_DIFFERS
-    pairs = ((seen.input_tokens, row.input_tokens), (seen.output_tokens, row.output_tokens))
-    if any(said is not None and said != booked for said, booked in pairs):
-        return Kind.USAGE_DIFFERS
+    for said, booked in ((seen.input_tokens, row.input_tokens), (seen.output_tokens, row.output_tokens)):
+        if said is not None and said != booked:
+            return Kind.USAGE_DIFFERS
     is_waived = row.outcome in _BROKEN_OFF and row.quantity == 0
     if seen.quantity is not None and seen.quantity != row.quantity and not is_waived:
         return Kind.USAGE_DIFFERS
