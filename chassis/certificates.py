@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from chassis.errors import Invalid
+from chassis.files import read_bounded
 from chassis.watching import file_version
 
 log = structlog.get_logger()
@@ -71,7 +72,7 @@ class WatchedCertificates:
 
 def read(directory: Path) -> Certificates:
     """Read the three files; raises `Invalid` for what no connection could be made with."""
-    chain, key, authority = (_read(directory / name) for name in _FILES)
+    chain, key, authority = (read_bounded(directory / name, bytes_max=_FILE_BYTES_MAX) for name in _FILES)
     try:
         public = x509.load_pem_x509_certificate(chain).public_key()
         private = load_pem_private_key(key, password=None)
@@ -112,14 +113,3 @@ def _configuration(certificates: Certificates) -> grpc.ServerCertificateConfigur
     return grpc.ssl_server_certificate_configuration(
         [(certificates.key, certificates.chain)], root_certificates=certificates.authority
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_BYTES_MAX + 1)
-    except OSError as exc:
-        raise Invalid(f"The certificate file {path} cannot be read: {exc.strerror}.") from exc
-    if len(data) > _FILE_BYTES_MAX:
-        raise Invalid(f"The certificate file {path} is larger than {_FILE_BYTES_MAX} bytes.")
-    return data

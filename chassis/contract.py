@@ -217,6 +217,7 @@ DESC_SEEN: Final = "seen"
 DESC_INPUT: Final = "input"
 DESC_OUTPUT: Final = "output"
 DESC_CACHED: Final = "cached"
+DESC_REASONING: Final = "reasoning"
 DESC_FRAMES: Final = "frames"
 DESC_HOLD: Final = "hold"
 SETTLE_KEYS: Final = (
@@ -229,6 +230,7 @@ SETTLE_KEYS: Final = (
     DESC_INPUT,
     DESC_OUTPUT,
     DESC_CACHED,
+    DESC_REASONING,
     DESC_QUANTITY,
     DESC_FRAMES,
     DESC_SEEN,
@@ -322,6 +324,8 @@ STARTS_PATH: Final = "journal/starts.jsonl"
 #: While this file exists the tap admits nothing: the collector makes it when the journal's disk is nearly full.
 JOURNAL_CLOSED_PATH: Final = "journal/closed"
 MODELS_PATH: Final = "envoy/models.yaml"
+#: Directory. Which models document each process serves (chassis/marks.py); `apply` waits for all of them.
+MODELS_READ_PATH: Final = "run/models-read"
 #: Who else than a key may call: issuers of tokens, client certificates, attribute policies.
 IDENTITY_PATH: Final = "identity.yaml"
 #: Audience of the tokens that the control API mints for service accounts.
@@ -385,6 +389,7 @@ ERROR_CODES: Final = (
     "invalid_request",
     "unsupported_encoding",
     "request_too_large",
+    "request_timeout",
     "not_found",
     "rate_limit_exceeded",
     "fair_share",

@@ -16,12 +16,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import structlog
 
 from chassis import models_document
+from chassis.contract import MODELS_PATH, MODELS_READ_PATH
 from chassis.errors import Invalid
+from chassis.marks import Mark, digest
 from chassis.served import Model
 from chassis.telemetry import metrics
 from chassis.watching import file_version
@@ -66,30 +68,61 @@ class ModelCatalogue:
 
 
 class WatchedCatalogue:
-    """The catalogue at a path, read again when the file is replaced; a bad file keeps the last good one."""
+    """
+    The catalogue of one installation, read again when its document is replaced; a bad one keeps the last good one.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
+    Each process that serves by it also says so (`chassis/marks.py`): `apply` waits for all of them.
+    """
+
+    def __init__(self, home: Path, *, process: str) -> None:
+        self._path = home / MODELS_PATH
+        # Before the document is read: a process that `apply` does not see yet reads what `apply` has written.
+        self._mark = _mark(home, process)
         self._identity = file_version(self._path)
-        self._catalogue = ModelCatalogue.load(path)
-        self._looked_at = time.monotonic()
+        self._catalogue = self._read()
 
     def current(self) -> ModelCatalogue:
         """The newest good catalogue."""
-        now = time.monotonic()
-        if now - self._looked_at < LOOK_EVERY_SECONDS:
-            return self._catalogue
-        with self._lock:
-            self._looked_at = now
-            identity = file_version(self._path)
-            if identity is not None and identity != self._identity:
-                self._identity = identity
-                try:
-                    self._catalogue = ModelCatalogue.load(self._path)
-                    metrics.MODELS_REFUSED.set(0)
-                    log.info("models_reloaded", count=len(self._catalogue.models))
-                except Invalid as exc:
-                    metrics.MODELS_REFUSED.set(1)
-                    log.error("models_refused", reason=exc.message)
         return self._catalogue
+
+    def watch(self) -> Self:
+        """Look for a new document from now on, for as long as the process lives."""
+        threading.Thread(target=self._look_for_ever, name="models", daemon=True).start()
+        return self
+
+    def look(self) -> None:
+        """Read the document again if it was replaced since the last look."""
+        identity = file_version(self._path)
+        if identity is None or identity == self._identity:
+            return
+        self._identity = identity
+        try:
+            self._catalogue = self._read()
+        except Invalid as exc:
+            metrics.MODELS_REFUSED.set(1)
+            log.error("models_refused", reason=exc.message)
+        else:
+            metrics.MODELS_REFUSED.set(0)
+            log.info("models_reloaded", count=len(self._catalogue.models))
+
+    def _read(self) -> ModelCatalogue:
+        text = models_document.text_of(self._path)
+        catalogue = ModelCatalogue(models=models_document.read(text, source=str(self._path)))
+        # Nobody is answered by the one before once this is said.
+        self._catalogue = catalogue
+        if self._mark is not None:
+            self._mark.say(digest(text.encode()))
+        return catalogue
+
+    def _look_for_ever(self) -> None:
+        while True:
+            time.sleep(LOOK_EVERY_SECONDS)
+            self.look()
+
+
+def _mark(home: Path, process: str) -> Mark | None:
+    try:
+        return Mark(home / MODELS_READ_PATH, process=process)
+    except OSError as exc:
+        log.error("models_unmarked", reason=exc.strerror)  # serves all the same; `apply` does not wait for it
+        return None

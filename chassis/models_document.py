@@ -27,6 +27,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from chassis.errors import Invalid
+from chassis.files import read_text_bounded
 from chassis.served import ENGINES, ONLY_POOL, Affinity, Endpoint, Model, Pool, PriceHint, Retry
 
 #: Of the file. A thousand models with a hundred servers each are less.
@@ -78,13 +79,15 @@ class Faulty(Invalid):
 
 def load(path: Path) -> tuple[Model, ...]:
     """Read and check the document at *path*; raises `Faulty`."""
+    return read(text_of(path), source=str(path))
+
+
+def text_of(path: Path) -> str:
+    """The document at *path* as it is written; raises `Faulty` for what cannot be one."""
     try:
-        if path.stat().st_size > BYTES_MAX:
-            raise Faulty([f"{path}: larger than {BYTES_MAX} bytes"])
-        return read(path.read_text("utf-8"), source=str(path))
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise Faulty([f"{path}: cannot read the models document: {reason}"]) from exc
+        return read_text_bounded(path, bytes_max=BYTES_MAX)
+    except Invalid as exc:
+        raise Faulty([exc.message]) from exc
 
 
 def read(text: str, *, source: str) -> tuple[Model, ...]:

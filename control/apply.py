@@ -3,8 +3,8 @@
 Put a models document into force while requests pass: all of it or nothing.
 
 Checked first: by us, by our lint, by Envoy itself on a copy. Then published so that no request meets half of it:
-new pools are made and found healthy before a route leads to them, old ones go after no route does. Envoy has to say
-that it took each step; if it does not, the files from before are put back.
+services know the names before a route leads there, new pools are made and found healthy before that, old ones go after
+no route leads to them. Everybody has to say that they took it; if one does not, the files from before are put back.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any, Final
 
 import yaml
 
-from chassis.contract import MODELS_PATH
+from chassis.contract import MODELS_PATH, MODELS_READ_PATH
 from chassis.errors import Conflict, Invalid, PeajeError, Unavailable
-from chassis.models import LOOK_EVERY_SECONDS, ModelCatalogue
-from chassis.models_document import Faulty, read
+from chassis.marks import digest, lagging
+from chassis.models import ModelCatalogue
+from chassis.models_document import read, text_of
 from chassis.secrets import write_private
 from control.envoy_admin import Admin, Taken
 from control.envoy_diff import Difference, differences
@@ -48,6 +49,8 @@ from control.located_yaml import load
 
 #: For Envoy to take one file: a new pool is asked for its health first, which a dead server leaves unanswered.
 TAKEN_WITHIN_SECONDS: Final = 30.0
+#: For every service to read the document; each looks twice a second. The largest one takes a busy process two seconds.
+READ_WITHIN_SECONDS: Final = 20.0
 _LOOK_EVERY_SECONDS: Final = 0.05
 _LOCK: Final = "run/apply.lock"
 
@@ -86,17 +89,15 @@ def apply(desk: Desk, source: Path | None) -> Applied:
         judge(desk.envoy, desk.places, rendered)
         changes = _differences(desk, rendered)
         before = _Before.of(desk.places)
-        began = desk.clock()
         try:
             if source is not None:
                 write_private(path, text)
+            _wait_for_services(desk, text)
             write_credentials(rendered, desk.places.envoy)
             _publish(desk, rendered)
         except BaseException:
             before.put_back(desk.places)
             raise
-        # Services look at the document twice a second; who is told that it is in force can rely on them, too.
-        desk.sleep(max(0.0, 2 * LOOK_EVERY_SECONDS - (desk.clock() - began)))
         unread = [str(file) for file in envoy_files.edited(desk.places)] if desk.admin is not None else []
         return Applied(models=catalogue.names, confirmed=desk.admin is not None, changes=changes, unread=unread)
 
@@ -160,11 +161,7 @@ def inlined(bootstrap: dict[str, Any], rendered: Rendered) -> dict[str, Any]:
 
 
 def _read(desk: Desk, path: Path) -> tuple[str, Rendered, ModelCatalogue]:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise Faulty([f"{path}: cannot read the models document: {reason}"]) from exc
+    text = text_of(path)
     catalogue = ModelCatalogue(models=read(text, source=str(path)))
     return text, render_all(catalogue, desk.places.home), catalogue
 
@@ -175,6 +172,18 @@ def _differences(desk: Desk, rendered: Rendered) -> list[Difference]:
     files = {"clusters": [_untyped(one) for one in _resources(rendered.clusters)], "routes": [_untyped(one) for one in _resources(rendered.routes)]}
     running = {kind: [_untyped(one) for one in found] for kind, found in desk.admin.resources().items()}
     return differences(running, files)
+
+
+def _wait_for_services(desk: Desk, text: str) -> None:
+    """Until every process that reads the document serves by *text*; one that ends meanwhile is not waited for."""
+    wanted, deadline = digest(text.encode()), desk.clock() + READ_WITHIN_SECONDS
+    while late := lagging(desk.places.home / MODELS_READ_PATH, wanted):
+        if desk.clock() > deadline:
+            raise Unavailable(
+                f"Not read within {READ_WITHIN_SECONDS:.0f} s by {', '.join(late)}; the files from before are back.",
+                mend="Its log says why: log/ in the state directory.",
+            )
+        desk.sleep(_LOOK_EVERY_SECONDS)
 
 
 def _publish(desk: Desk, rendered: Rendered) -> None:

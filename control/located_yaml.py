@@ -17,6 +17,7 @@ from typing import Any, Final
 import yaml
 
 from chassis.errors import Invalid
+from chassis.files import read_text_bounded
 
 #: Far above any configuration; a wrong path may name anything.
 _BYTES_MAX: Final = 16 << 20
@@ -43,14 +44,9 @@ class Mapping(dict[str, Any]):
 
 def load(path: Path) -> Mapping:
     """Read the mapping in *path*; raises `Invalid` with the line of the mistake."""
+    text = read_text_bounded(path, bytes_max=_BYTES_MAX)
     try:
-        if path.stat().st_size > _BYTES_MAX:
-            raise Invalid(f"{path}: larger than {_BYTES_MAX} bytes.")
-        document = yaml.load(path.read_text("utf-8"), _Loader)
-    except OSError as exc:
-        raise Invalid(f"{path}: {exc.strerror}.") from exc
-    except UnicodeDecodeError as exc:
-        raise Invalid(f"{path}: not UTF-8.") from exc
+        document = yaml.load(text, _Loader)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)

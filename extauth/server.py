@@ -75,7 +75,7 @@ def main() -> None:
     writes.start()
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, host=stores.metrics_host)
-    catalogue = WatchedCatalogue(stores.home / contract.MODELS_PATH)
+    catalogue = WatchedCatalogue(stores.home, process="extauth").watch()
     servicer = Servicer(identities, catalogue=catalogue.current, clock=utc_now)
     serve_unary(
         door(

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     journals: str = ""
     #: Between looks at a journal that was read to its end; half of it is the usual delay of a row. A batch costs
     #: Postgres about the same for one row as for a hundred, so looking more often costs more than it shows.
-    idle_seconds: float = 0.5
+    idle_seconds: float = 1.0
     #: Between attempts while Postgres is away.
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.
@@ -147,7 +147,11 @@ class Collector:
         if self._upkeep_due.now(monotonic):
             self._upkeep(now)
         if self._files_due.now(monotonic):
-            self._look_after_files(now, monotonic)
+            try:
+                self._look_after_files(now, monotonic)
+            except OSError as exc:
+                # A disk that takes no change may still be read, and what is on it is owed.
+                log.error("journal_files_unavailable", journal=self.name, error=type(exc).__name__, reason=exc.strerror)
         # A life that is found to be over only now may have written its last records after we had looked there.
         ended = self.lives.ended
         reading = self.reader.next(self.live, self.places)
@@ -296,7 +300,7 @@ def main() -> None:
         serve(settings.metrics_port, host=stores.metrics_host)
     if settings.conservation_seconds:
         Conservation(
-            url=url, catalogue=WatchedCatalogue(stores.home / contract.MODELS_PATH).current,
+            url=url, catalogue=WatchedCatalogue(stores.home, process="collector").watch().current,
             clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
         ).start()
     exchanges = metrics.Exchanges(tenants_max=settings.metrics_tenants)

@@ -50,7 +50,7 @@ def main() -> None:
         settings.ratelimit or f"unix:{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}",
         certificates=_certificates(settings, stores),
     )
-    servicer = Servicer(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, slices)
+    servicer = Servicer(WatchedCatalogue(stores.home, process="metering").watch().current, slices)
     heard = Heard()
     Reconciliation(
         url=stores.require_postgres(), heard=heard, clock=utc_now, every_seconds=settings.reconcile_seconds

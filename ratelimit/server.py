@@ -125,8 +125,8 @@ def main() -> None:
     sweep = Sweep(stored, pool, swept)
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     estimates = Estimates()
-    tokenizers.start(WatchedCatalogue(stores.home / contract.MODELS_PATH).current, estimates)
-    outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
+    tokenizers.start(WatchedCatalogue(stores.home, process="ratelimit").watch().current, estimates)
+    outside = Outside(stored, pool, limits.current.of, limits.spent)
     threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     doubts = Doubts(stored, pool)
     threading.Thread(target=doubts.watch_for_ever, args=(utc_now,), name="doubts", daemon=True).start()

@@ -287,6 +287,7 @@ def _report(entries: Mapping[str, str]) -> Report:
         input=_number(entries.get(contract.DESC_INPUT)),
         output=_number(entries.get(contract.DESC_OUTPUT)),
         cached=_number(entries.get(contract.DESC_CACHED)),
+        reasoning=_number(entries.get(contract.DESC_REASONING)),
         quantity=_number(entries.get(contract.DESC_QUANTITY)),
     )
 

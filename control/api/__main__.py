@@ -92,7 +92,7 @@ def main() -> None:
         store=Store(settings.require_postgres()),
         mint=mint,
         issuer=issuer,
-        catalogue=WatchedCatalogue(settings.home / contract.MODELS_PATH).current,
+        catalogue=WatchedCatalogue(settings.home, process="control").watch().current,
         clock=utc_now,
         bootstrap_token_path=secrets_directory / BOOTSTRAP_TOKEN_NAME,
         scanning_keys_path=settings.secret_scanning_keys,

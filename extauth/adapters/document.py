@@ -35,6 +35,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chassis.contract import SERVICE_ACCOUNT_AUDIENCE
 from chassis.errors import Invalid, PeajeError
+from chassis.files import read_text_bounded
 from chassis.secrets import read_secret
 from extauth.core.claims import ClaimMap, Expected
 from extauth.core.policy import MESSAGE_DEFAULT, MESSAGE_LENGTH_MAX, Policy, compile_policy
@@ -245,18 +246,12 @@ issuers:
 
 def load(path: Path) -> IdentityDocument:
     """Read and check the document at *path*; raises `Invalid` with one line."""
+    text = read_text_bounded(path, bytes_max=BYTES_MAX)
     try:
-        with path.open("rb") as file:
-            data = file.read(BYTES_MAX + 1)
-    except OSError as exc:
-        raise Invalid(f"{path}: cannot be read: {exc.strerror}.") from exc
-    if len(data) > BYTES_MAX:
-        raise Invalid(f"{path}: larger than {BYTES_MAX} bytes.")
-    try:
-        return parse(yaml.load(data.decode("utf-8"), _Loader))  # noqa: S506 - a SafeLoader
+        return parse(yaml.load(text, _Loader))  # noqa: S506 - a SafeLoader
     except Invalid as exc:
         raise Invalid(f"{path}: {exc.message}", mend=exc.mend) from exc
-    except (UnicodeDecodeError, RecursionError) as exc:
+    except RecursionError as exc:
         raise Invalid(f"{path}: not YAML.") from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)

@@ -7,7 +7,7 @@ It alone has tenants for labels, because it alone sees each exchange once: up to
 
 from __future__ import annotations
 
-from collections import Counter as Sums
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
@@ -104,29 +104,23 @@ class Exchanges:
 
         A batch at a time: to count costs a lock, to add up a batch first costs next to nothing.
         """
-        of_basis: Sums[tuple[str, str]] = Sums()
-        of_lane: Sums[str] = Sums()
-        of_tenant: Sums[tuple[str, str]] = Sums()
-        of_tokens: Sums[tuple[str, str]] = Sums()
+        kinds: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         for event, entry in rows:
-            of_basis[event.basis, event.outcome] += 1
             ROW_DELAY_SECONDS.observe(max(0.0, (now - event.ended_at).total_seconds()))
             request = entry.fields[c.J_REQUEST]
-            of_lane["express" if request.get(c.REQ_EXPRESS) else "recognised" if request.get(c.REQ_RECOGNISED) else "asked"] += 1
-            tenant = self._label(event.tenant_id)
-            of_tenant[tenant, event.outcome] += 1
-            of_tokens[tenant, "input"] += event.input_tokens
-            of_tokens[tenant, "output"] += event.output_tokens
-            of_tokens[tenant, "cached"] += event.cached_tokens
+            lane = "express" if request.get(c.REQ_EXPRESS) else "recognised" if request.get(c.REQ_RECOGNISED) else "asked"
+            sums = kinds[event.basis, event.outcome, lane, self._label(event.tenant_id)]
+            sums[0] += 1
+            sums[1] += event.input_tokens
+            sums[2] += event.output_tokens
+            sums[3] += event.cached_tokens
             _observe(event.model, timings(entry, event))
-        for (basis, outcome), count in of_basis.items():
+        for (basis, outcome, lane, tenant), (count, *tokens) in kinds.items():
             ROWS.labels(basis, outcome).inc(count)
-        for lane, count in of_lane.items():
             LANES.labels(lane).inc(count)
-        for (tenant, outcome), count in of_tenant.items():
             TENANT_REQUESTS.labels(tenant, outcome).inc(count)
-        for (tenant, kind), count in of_tokens.items():
-            TENANT_TOKENS.labels(tenant, kind).inc(count)
+            for kind, sum_ in zip(("input", "output", "cached"), tokens, strict=True):
+                TENANT_TOKENS.labels(tenant, kind).inc(sum_)
 
     def refused(self, refusal: Refused) -> None:
         """Count a request of a known caller that was not admitted."""

@@ -129,7 +129,7 @@ class StoredCounters:
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(place, request_id), open_key(place)]
-        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity])
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning])
         return Settled(excess_tokens=int(excess)) if settled else None
 
     def raise_used(self, name: str, spent: int) -> bool:
@@ -313,7 +313,9 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter), "w": counter.weight,
         "c": None if price is None else [
-            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano
+            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano, price.reach,
+            [[it.input_nano, it.output_nano, it.cached_nano, it.above_tokens, it.reasoning_nano] for it in price.tiers],
+            price.reasoning_nano,
         ],
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ _BATCH_MAX: Final = 200
 _SWEEP_EVERY_SECONDS: Final = 10.0
 
 _ENDED: Final = """
-select request_id, input_tokens, output_tokens, cached_tokens, quantity from usage_event where request_id = any(%s)
+select request_id, input_tokens, output_tokens, cached_tokens, reasoning_tokens, quantity from usage_event where request_id = any(%s)
 """
 _UNDER_WAY: Final = "select request_id from open_exchange where request_id = any(%s)"
 #: Up to when the journal of each Envoy life has been read to its end. One that has nothing to say moves on with its
@@ -91,7 +91,7 @@ class Sweep:
         self._aged += len(aged)
         ids = [request_id for request_id, _ in aged]
         ended = {
-            row[0]: Report(input=row[1], output=row[2], cached=row[3], quantity=row[4])
+            row[0]: Report(input=row[1], output=row[2], cached=row[3], reasoning=row[4], quantity=row[5])
             for row in fetch_all(self._pool, _ENDED, (ids,))
         }
         under_way = {row[0] for row in fetch_all(self._pool, _UNDER_WAY, (ids,))}

@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +27,8 @@ from control.envoy_admin import Admin
 from control.laptop.binaries import find_envoy
 from control.laptop.places import Places
 from tests.dataplane.installation import REPOSITORY, Installation, Tenant, chat, free_ports, running
+from tests.waiting import until
 
-#: A condition is waited for this long; the machine may be busy.
-WAIT_SECONDS = 30.0
 #: How seldom a correct canary may fail its test.
 FALSE_ALARM = 1e-9
 
@@ -93,11 +91,11 @@ class Site:
         self.document.write_text(yaml.safe_dump({"models": list(models)}, sort_keys=False))
 
     def serving(self, *models: dict[str, Any]) -> None:
-        """Put these models into force, as `peaje apply FILE` does, and wait until extauth has read of them as well."""
+        """Put these models into force, as `peaje apply FILE` does: when it returns, each name is served."""
         self.write(*models)
         apply(self.desk, self.document)
         names = {name for model in models for name in (model["name"], *model.get("aliases", ()))}
-        until(lambda: names <= self.listed(), f"{names} served")
+        assert names <= self.listed()
 
     def listed(self) -> set[str]:
         """What extauth tells a caller of models."""
@@ -115,14 +113,6 @@ class Site:
         """Requests under way at each server of a pool."""
         lines = httpx.get(f"http://127.0.0.1:{self.road.admin_port}/clusters", timeout=10).text.splitlines()
         return [int(line.rpartition("::")[2]) for line in lines if line.startswith(f"{pool}::") and "::rq_active::" in line]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, for so long and no longer."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {WAIT_SECONDS:.0f} s"
-        time.sleep(0.05)
 
 
 def pool(site: Site, name: str, *engines: str, **more: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import yaml
 #: Names of the contract that Envoy has no reason to spell, and why.
 NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
+    "MODELS_READ_PATH": "services write it and control reads it",
     "POOL_HEADER": "set, read and removed by what control writes: clusters.yaml",
     "IDENTITY_PATH": "extauth reads it; Envoy asks extauth",
     "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",

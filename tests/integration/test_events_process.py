@@ -8,24 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from chassis.secrets import write_private
 from tests.integration.control_plane import ControlPlane
 from tests.receivers import Receiver, receiving
+from tests.waiting import WAIT_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
-_SECONDS_MAX = 30
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + _SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -71,7 +63,7 @@ def test_one_process_sends_and_another_takes_over_when_it_is_killed(control: Con
         until(lambda: names(receiver) == ["before", "after"])
         second.send_signal(signal.SIGTERM)
 
-        assert 0 == second.wait(timeout=_SECONDS_MAX)
+        assert 0 == second.wait(timeout=WAIT_SECONDS)
         # At least once: the first may have died before it could write down that it had sent.
         assert 2 == len({got.headers["webhook-id"] for got in receiver.got})
 
@@ -79,7 +71,7 @@ def test_one_process_sends_and_another_takes_over_when_it_is_killed(control: Con
 def test_without_a_pepper_it_refuses_to_start_in_one_line(postgres_url: str, tmp_path: Path) -> None:
     """Nothing could be signed."""
     with process(tmp_path, postgres_url, "only") as running:
-        assert 1 == running.wait(timeout=_SECONDS_MAX)
+        assert 1 == running.wait(timeout=WAIT_SECONDS)
         said = (tmp_path / "only/log").read_text().strip()
 
     assert 1 == len(said.splitlines()) and "secrets" in said

@@ -7,9 +7,8 @@ import json
 import os
 import subprocess
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +27,7 @@ from control.laptop.binaries import find_envoy
 from control.laptop.envoy import find_source
 from control.laptop.places import Places
 from tests.dataplane.installation import free_ports
+from tests.waiting import until
 
 BOOTSTRAP = """
 node: {id: test, cluster: test}
@@ -183,15 +183,6 @@ def _is_up(url: str) -> bool:
         return httpx.get(f"{url}/nothing", timeout=2).status_code == 404
     except httpx.HTTPError:
         return False
-
-
-def until(condition: Callable[[], bool], what: Callable[[], str] = lambda: "") -> None:
-    """Wait for a condition; a busy machine has half a minute."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(what()[-3000:])
-        time.sleep(0.05)
 
 
 def test_an_alias_is_its_model_and_each_server_has_its_own_name_for_it(road: Road) -> None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.servicer import METHOD
 from tests.integration.ports import free_ports
 from tests.ratelimit_rules import OK, OVER, Ask, request
+from tests.waiting import WAIT_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Far above the usual: the machine may be busy.
-_WAIT_SECONDS = 30.0
 _RULES = "domain: shop\ndescriptors:\n- {key: path, detailed_metric: true, rate_limit: {unit: year, requests_per_unit: 2}}\n"
 
 
@@ -34,7 +33,7 @@ def running(home: Path, **settings: str) -> Iterator[Ask]:
         process = subprocess.Popen([sys.executable, "-m", "ratelimit"], cwd=home, env=environment, stderr=log)
     try:
         with grpc.insecure_channel(f"unix:{home}/{contract.SOCKETS[contract.CLUSTER_RATELIMIT]}") as channel:
-            grpc.channel_ready_future(channel).result(timeout=_WAIT_SECONDS)
+            grpc.channel_ready_future(channel).result(timeout=WAIT_SECONDS)
             call = channel.unary_unary(
                 METHOD, request_serializer=wire.RateLimitRequest.SerializeToString,
                 response_deserializer=wire.RateLimitResponse.FromString,
@@ -42,15 +41,7 @@ def running(home: Path, **settings: str) -> Iterator[Ask]:
             yield lambda made: call(made, timeout=10)
     finally:
         process.terminate()
-        process.wait(timeout=_WAIT_SECONDS)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Look every 50 ms."""
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        process.wait(timeout=WAIT_SECONDS)
 
 
 def code(answer: Ask, made: wire.RateLimitRequest) -> object:

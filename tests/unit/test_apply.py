@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import yaml
 
 import control.apply
+from chassis.contract import MODELS_READ_PATH
 from chassis.errors import Conflict, Invalid, Unavailable
-from control.apply import TAKEN_WITHIN_SECONDS, Desk, apply
+from chassis.marks import Mark, digest
+from control.apply import READ_WITHIN_SECONDS, TAKEN_WITHIN_SECONDS, Desk, apply
 from control.envoy_admin import Admin, Taken
 from control.envoy_resources import publish
 from control.laptop.places import Places
@@ -123,6 +126,38 @@ def test_what_envoy_does_not_take_in_time_is_put_back(desk: Desk, kind: str) -> 
 
     assert before == files(desk)
     assert TAKEN_WITHIN_SECONDS < desk.clock() < TAKEN_WITHIN_SECONDS + 1
+
+
+def test_services_know_the_names_before_a_route_leads_there(desk: Desk) -> None:
+    """One that is busy is waited for; one that has ended is not."""
+    assert isinstance(desk.admin, Envoy)
+    busy, ended = (Mark(desk.places.home / MODELS_READ_PATH, process=name) for name in ("busy", "ended"))
+    os.close(ended._descriptor)
+    seen: list[int] = []
+
+    def sleep(seconds: float) -> None:
+        seen.append(len(desk.admin.seen))  # type: ignore[union-attr]
+        if len(seen) == 3:
+            busy.say(digest(NEW.encode()))
+        desk.sleep(seconds)
+
+    apply(replace(desk, sleep=sleep), desk.places.home / "new.yaml")
+
+    assert [0, 0, 0] == seen[:3]
+    assert NEW == files(desk)["models.yaml"]
+
+
+def test_a_service_that_does_not_read_it_in_time_is_named_and_everything_is_put_back(desk: Desk) -> None:
+    """Envoy has heard nothing by then."""
+    assert isinstance(desk.admin, Envoy)
+    before, stuck = files(desk), Mark(desk.places.home / MODELS_READ_PATH, process="stuck")
+    stuck.say(digest(OLD.encode()))
+
+    with pytest.raises(Unavailable, match=f"Not read within 20 s by stuck-{os.getpid()}; the files from before are back"):
+        apply(desk, desk.places.home / "new.yaml")
+
+    assert (before, []) == (files(desk), desk.admin.seen)
+    assert READ_WITHIN_SECONDS < desk.clock() < READ_WITHIN_SECONDS + 1
 
 
 def test_without_an_envoy_the_files_wait_for_its_start(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 from prometheus_client import REGISTRY
 
 from chassis import models, models_document
+from chassis.contract import MODELS_PATH, MODELS_READ_PATH
+from chassis.marks import digest, lagging
 from chassis.models import ModelCatalogue
 from chassis.models_document import Faulty, load, read
 from chassis.secrets import write_private
 from chassis.served import Affinity, Endpoint, Model, Pool, PriceHint, Retry
+from tests.waiting import until
 
 WHOLE = """
 models:
@@ -180,19 +184,35 @@ def test_a_document_is_read_up_to_its_bounds(tmp_path: Path, monkeypatch: pytest
         load(path)
 
 
-def test_a_faulty_document_keeps_the_last_good_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until it is mended; whoever watches it sees that, by a metric."""
-    monkeypatch.setattr(models, "LOOK_EVERY_SECONDS", 0)
-    path = tmp_path / "models.yaml"
+def test_a_faulty_document_keeps_the_last_good_one_and_says_so(tmp_path: Path) -> None:
+    """Until it is mended; whoever watches it sees that, by a metric, and whoever changed it by its mark."""
+    path = tmp_path / MODELS_PATH
+    path.parent.mkdir()
     path.write_text(f"models:\n- {{name: a, {ALONE}}}\n")
-    watched = models.WatchedCatalogue(path)
+    watched = models.WatchedCatalogue(tmp_path, process="extauth")
     seen = []
 
     for text in (f"- {{name: b, {ALONE}}}", "- {name: c}", f"- {{name: d, {ALONE}}}"):
         write_private(path, f"models:\n{text}\n")
-        seen.append((watched.current().names, REGISTRY.get_sample_value("peaje_models_refused")))
+        watched.look()
+        late = lagging(tmp_path / MODELS_READ_PATH, digest(path.read_bytes()))
+        seen.append((watched.current().names, REGISTRY.get_sample_value("peaje_models_refused"), late))
 
-    assert [(["b"], 0), (["b"], 1), (["d"], 0)] == seen
+    process = [f"extauth-{os.getpid()}"]
+    assert [(["b"], 0, []), (["b"], 1, process), (["d"], 0, [])] == seen
+
+
+def test_a_document_is_watched_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to ask for it: an idle process reads a new one as well."""
+    path = tmp_path / MODELS_PATH
+    path.parent.mkdir()
+    path.write_text(f"models:\n- {{name: a, {ALONE}}}\n")
+    monkeypatch.setattr(models, "LOOK_EVERY_SECONDS", 0.01)
+    watched = models.WatchedCatalogue(tmp_path, process="extauth").watch()
+
+    write_private(path, f"models:\n- {{name: b, {ALONE}}}\n")
+
+    until(lambda: watched.current().names == ["b"])
 
 
 def test_no_value_is_repeated_in_a_fault() -> None:
