@@ -36,13 +36,14 @@ local DIALECTS = {
   ['/v1/audio/speech'] = 'openai.speech',
 }
 
--- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025).
-local UNMETERED = { '^/v1/audio/', '^/v1/images/' }
-local UNMETERED_MESSAGE = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
+-- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025, 0036).
+local FORM = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
+local SESSION = 'Not served here: a WebSocket has no end of an answer, and what it uses could not be metered.'
+local UNMETERED = { ['^/v1/audio/'] = FORM, ['^/v1/images/'] = FORM, ['^/v1/realtime'] = SESSION }
 
 local function unknown(path)
-  for _, pattern in ipairs(UNMETERED) do
-    if string.find(path, pattern) then return UNMETERED_MESSAGE end
+  for pattern, reason in pairs(UNMETERED) do
+    if string.find(path, pattern) then return reason end
   end
   return 'Unknown path.'
 end
