@@ -28,6 +28,7 @@ from chassis.clock import utc_now
 from chassis.errors import Unavailable
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, connect
+from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.demand import Counter
 from ratelimit.core.limits import Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit
@@ -99,7 +100,8 @@ class Desk:
         self.breaker = Breaker(clock=time.monotonic, opened=lambda: None)
         self.servicer = Servicer(
             source, StoredCounters(self.store), LocalCounters(share=1.0), self.breaker,  # type: ignore[arg-type]
-            clock=utc_now, output_cap=16_384, draft_headers=False,
+            clock=utc_now, output_cap=16_384, slice_tokens=256, draft_headers=False,
+            doubts=Doubts(StoredCounters(self.store), None),  # type: ignore[arg-type] - nobody is refused here
         )  # fmt: skip
         self._number = 0
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from bench import lending
 from bench.lending import REMEMBERED_MS
+from ratelimit.adapters.limits_source import WHOLE_EVERY_SECONDS
 
 _DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 SHAPES: Final = ("small JSON", "50-chunk stream", "100 KB prompt")
@@ -30,8 +31,8 @@ _COLUMNS: Final = {
 }  # fmt: skip
 _REMEMBERED_SECONDS: Final = REMEMBERED_MS / 1000
 _DAY_SECONDS: Final = 86_400
-#: What ratelimit reads its tables again after, and how much of that time it may take.
-_RELOAD_SECONDS, _RELOAD_SHARE = 5.0, 0.5
+#: How much of a core ratelimit reads everything with: it rests between pages.
+_READING_SHARE: Final = 0.2
 #: Postgres' largest table: 2³² pages of 8 KiB.
 _TABLE_BYTES_MAX: Final = 2**32 * 8192
 #: `PEAJE_COLLECTOR_KEPT_FILES` of `PEAJE_COLLECTOR_ROTATE_BYTES`.
@@ -200,7 +201,7 @@ def inputs_table(costs: Costs, load: Load) -> str:
         "extauth over gRPC; what a key that it does not remember costs more": f"{costs.extauth_call:,.0f} µs; {costs.extauth_miss:,.0f} µs",
         "the collector": f"{costs.collector_records_per_second:,.0f} records a second and core",
         "a record of the journal, a row of the ledger with its indexes": f"{costs.journal_bytes_per_record:,.0f} bytes, {costs.row_bytes:,.0f} bytes",
-        "a limit, each time that ratelimit reads them all": f"{costs.limit_read:.1f} µs",
+        "a limit, when ratelimit reads them all": f"{costs.limit_read:.1f} µs",
         "assumed: small requests, streams, large prompts": ", ".join(f"{share:.0%}" for share in load.mix),
         "assumed: a stream lasts, its first byte comes after": f"{load.stream_seconds:g} s, {load.first_byte_seconds:g} s",
         "assumed: asked each time (quotas, near a limit)": f"{load.near_share:.0%} of the requests",
@@ -252,7 +253,8 @@ def parts_table(costs: Costs, load: Load) -> str:
         ("ledger, rows a day", f"{rps * _DAY_SECONDS:,.0f}"),
         ("ledger, bytes a day, one partition (the most that a table can have)", f"{rps * _DAY_SECONDS * costs.row_bytes / 1e12:,.1f} TB ({_TABLE_BYTES_MAX / 1e12:,.0f} TB)"),
         ("Postgres, cores for the rows", f"{cores(mixed(costs, load, 'postgres'), rps, load):,.0f}"),
-        ("ratelimit reads all limits: CPU each time, every 5 s, in each process", f"{load.tenants * load.limits_a_tenant * costs.limit_read / 1e6:,.1f} s"),
+        ("ratelimit reads all limits at its start, until it serves", f"{_reading_seconds(costs, load):,.0f} s"),
+        (f"and again, every {WHOLE_EVERY_SECONDS:.0f} s: part of a core", f"{_reading_seconds(costs, load) / WHOLE_EVERY_SECONDS:.0%}"),
     ]
     return _table((f"at {rps:,.0f} requests a second, {load.tenants:,} tenants", "spread → by tenant"), rows)
 
@@ -261,7 +263,7 @@ def breaks_table(costs: Costs, load: Load) -> str:
     """What one of each can do, first what breaks first."""
     spread, _ = _both(costs, load)
     share = spread.ratelimit / load.requests_per_second
-    tenants = _RELOAD_SHARE * _RELOAD_SECONDS / (load.limits_a_tenant * costs.limit_read / 1e6)
+    tenants = _READING_SHARE * WHOLE_EVERY_SECONDS / (load.limits_a_tenant * costs.limit_read / 1e6)
     rates = (
         ("one process of ratelimit", 1 / cores(mixed(costs, load, "ratelimit", _NEAR) * share, 1, load)),
         ("one process of extauth", 1 / cores(costs.extauth_call * spread.extauth / load.requests_per_second, 1, load)),
@@ -271,8 +273,13 @@ def breaks_table(costs: Costs, load: Load) -> str:
         ("one day's partition, by its size", _TABLE_BYTES_MAX * load.used_share / costs.row_bytes / _DAY_SECONDS),
     )
     rows = [(rate / load.requests_per_second, f"{rate:,.0f} requests/s", what) for what, rate in rates]
-    rows.append((tenants / load.tenants, f"{tenants:,.0f} tenants", "reading limits, at half of a process's time"))
+    rows.append((tenants / load.tenants, f"{tenants:,.0f} tenants", "reading all limits, when that takes longer than until it is due again"))
     return _table(("what", "ends at", "of this load"), [(what, at, f"{part:.1%}") for part, at, what in sorted(rows)])
+
+
+def _reading_seconds(costs: Costs, load: Load) -> float:
+    """CPU of a process for all limits once."""
+    return load.tenants * load.limits_a_tenant * costs.limit_read / 1e6
 
 
 def waits_table() -> str:

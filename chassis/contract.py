@@ -233,6 +233,7 @@ DESC_SEEN: Final = "seen"
 DESC_INPUT: Final = "input"
 DESC_OUTPUT: Final = "output"
 DESC_CACHED: Final = "cached"
+DESC_REASONING: Final = "reasoning"
 DESC_FRAMES: Final = "frames"
 DESC_HOLD: Final = "hold"
 SETTLE_KEYS: Final = (
@@ -245,6 +246,7 @@ SETTLE_KEYS: Final = (
     DESC_INPUT,
     DESC_OUTPUT,
     DESC_CACHED,
+    DESC_REASONING,
     DESC_QUANTITY,
     DESC_FRAMES,
     DESC_SEEN,
@@ -281,7 +283,11 @@ J_EPOCH: Final = "epoch"
 J_ADDED_US: Final = "added_us"
 J_FIRST_BYTE_US: Final = "first_byte_us"
 J_ANSWER_US: Final = "answer_us"
+#: W3C's traceparent as the model server was sent it; only where traces are on (envoy/tracing.yaml).
+J_TRACE: Final = "trace"
 EPOCH_ENVIRONMENT: Final = "PEAJE_ENVOY_EPOCH"
+#: A life that took over from another while that still served is called as the first of them, with this and its number.
+EPOCH_HEIR: Final = "~"
 #: The same, as Envoy sends it with each call to ratelimit.
 EPOCH_CALL_METADATA: Final = "x-peaje-envoy-epoch"
 #: The client's address, as Envoy tells extauth with each call: behind proxies that it trusts not its own peer's.
@@ -290,6 +296,7 @@ ADDRESS_CALL_METADATA: Final = "x-peaje-address"
 EXPRESS_ENVIRONMENT: Final = "PEAJE_EXPRESS"
 
 JOURNAL_KEYS: Final = (
+    J_TRACE,
     J_TYPE,
     J_REQUEST_ID,
     J_STARTED_AT,
@@ -398,6 +405,7 @@ ERROR_CODES: Final = (
     "invalid_request",
     "unsupported_encoding",
     "request_too_large",
+    "request_timeout",
     "not_found",
     "rate_limit_exceeded",
     "fair_share",

@@ -19,23 +19,30 @@ import psycopg
 import redis
 from psycopg.rows import tuple_row
 
+from chassis.contract import IDENTITY_PATH
 from chassis.errors import PeajeError
 from chassis.schema.migrate import newest_version
 from control.core import diagnosis
 from control.core.diagnosis import Remark
+from extauth.adapters.document import JwtIssuer
+from extauth.adapters.document import load as load_identity
+from extauth.adapters.jwks import fetch_document
+from extauth.core.claims import Unusable
 from metering.adapters.disk import measure
 
 _SECONDS: Final = 3.0
 _SERVICES: Final = ("extauth", "ratelimit", "metering")
+_SCRIPTS: Final = ("gate", "tap")
 
 _LAGS: Final = "select journal, extract(epoch from now() - read_until)::float8 from journal_state"
-#: The newest interval of each model that could be compared.
+#: Models whose newest interval has a difference that no cut request explains, as `peaje_conservation_drift_tokens` says it.
 _DRIFTING: Final = """
 select model from (
-    select distinct on (model) model, engine_input_tokens, ledger_input_tokens, engine_output_tokens, ledger_output_tokens
-    from conservation_check where state = 'compared' order by model, ended_at desc
+    select distinct on (model) model, state, ledger_input_tokens - engine_input_tokens as input,
+           ledger_output_tokens - engine_output_tokens as output, cut_count
+    from conservation_check order by model, ended_at desc
 ) newest
-where engine_input_tokens <> ledger_input_tokens or engine_output_tokens <> ledger_output_tokens
+where state = 'compared' and (greatest(input, output) > 0 or (least(input, output) < 0 and cut_count = 0))
 order by model
 """
 _DIFFERENCES: Final = """
@@ -79,6 +86,7 @@ def examine(
     yield from _looked("Postgres", lambda: _postgres(addresses.postgres_url), "Known callers are served for 300 s: see ./peaje status.")
     yield from _looked("store", lambda: _store(addresses.redis_url), "Each limit follows its on_store_error: see ./peaje status.")
     yield from _looked("disk", lambda: [diagnosis.judge_disk("disk", measure(addresses.home / "journal"))], "Is PEAJE_HOME right?")
+    yield from _looked("key sets", lambda: _key_sets(addresses.home), "./peaje check says what is wrong with identity.yaml.")
     yield from _looked("limits", lambda: [diagnosis.judge_limits(limits())], "See ./peaje status and log/control.log.")
 
 
@@ -95,9 +103,10 @@ def _envoy(admin: str) -> Iterator[Remark]:
     with httpx.Client(base_url=admin, timeout=_SECONDS, trust_env=False) as client:
         info = client.get("/server_info").json()
         yield diagnosis.fine("Envoy", f"{info['version'].split('/')[1]}, {info['state'].lower()}, up for {info['uptime_current_epoch']}.")
-        pattern = f"^cluster\\.({'|'.join(_SERVICES)})\\.membership_healthy$"
-        stats = client.get("/stats", params={"filter": pattern, "format": "json"}).json()["stats"]
-        yield diagnosis.judge_services({stat["name"].split(".")[1]: int(stat["value"]) for stat in stats})
+        services = _stats(client, f"^cluster\\.({'|'.join(_SERVICES)})\\.membership_healthy$")
+        yield diagnosis.judge_services({name.split(".")[1]: count for name, count in services.items()})
+        scripts = _stats(client, f"\\.lua\\.({'|'.join(_SCRIPTS)})\\.errors$")
+        yield diagnosis.judge_scripts({name: sum(count for stat, count in scripts.items() if f".{name}." in stat) for name in _SCRIPTS})
         loaded = client.get("/certs").json().get("certificates", [])
     yield diagnosis.judge_certificates(
         {
@@ -105,6 +114,24 @@ def _envoy(admin: str) -> Iterator[Remark]:
             for certificate in loaded for kind in ("cert_chain", "ca_cert") for one in certificate.get(kind, [])
         }
     )  # fmt: skip
+
+
+def _stats(client: httpx.Client, pattern: str) -> dict[str, int]:
+    stats = client.get("/stats", params={"filter": pattern, "format": "json"}).json()["stats"]
+    return {stat["name"]: int(stat["value"]) for stat in stats if "value" in stat}
+
+
+def _key_sets(home: Path) -> Iterator[Remark]:
+    """Fetched from here, where extauth runs too."""
+    path = home / IDENTITY_PATH
+    failing = {}
+    for issuer in load_identity(path).issuers if path.exists() else ():
+        if isinstance(issuer, JwtIssuer):
+            try:
+                fetch_document(issuer.jwks_url)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, Unusable) as exc:
+                failing[issuer.name] = type(exc).__name__
+    yield diagnosis.judge_key_sets(failing)
 
 
 def _postgres(url: str) -> Iterator[Remark]:

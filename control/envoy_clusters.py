@@ -53,6 +53,7 @@ from control.envoy_parts import (
     outliers,
     pack,
     socket_address,
+    stat_name,
     tls_socket,
 )
 
@@ -140,6 +141,7 @@ def _pool_cluster(model: Model, pool: Pool, secrets: Secrets) -> cluster.Cluster
     }
     return cluster.Cluster(
         name=pool_name(model, pool),
+        alt_stat_name=stat_name(pool_name(model, pool)),
         type=cluster.ClusterDiscoveryType.STATIC if is_static else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=CONNECT_TIMEOUT,
         # A server that also has an IPv6 name often listens on IPv4 only (localhost, for one).
@@ -169,6 +171,7 @@ def _chain_cluster(model: Model, first: Pool, secrets: Secrets) -> cluster.Clust
     pools = chain(model, first)
     return cluster.Cluster(
         name=target_name(model, first),
+        alt_stat_name=stat_name(target_name(model, first)),
         connect_timeout=CONNECT_TIMEOUT,
         lb_policy=cluster.ClusterLbPolicy.CLUSTER_PROVIDED,
         cluster_type=cluster.ClusterCustomClusterType(

@@ -13,7 +13,7 @@ from control.store import Store
 _USAGE = """
 select request_id, tenant_id as tenant, project_id as project, key_id, model, dialect, started_at, ended_at,
        status, outcome, input_tokens, output_tokens, cached_tokens, reasoning_tokens, basis,
-       currency, amount_nano, rate_card_id, meter, quantity, anomaly, upstream, streamed
+       currency, amount_nano, rate_card_id, meter, quantity, tier_above_tokens, anomaly, upstream, streamed
 from usage_event where request_id = %s
 """
 
@@ -61,9 +61,11 @@ _OUTCOME = {
 
 def _billed(row: dict[str, Any]) -> str:
     metered = f", {row['quantity']} {row['meter']}" if row["meter"] else ""
+    tier = row["tier_above_tokens"]
+    priced = "" if tier is None else f", at the prices of requests with more than {tier} input tokens"
     ended = _OUTCOME.get(row["outcome"], f"ended {row['outcome']}")
     return (
         f"Admitted for tenant {row['tenant']} on model {row['model'] or '(none)'}, {ended} with status "
         f"{row['status']}; billed {row['input_tokens']} input and {row['output_tokens']} output tokens{metered} by "
-        f"{_BASIS[row['basis']]}."
+        f"{_BASIS[row['basis']]}{priced}."
     )

@@ -9,9 +9,11 @@ whatever has been charged by the old price.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
+
+from psycopg.types.json import Jsonb
 
 from chassis.contract import METERS
 from chassis.errors import Conflict, Invalid
@@ -22,6 +24,7 @@ from control.durations import moment_ahead
 from control.money import decimal_text, nano
 from control.store import Store
 from metering.adapters.periods import lock_charging
+from metering.core.rating import Tier
 
 #: Between the change and the beginning of a price that replaces another: more than the clocks of two
 #: machines may differ, so that no request of "later" was charged already.
@@ -29,10 +32,14 @@ REPLACEMENT_LEAD = timedelta(seconds=5)
 #: Of a million tokens, in whole units of currency.
 PRICE_MAX = 1_000_000
 CURRENCY_DEFAULT = "USD"
+#: Of one card, as the schema has it: the field's own lists have one or two.
+TIERS_MAX: Final = 8
+#: As no row has more input tokens, a higher tier could never be charged by.
+TIER_TOKENS_MAX: Final = 100_000_000
 
 _COLUMNS = (
     "rate_card_id, tenant_id as tenant, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, "
-    "minimum_nano, nullif(meter, '') as meter, each_nano, lower(effective) as effective_from, upper(effective) as effective_until"
+    "minimum_nano, nullif(meter, '') as meter, each_nano, lower(effective) as effective_from, upper(effective) as effective_until, tiers"
 )
 _SAME_SCOPE = "tenant_id is not distinct from %(tenant_id)s::text and model = %(model)s"
 _END_PRESENT = f"""
@@ -41,14 +48,27 @@ where {_SAME_SCOPE} and effective @> %(starts_at)s::timestamptz
 """
 _INSERT = f"""
 insert into rate_card (tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-                       meter, each_nano, effective, created_at)
+                       meter, each_nano, tiers, effective, created_at)
 values (%(tenant_id)s, %(model)s, %(currency)s, %(input_nano)s, %(output_nano)s, %(cached_nano)s, %(reasoning_nano)s,
-        %(minimum_nano)s, %(meter)s, %(each_nano)s,
+        %(minimum_nano)s, %(meter)s, %(each_nano)s, %(tiers)s,
         tstzrange(%(starts_at)s, (select min(lower(effective)) from rate_card
                                   where {_SAME_SCOPE} and lower(effective) > %(starts_at)s)),
         %(now)s)
 returning {_COLUMNS}
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceTier:
+    """What a million tokens cost in requests with more than *above_tokens* input tokens, as decimal texts."""
+
+    above_tokens: int
+    input: str
+    output: str
+    #: None: as any input token of the tier.
+    cached: str | None = None
+    #: None: as any output token of the tier.
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +87,8 @@ class Price:
     #: One of `contract.METERS`, and what one costs; None: nothing but tokens.
     meter: str | None = None
     each: str | None = None
+    #: Other prices for longer prompts, in any order.
+    tiers: tuple[PriceTier, ...] = ()
     currency: str = CURRENCY_DEFAULT
     #: None: for every tenant without a price of its own.
     tenant: str | None = None
@@ -80,6 +102,7 @@ def put(
     """Set a price from a moment on, until the next one already set; raises `Invalid`, `NotFound` or `Conflict`."""
     keys.refuse_unknown_models([price.model], catalogue)
     values: dict[str, Any] = columns(price) | {"model": price.model, "currency": _currency(price.currency)}
+    values["tiers"] = Jsonb([asdict(tier) for tier in tiers(price)])
     with store.transaction(act.scope) as connection:
         values["tenant_id"] = tenants.resolve_id(connection, price.tenant)
         lock_charging(connection)
@@ -128,11 +151,35 @@ def columns(price: Price) -> dict[str, Any]:
         "reasoning": price.output if price.reasoning is None else price.reasoning,
         "minimum": price.minimum, "each": price.each or "0",
     }
-    numbers = {name: nano(text, what=name) for name, text in texts.items()}
-    for name, number in numbers.items():
-        if number > nano(str(PRICE_MAX), what=name):
-            raise Invalid(f"{name} is {texts[name]}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens, a meter's for each.")
-    return {f"{name}_nano": number for name, number in numbers.items()} | {"meter": price.meter or ""}
+    return {f"{name}_nano": _nano(text, what=name) for name, text in texts.items()} | {"meter": price.meter or ""}
+
+
+def tiers(price: Price) -> tuple[Tier, ...]:
+    """The tiers in nano-currency, from the lowest; raises `Invalid`."""
+    if len(price.tiers) > TIERS_MAX:
+        raise Invalid(f"A price has at most {TIERS_MAX} tiers; these are {len(price.tiers)}.")
+    found: list[Tier] = []
+    for tier in sorted(price.tiers, key=lambda tier: tier.above_tokens):
+        above = tier.above_tokens
+        if not 1 <= above <= TIER_TOKENS_MAX:
+            raise Invalid(f"A tier above {above} tokens is none.", mend=f"Name a number from 1 to {TIER_TOKENS_MAX}.")
+        if found and found[-1].above_tokens == above:
+            raise Invalid(f"There are two tiers above {above} tokens.", mend="Name each once.")
+        texts = {
+            "input": tier.input, "output": tier.output,
+            "cached": tier.input if tier.cached is None else tier.cached,
+            "reasoning": tier.output if tier.reasoning is None else tier.reasoning,
+        }
+        numbers = {f"{name}_nano": _nano(text, what=f"{name} above {above} tokens") for name, text in texts.items()}
+        found.append(Tier(above_tokens=above, **numbers))
+    return tuple(found)
+
+
+def _nano(text: str, *, what: str) -> int:
+    number = nano(text, what=what)
+    if number > nano(str(PRICE_MAX), what=what):
+        raise Invalid(f"{what} is {text}; it must be at most {PRICE_MAX}.", mend="Prices are per million tokens, a meter's for each.")
+    return number
 
 
 def _currency(text: str) -> str:
@@ -143,6 +190,8 @@ def _currency(text: str) -> str:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A card with its prices as people write them, next to the integers."""
-    names = ("input", "output", "cached", "reasoning", "minimum")
+    names = ("input", "output", "cached", "reasoning")
     each = None if row["meter"] is None else decimal_text(row["each_nano"])
-    return row | {name: decimal_text(row[f"{name}_nano"]) for name in names} | {"each": each}
+    texts = {name: decimal_text(row[f"{name}_nano"]) for name in (*names, "minimum")}
+    shown = [tier | {name: decimal_text(tier[f"{name}_nano"]) for name in names} for tier in row["tiers"]]
+    return row | texts | {"each": each, "tiers": shown}

@@ -19,7 +19,7 @@ _ID_MAX = 2**63 - 1
 
 _COLUMNS = """
 select exception_id, kind, request_id, started_at, tenant_id as tenant, state, input_tokens, output_tokens,
-       ledger_tenant_id as ledger_tenant, ledger_input_tokens, ledger_output_tokens, found_at, note, actor, decided_at
+       ledger_tenant_id as ledger_tenant, ledger_input_tokens, ledger_output_tokens, quantity, ledger_quantity, found_at, note, actor, decided_at
 from reconciliation_exception
 """
 

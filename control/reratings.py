@@ -16,7 +16,7 @@ from chassis.errors import Conflict, Invalid
 from control import audit, tenants
 from control.act import Act
 from control.money import decimal_text
-from control.prices import Price, columns
+from control.prices import Price, columns, tiers
 from control.store import Store
 from metering.adapters import credits as books
 from metering.adapters import rerating
@@ -55,7 +55,7 @@ def rerate(store: Store, act: Act, asked: Asked, *, is_applied: bool) -> dict[st
             lock_charging(connection)
         correction = rerating.Correction(
             model=asked.price.model, tenant_id=tenants.resolve_id(connection, asked.price.tenant), starts_at=starts_at,
-            ends_at=ends_at, currency=asked.price.currency, **columns(asked.price),
+            ends_at=ends_at, currency=asked.price.currency, tiers=tiers(asked.price), **columns(asked.price),
         )
         differences = rerating.find(connection, correction)
         found = rerating.obstacles(connection, correction)

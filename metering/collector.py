@@ -32,9 +32,10 @@ from chassis.models import WatchedCatalogue
 from chassis.schema.partitions import ensure_partitions, retire_partitions
 from chassis.serving import run
 from chassis.settings import StoreSettings
+from chassis.telemetry import traces
 from chassis.telemetry.log import configure
 from chassis.telemetry.metrics import FAILURE_MODE, serve
-from metering.adapters import metrics
+from metering.adapters import metrics, told
 from metering.adapters.conservation import Conservation
 from metering.adapters.disk import Disk
 from metering.adapters.ledger import Ledger
@@ -77,7 +78,7 @@ class Settings(BaseSettings):
     journals: str = ""
     #: Between looks at a journal that was read to its end; half of it is the usual delay of a row. A batch costs
     #: Postgres about the same for one row as for a hundred, so looking more often costs more than it shows.
-    idle_seconds: float = 0.5
+    idle_seconds: float = 1.0
     #: Between attempts while Postgres is away.
     retry_seconds: float = 1.0
     #: An open exchange that was silent this long has lost its Envoy: a live one reports each second.
@@ -146,7 +147,11 @@ class Collector:
         if self._upkeep_due.now(monotonic):
             self._upkeep(now)
         if self._files_due.now(monotonic):
-            self._look_after_files(now, monotonic)
+            try:
+                self._look_after_files(now, monotonic)
+            except OSError as exc:
+                # A disk that takes no change may still be read, and what is on it is owed.
+                log.error("journal_files_unavailable", journal=self.name, error=type(exc).__name__, reason=exc.strerror)
         # A life that is found to be over only now may have written its last records after we had looked there.
         ended = self.lives.ended
         reading = self.reader.next(self.live, self.places)
@@ -184,7 +189,7 @@ class Collector:
             offset = behind
 
     def _write(self, batch: Batch, pieces: Sequence[Piece], now: datetime) -> None:
-        lives = self.lives
+        lives, began = self.lives, time.monotonic()
         for stream, epochs in batch.lives.items():
             lives = lives.after(stream, epochs)
         added = self.ledger.write(batch, pieces, now, lives=None if lives is self.lives else lives)
@@ -196,7 +201,9 @@ class Collector:
             for found in batch.defects.get(piece.place.file_id, ()):
                 log.error("journal_defect", reason=found.reason, file=piece.place.name, offset=found.offset)
                 metrics.DEFECTS.labels(self.name).inc()
-        self.exchanges.recorded(((batch.events[request_id], batch.ended[request_id]) for request_id in added), now)
+        rows = [(batch.events[request_id], batch.ended[request_id]) for request_id in added]
+        self.exchanges.recorded(rows, now)
+        told.recorded(rows, journal=self.name, began=now, ended=now + timedelta(seconds=time.monotonic() - began))
         for refusal in batch.refusals:
             self.exchanges.refused(refusal)
         absorbed = len(batch.events) - len(added)
@@ -279,6 +286,7 @@ def reopen_journal(admin_port: int) -> bool:
 def main() -> None:
     """Collect until SIGTERM; on the way out, read what is left."""
     configure("collector")
+    traces.configure("collector")
     # A batch is tens of thousands of small dicts without a cycle; looking for one costs a seventh of the work.
     gc.set_threshold(GARBAGE_THRESHOLD)
     stores, settings = StoreSettings(), Settings()
@@ -296,7 +304,10 @@ def main() -> None:
             clock=utc_now, every_seconds=settings.conservation_seconds, stop=stop,
         ).start()
     exchanges = metrics.Exchanges(tenants_max=settings.metrics_tenants)
-    _collect_all(sources, directory, lambda source: collect(source, url, settings, stop, exchanges), stop)
+    try:
+        _collect_all(sources, directory, lambda source: collect(source, url, settings, stop, exchanges), stop)
+    finally:
+        traces.stop()
 
 
 def _collect_all(

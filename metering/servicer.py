@@ -264,8 +264,8 @@ def _sighting(entry: entry_wire.HTTPAccessLogEntry, now: datetime) -> Sighting:
 
 #: What a sighting needs of the twenty values that an entry has: reading all of them costs twice as much.
 _OF_IDENTITY = (contract.ID_TENANT,)
-_OF_REQUEST = (contract.REQ_STARTED_AT,)
-_OF_USAGE = (contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT)
+_OF_REQUEST = (contract.REQ_STARTED_AT, contract.REQ_DIALECT, contract.REQ_QUANTITY)
+_OF_USAGE = (contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT, contract.USE_QUANTITY)
 
 
 def _values(namespace: Struct, names: Sequence[str]) -> dict[str, Any]:

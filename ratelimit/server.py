@@ -23,6 +23,7 @@ from chassis.telemetry.metrics import FAILURE_MODE, serve
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics, tokenizers
 from ratelimit.adapters.counters import STORE_TIMEOUT_SECONDS, ClusterCounters, StoredCounters, connect
+from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
 from ratelimit.adapters.outside import Outside, look_for_ever
@@ -125,8 +126,10 @@ def main() -> None:
     threading.Thread(target=sweep_for_ever, args=(sweep, utc_now), name="sweep", daemon=True).start()
     estimates = Estimates()
     tokenizers.start(WatchedCatalogue(stores.home, process="ratelimit").watch().current, estimates)
-    outside = Outside(stored, pool, lambda tenant_id: limits.current.of(tenant_id), limits.spent)  # noqa: PLW0108 - each change makes another table
+    outside = Outside(stored, pool, limits.current.of, limits.spent)
     threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
+    doubts = Doubts(stored, pool)
+    threading.Thread(target=doubts.watch_for_ever, args=(utc_now,), name="doubts", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,
@@ -137,6 +140,7 @@ def main() -> None:
         output_cap=settings.output_tokens_cap,
         slice_tokens=settings.slice_tokens,
         draft_headers=settings.draft_headers,
+        doubts=doubts,
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
     serve_unary(

@@ -25,6 +25,7 @@ from chassis.telemetry import traces
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
+from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import Breaker, LocalCounters
 from ratelimit.core import answer
@@ -64,6 +65,7 @@ class Servicer:
         output_cap: int,
         slice_tokens: int,
         draft_headers: bool,
+        doubts: Doubts,
     ) -> None:
         self._limits = limits
         self._stored = stored
@@ -74,6 +76,7 @@ class Servicer:
         self._output_cap = output_cap
         self._slice_tokens = slice_tokens
         self._draft_headers = draft_headers
+        self._doubts = doubts
 
     def should_rate_limit(
         self, request: wire.RateLimitRequest, context: grpc.ServicerContext
@@ -131,6 +134,7 @@ class Servicer:
                 _lend(response, lease, asked, choices=max(ask.choices, 1))
             return response
         metrics.refused(answer.longest_wait(outcome.readings))
+        self._doubts.refused(tenant_id=ask.tenant_id, request_id=ask.request_id, readings=outcome.readings)
         refusal, told = answer.refusal(outcome.readings)
         traces.refused(refusal.code)
         log.info(
@@ -283,6 +287,7 @@ def _report(entries: Mapping[str, str]) -> Report:
         input=_number(entries.get(contract.DESC_INPUT)),
         output=_number(entries.get(contract.DESC_OUTPUT)),
         cached=_number(entries.get(contract.DESC_CACHED)),
+        reasoning=_number(entries.get(contract.DESC_REASONING)),
         quantity=_number(entries.get(contract.DESC_QUANTITY)),
     )
 

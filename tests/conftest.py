@@ -30,6 +30,8 @@ ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
 #: Marker of what only the express lane does; nothing to see without it.
 LANE = "express"
 _LANE_TESTS = "what only the express lane does"
+#: In which the head of a request has to come to `small`, and twice that for the whole of it.
+SENDING_SECONDS = 3
 #: Settings of whoever runs the tests that say where programs are; all others would change what is tested.
 _KEPT_SETTINGS = ("PEAJE_ENV", "PEAJE_PYTHON", "PEAJE_ENVOY_BIN", "PEAJE_VALKEY_BIN", "PEAJE_POSTGRES_BIN", "PEAJE_PROMTOOL")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -51,6 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--storm-requests-per-envoy-death", type=int, default=REQUESTS_PER_ENVOY_DEATH, help="how rarely Envoy is killed in it"
     )
+    group.addoption("--wiped-requests", type=int, default=100_000, help="requests while the counter store is wiped")
+    group.addoption("--delivered-exchanges", type=int, default=1_000_000, help="exchanges that are delivered again and again")
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
     group.addoption(f"--{LANE}", choices=("on", "off"), default="on", help="whether Envoy's workers remember decisions")
 
@@ -80,10 +84,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (deselected if missing else kept).append(item)
     items[:] = sorted(kept, key=lambda item: not _on_the_road(item))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("road" if _on_the_road(item) else item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
     config.stash[_LEFT_OUT] = left_out
     if deselected:
         config.hook.pytest_deselected(items=deselected)
+
+
+def _group(item: pytest.Item) -> str:
+    """What one process runs: everything on a shared installation, or one file."""
+    if _on_the_road(item):
+        return "road"
+    return "small" if "small" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
 
 
 def _on_the_road(item: pytest.Item) -> bool:
@@ -130,10 +141,25 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """As `road`, with a journal that is rotated at 10 kB, so that a few requests fill several files, and less patience with slow callers."""
+    settings = {
+        "PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
+        "PEAJE_COLLECTOR_SILENT_SECONDS": "5", "PEAJE_METERING_RECONCILE_SECONDS": "1",
+        "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
+    }
+    home = tmp_path_factory.mktemp("small")
+    with running(home, "--engine", "fake", environment=settings, sending_seconds=SENDING_SECONDS) as installation:
+        yield installation
+
+
+@pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """As `road`, with several processes of each service that decides, and two Envoy workers."""
     home = tmp_path_factory.mktemp("fleet")
-    with running(home, "--engine", "fake", "--concurrency", "2", environment=SEVERAL) as installation:
+    # A process of Envoy's that was taken over from ends soon, or the next restart would wait for it.
+    settings = SEVERAL | {"PEAJE_ENVOY_OLD_SERVES_SECONDS": "12"}
+    with running(home, "--engine", "fake", "--concurrency", "2", environment=settings) as installation:
         yield installation
         assert [] == installation.leaks()
 

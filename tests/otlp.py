@@ -29,6 +29,8 @@ class Span:
     parent_id: str
     attributes: dict[str, Any]
     is_error: bool
+    #: Traces that it names beside its own.
+    links: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,6 +110,7 @@ def _spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
                     service=about.get("service.name", ""), name=span.name, trace_id=span.trace_id.hex(), span_id=span.span_id.hex(),
                     parent_id=span.parent_span_id.hex(), is_error=span.status.code == 2,
                     attributes={pair.key: _value(pair.value) for pair in span.attributes},
+                    links=tuple(link.trace_id.hex() for link in span.links),
                 )  # fmt: skip
 
 

@@ -3,16 +3,19 @@
 Say what a service did for one request, as spans of the trace that Envoy has begun.
 
 Off unless PEAJE_TRACES_URL names a collector (OTLP over HTTP). Envoy decides which requests are traced; a refusal or a
-failure is told of in any case. A span has names, codes and durations: never a credential, a prompt, a statement's values.
+failure is told of in any case: a decision's by the service that made it, an exchange's by who reads of its end.
+A span has names, codes and durations: never a credential, a prompt, a statement's values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from opentelemetry.context import Context
@@ -20,13 +23,24 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 #: Spans that wait to be sent; what comes beyond is dropped. One has about a kilobyte.
 QUEUE_MAX: Final = 2048
+#: Requests that one span of work names; of a batch of thousands a hundredth is sampled.
+LINKS_MAX: Final = 64
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
@@ -131,6 +145,49 @@ def refused(code: str) -> None:
     served = _serving.get()
     if served is not None:
         served.refused = code
+
+
+def is_on() -> bool:
+    """Whether spans are sent at all."""
+    return _state.tracer is not None
+
+
+def is_sampled(traceparent: str) -> bool:
+    """Whether Envoy sends spans of that trace."""
+    context = _sent(traceparent)
+    return context.is_valid and context.trace_flags.sampled
+
+
+def failed(name: str, traceparent: str, *, began: datetime, ended: datetime, attributes: Mapping[str, str | int]) -> None:
+    """Tell of an exchange that has failed, in the trace that *traceparent* names, unless that is sampled: then Envoy has."""
+    tracer, context = _state.tracer, _sent(traceparent)
+    if tracer is None or not context.is_valid or context.trace_flags.sampled:
+        return
+    above = _PROPAGATOR.extract({"traceparent": traceparent})
+    span = tracer.start_span(name, above, SpanKind.SERVER, dict(attributes), start_time=_nanoseconds(began))
+    span.set_status(Status(StatusCode.ERROR))
+    span.end(_nanoseconds(ended))
+
+
+def worked(name: str, traceparents: Iterable[str], *, began: datetime, ended: datetime, attributes: Mapping[str, str | int]) -> None:
+    """Tell of work for several requests at once: a trace of its own, with links to those that are sampled; nothing for none."""
+    tracer = _state.tracer
+    if tracer is None:
+        return
+    sampled = filter(is_sampled, traceparents)
+    links = [Link(_sent(traceparent)) for traceparent in itertools.islice(sampled, LINKS_MAX)]
+    if links:
+        tracer.start_span(
+            name, Context(), SpanKind.CONSUMER, dict(attributes), links, start_time=_nanoseconds(began)
+        ).end(_nanoseconds(ended))  # fmt: skip
+
+
+def _sent(traceparent: str) -> SpanContext:
+    return get_current_span(_PROPAGATOR.extract({"traceparent": traceparent})).get_span_context()
+
+
+def _nanoseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1_000_000) * 1000
 
 
 @contextlib.contextmanager

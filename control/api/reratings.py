@@ -12,6 +12,7 @@ from pydantic import Field
 from control import prices, reratings
 from control.api.access import CurrentAct, needs
 from control.api.bodies import Body
+from control.api.prices import NewTier, as_tiers
 from control.api.services import Services
 from control.core.roles import Permission
 from control.invoices import month
@@ -31,6 +32,7 @@ class NewRerating(Body):
     minimum: str = "0"
     meter: str | None = Field(default=None, description="What else is charged: images, characters or searches.")
     each: str | None = Field(default=None, description="What one of it costs, such as 0.04.")
+    tiers: list[NewTier] = Field(default=[], max_length=prices.TIERS_MAX)
     currency: str = prices.CURRENCY_DEFAULT
     tenant: str | None = None
     starts: str | None = Field(default=None, alias="from")
@@ -47,6 +49,7 @@ def add(app: FastAPI, services: Services) -> None:
         price = prices.Price(
             model=body.model, input=body.input, output=body.output, cached=body.cached, reasoning=body.reasoning,
             minimum=body.minimum, meter=body.meter, each=body.each, currency=body.currency, tenant=body.tenant,
+            tiers=as_tiers(body.tiers),
         )
         asked = reratings.Asked(price=price, month=month(body.month), starts=body.starts, ends=body.ends, reason=body.reason)
         done = reratings.rerate(services.store, act, asked, is_applied=body.apply)

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from control.cli.client import call
 from control.cli.options import Json
 from control.cli.show import show
+from control.cli.tiers import Tiers, tier_bodies, tiers_cell
 
 app = typer.Typer(no_args_is_help=True, help="What a million tokens cost.")
 
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Id or name; everybody if left out.", show_default=False)]
 _SHOWN = (
     "rate_card_id", "tenant", "model", "currency", "input", "output", "cached", "reasoning", "minimum", "meter", "each",
-    "effective_from", "effective_until",
+    "tiers", "effective_from", "effective_until",
 )
 
 
@@ -30,6 +31,7 @@ def set_price(
     minimum: Annotated[str, typer.Option("--minimum", help="The least that a request that used anything costs.")] = "0",
     meter: Annotated[str | None, typer.Option("--meter", help="What else is charged: images, characters or searches.", show_default=False)] = None,
     each: Annotated[str | None, typer.Option("--each", help="What one of it costs, such as 0.04.", show_default=False)] = None,
+    tier: Tiers = None,
     currency: Annotated[str, typer.Option("--currency")] = "USD",
     tenant: Tenant = None,
     starts: Annotated[str | None, typer.Option("--from", help="A date, a time or a duration; default now.")] = None,
@@ -38,10 +40,11 @@ def set_price(
     """Set a price; the one before it ends then. What was charged stays as it was."""
     body = {
         "model": model, "input": input_price, "output": output_price, "cached": cached, "reasoning": reasoning,
-        "minimum": minimum, "meter": meter, "each": each, "currency": currency, "tenant": tenant, "from": starts,
+        "minimum": minimum, "meter": meter, "each": each, "tiers": tier_bodies(tier),
+        "currency": currency, "tenant": tenant, "from": starts,
     }
     made = call("POST", "/v1/prices", body=body)
-    show(made if as_json else {name: made[name] for name in _SHOWN}, as_json=as_json)
+    show(made if as_json else _line(made), as_json=as_json)
 
 
 @app.command("list")
@@ -53,5 +56,9 @@ def list_prices(
     """List prices with the time they hold."""
     found = call("GET", "/v1/prices", query={"tenant": tenant, "in_force": "true" if in_force else None})
     if not as_json:
-        found = {"prices": [{name: price[name] for name in _SHOWN} for price in found["prices"]]}
+        found = {"prices": [_line(price) for price in found["prices"]]}
     show(found, as_json=as_json)
+
+
+def _line(price: dict[str, Any]) -> dict[str, Any]:
+    return {name: price[name] for name in _SHOWN} | {"tiers": tiers_cell(price["tiers"])}

@@ -17,8 +17,8 @@ app = typer.Typer(no_args_is_help=True, help="What two sources of usage say diff
 Id = Annotated[int, typer.Argument(help="Of `peaje reconcile list`.")]
 Note = Annotated[str, typer.Option("--note", help="Why; kept with it.")]
 _SHOWN = (
-    "exception_id", "kind", "request_id", "tenant", "state", "input_tokens", "output_tokens", "ledger_tenant",
-    "ledger_input_tokens", "ledger_output_tokens", "note",
+    "exception_id", "kind", "request_id", "tenant", "state", "input_tokens", "output_tokens", "quantity",
+    "ledger_tenant", "ledger_input_tokens", "ledger_output_tokens", "ledger_quantity", "note",
 )
 
 

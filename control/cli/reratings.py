@@ -10,6 +10,7 @@ import typer
 from control.cli.client import call
 from control.cli.options import AnyTenant, Json
 from control.cli.show import show
+from control.cli.tiers import Tiers, tier_bodies
 
 _SECONDS = 1800.0
 _SHOWN = ("tenant_id", "model", "request_count", "unpriced_count", "before_nano", "after_nano", "difference")
@@ -26,6 +27,7 @@ def rerate(
     minimum: Annotated[str, typer.Option("--minimum")] = "0",
     meter: Annotated[str | None, typer.Option("--meter", help="What else is charged: images, characters or searches.", show_default=False)] = None,
     each: Annotated[str | None, typer.Option("--each", help="What one of it costs, such as 0.04.", show_default=False)] = None,
+    tier: Tiers = None,
     currency: Annotated[str, typer.Option("--currency")] = "USD",
     tenant: AnyTenant = None,
     starts: Annotated[str | None, typer.Option("--from", help="Within the month.", show_default=False)] = None,
@@ -37,7 +39,7 @@ def rerate(
     body = {
         "model": model, "month": month, "input": input_price, "output": output_price, "cached": cached, "reasoning": reasoning,
         "minimum": minimum, "meter": meter, "each": each, "currency": currency, "tenant": tenant, "from": starts, "until": ends, "reason": reason,
-        "apply": is_applied,
+        "tiers": tier_bodies(tier), "apply": is_applied,
     }
     done = call("POST", "/v1/reratings", body=body, timeout_seconds=_SECONDS)
     if as_json:

@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         if as_json:
             print(json.dumps({**asdict(applied), "changes": [asdict(change) for change in applied.changes]}, indent=2))
             return
-        unread = [f"{file} was edited; only a restart reads it: ./peaje down && ./peaje up." for file in applied.unread]
+        unread = [f"{file} was edited; only a restart reads it: ./peaje restart envoy." for file in applied.unread]
         print("\n".join([*map(str, applied.changes), *unread, _in_force(applied.models, confirmed=applied.confirmed)]))
 
     @app.command("diff")

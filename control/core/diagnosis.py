@@ -83,6 +83,27 @@ def judge_services(healthy: Mapping[str, int]) -> Remark:
     return fine("services", "Envoy sees " + ", ".join(f"{name} {count}" for name, count in sorted(healthy.items())) + ".")
 
 
+def judge_scripts(errors: Mapping[str, int]) -> Remark:
+    """How often each script failed since Envoy was started: never."""
+    failed = {name: count for name, count in sorted(errors.items()) if count}
+    if not failed:
+        return fine("scripts", "none has failed.")
+    return Remark(
+        about="scripts", level=Level.FAULT, says=", ".join(f"{name}.lua failed {count} times" for name, count in failed.items()) + ".",
+        mend="log/envoy.log has file and line. Put the release's scripts back into envoy/ and start again.",
+    )
+
+
+def judge_key_sets(failing: Mapping[str, str]) -> Remark:
+    """Issuers of identity.yaml whose keys cannot be fetched, with the kind of failure."""
+    if not failing:
+        return fine("key sets", "every issuer's can be fetched.")
+    return Remark(
+        about="key sets", level=Level.FAULT, says="not to be had: " + ", ".join(f"{name} ({kind})" for name, kind in sorted(failing.items())) + ".",
+        mend="Its tokens are taken for 24 h after the last good set, then refused. Is the issuer up, is jwks_url right?",
+    )
+
+
 def judge_version(about: str, found: str, expected: str) -> Remark:
     """The schema is the one that this code knows."""
     if found == expected:

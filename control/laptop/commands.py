@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ from control.laptop.supervisor import RESTARTS_MAX_DEFAULT, LifeState
 #: More than all parts' graces together.
 _DOWN_SECONDS_MAX = 150.0
 _LEFTOVERS_GRACE_SECONDS = 15.0
+#: A part's grace and its start together.
+_RESTART_SECONDS_MAX = 90.0
 
 NOT_RUNNING = 3
 DEGRADED = 1
@@ -93,6 +96,37 @@ def down() -> int:
             out.tell({"kind": reporter.SAY, "text": f"nothing is running in {place.home}"})
     finally:
         out.close()
+    return 0
+
+
+def restart(part: str) -> int:
+    """Give a part of a running installation a new process; the exit status."""
+    place = Places(places.read_home(os.environ))
+    snapshot = state.read(place)
+    supervisor = snapshot.supervisor
+    names = [str(entry["name"]) for entry in snapshot.parts]
+    if supervisor is None or snapshot.phase != state.RUNNING:
+        raise Trouble(f"Nothing is running in {place.home}, or not yet.", mend="Start it with ./peaje up.")
+    if part not in names:
+        raise Trouble(f"There is no part {part!r}.", mend=f"Parts are {', '.join(names)}.")
+    asked = {"part": part, "id": uuid.uuid4().hex}
+    state.ask_restart(place, asked)
+    os.kill(supervisor.pid, signal.SIGUSR1)
+
+    def answer() -> Mapping[str, str]:
+        [entry] = [entry for entry in state.read(place).parts if entry["name"] == part]
+        found = entry.get("asked") or {}
+        return found if found.get("id") == asked["id"] else {}
+
+    began = time.monotonic()
+    if not wait_until(lambda: bool(answer()) or not is_alive(supervisor), seconds=_RESTART_SECONDS_MAX):
+        raise Trouble(f"{part} was not restarted within {_RESTART_SECONDS_MAX:.0f} s.", mend=f"See ./peaje status and {place.log}.")
+    found = answer()
+    if found.get("outcome") != "done":
+        raise Trouble(found.get("says") or "The supervisor has ended.")
+    out = reporter.Printer()
+    out.tell({"kind": reporter.PART, "name": part, "what": "restarted", "seconds": time.monotonic() - began})
+    out.close()
     return 0
 
 
@@ -184,6 +218,11 @@ def register(app: typer.Typer) -> None:
     def down_command() -> None:
         """Stop what `up` started, in order; also after `up --detach`."""
         _exit_with(down)
+
+    @app.command("restart")
+    def restart_command(part: Annotated[str, typer.Argument(help="As `peaje status` names it.")]) -> None:
+        """Give one part a new process. Envoy's takes over while the old one ends its streams; any other ends first, its siblings are asked meanwhile."""
+        _exit_with(lambda: restart(part))
 
     @app.command("status")
     def status_command(

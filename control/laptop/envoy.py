@@ -16,8 +16,7 @@ import re
 import shutil
 import subprocess
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,14 +25,15 @@ import httpx
 import yaml
 from pydantic import ValidationError
 
-from chassis.contract import EPOCH_ENVIRONMENT, EXPRESS_ENVIRONMENT
+from chassis.contract import EXPRESS_ENVIRONMENT
 from chassis.secrets import write_private
 from chassis.telemetry import traces
 from control.laptop import envoy_files
+from control.laptop.envoy_lives import EnvoyLives, read_old_serves_seconds
 from control.laptop.errors import Trouble
 from control.laptop.parts import Part, base_environment
 from control.laptop.places import REPOSITORY, Places, Ports
-from control.laptop.probes import http_client, http_ok
+from control.laptop.probes import http_client
 from control.laptop.scale import SERVICES, Scale
 
 _SHIPPED = REPOSITORY / "envoy"
@@ -46,6 +46,7 @@ TRACING = "tracing.yaml"
 _HTTP_PORT = 80
 _BOOTSTRAP = "envoy/envoy.yaml"
 _TENANTS_LISTENER = "tenants"
+_JOURNAL = "journal"
 _VALIDATE_SECONDS = 60
 
 #: How long requests in flight may take once Envoy is told to stop.
@@ -78,6 +79,19 @@ def render(places: Places, ports: Ports, scale: Scale, *, source: Path = _SHIPPE
     envoy_files.rendered(places, source)
 
 
+def render_again(program: Path, places: Places, ports: Ports, scale: Scale, *, source: Path) -> None:
+    """Take over what was edited since; raises `Trouble` if Envoy would not start on it, and then all is as it was."""
+    note = places.run / envoy_files.RENDERED_FROM
+    before = {path: path.read_bytes() for path in (note, places.home / _BOOTSTRAP, *places.envoy.rglob("*.lua"))}
+    try:
+        render(places, ports, scale, source=source)
+        validate(program, places)
+    except Trouble:
+        for path, content in before.items():
+            path.write_bytes(content)
+        raise
+
+
 def _add_tracing(bootstrap: dict[str, Any], path: Path, settings: traces.Settings) -> None:
     """Where a collector of traces is named, Envoy sends its spans there."""
     if not settings.url:
@@ -98,7 +112,10 @@ def _add_tracing(bootstrap: dict[str, Any], path: Path, settings: traces.Setting
     endpoint["endpoint"]["address"]["socket_address"] = {"address": address.hostname, "port_value": port}
     listeners = bootstrap["static_resources"]["listeners"]
     for chain in next(one for one in listeners if one["name"] == _TENANTS_LISTENER)["filter_chains"]:
-        chain["filters"][0]["typed_config"]["tracing"] = tracing
+        manager = chain["filters"][0]["typed_config"]
+        manager["tracing"] = tracing
+        records = next(log for log in manager["access_log"] if log["name"] == _JOURNAL)["typed_config"]["log_format"]["json_format"]
+        records.update(block["journal"])
     bootstrap["static_resources"]["clusters"].append(cluster)
 
 
@@ -154,27 +171,40 @@ def envoy_part(
     *,
     needs: tuple[str, ...],
     concurrency: int,
+    refresh: Callable[[], None] = lambda: None,
 ) -> Part:
-    """Describe the process. Ready is Envoy's own view: it has seen every service healthy once."""
+    """
+    Describe the process. Ready is Envoy's own view: it has seen every service healthy once.
+
+    Before a life takes over from another, *refresh* brings its files up to date, or raises `Trouble`.
+    """
     admin = f"http://127.0.0.1:{ports.admin}"
-    return Part(
-        name="envoy",
-        argv=(
+    env = base_environment(environ) | {name: environ[name] for name in (EXPRESS_ENVIRONMENT,) if name in environ}
+    lives = EnvoyLives(
+        (
             str(program),
             "-c", _BOOTSTRAP,
             # The journal is on disk this long after a record is made (Envoy's default is 10 s).
             "--file-flush-interval-msec", "50",
             "--concurrency", str(concurrency),
-            # Shared memory of two installations, or of a life before this one, must not meet.
-            "--use-dynamic-base-id",
             "--drain-time-s", str(int(DRAIN_SECONDS)),
             "--drain-strategy", "immediate",
+            "--parent-shutdown-time-s", str(read_old_serves_seconds(environ)),
             "--log-level", "warn",
         ),
-        env=base_environment(environ) | {name: environ[name] for name in (EXPRESS_ENVIRONMENT,) if name in environ},
+        env,
+        admin,
+        refresh,
+    )  # fmt: skip
+    return Part(
+        name="envoy",
+        argv=lives.first_argv,
+        env=env,
         needs=needs,
-        ready=http_ok(f"{admin}/ready"),
-        before_start=_new_epoch,
+        ready=lives.ready(),
+        before_start=lives.first,
+        heir=lives.heir,
+        heir_lost=lives.lost,
         before_stop=lambda: drain(admin),
         # After the drain there is nothing left to wait for.
         stop_grace_seconds=5.0,
@@ -247,13 +277,6 @@ def _set_endpoints(bootstrap: dict[str, Any], scale: Scale, source: Path) -> Non
                 f"{source / 'envoy.yaml'} has no cluster named {service} with endpoints.",
                 mend="`up` sets them, one a process; put it back.",
             ) from exc
-
-
-def _new_epoch() -> Mapping[str, str]:
-    """Name this life of Envoy: the collector tells by it which streams died with the last one."""
-    # The supervisor's working directory is the state directory.
-    envoy_files.started(Places(Path.cwd()))
-    return {EPOCH_ENVIRONMENT: uuid.uuid4().hex}
 
 
 def _complaint(text: str) -> str:

@@ -16,13 +16,13 @@ from chassis.secrets import write_private
 from control.laptop.places import Places
 
 #: What `up` rendered from, and what the running Envoy was started with.
-_RENDERED_FROM: Final = "envoy-rendered-from.json"
+RENDERED_FROM: Final = "envoy-rendered-from.json"
 _STARTED_WITH: Final = "envoy-started-with.json"
 
 
 def rendered(places: Places, source: Path) -> None:
     """Note that the installation's files were made of *source*."""
-    _note(places.run / _RENDERED_FROM, source)
+    _note(places.run / RENDERED_FROM, source)
 
 
 def started(places: Places) -> None:
@@ -33,7 +33,7 @@ def started(places: Places) -> None:
 def edited(places: Places) -> list[Path]:
     """Files that were changed, added or removed since then; nothing where nothing was noted."""
     found: list[Path] = []
-    for name in (_RENDERED_FROM, _STARTED_WITH):
+    for name in (RENDERED_FROM, _STARTED_WITH):
         note = places.run / name
         if not note.exists():
             continue

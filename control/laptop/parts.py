@@ -43,6 +43,14 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Heir:
+    """How the next life of a part is started while the present one still serves."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One process: how it is started, when it counts as ready, how it is stopped."""
 
@@ -62,6 +70,11 @@ class Part:
     before_start: Callable[[], Mapping[str, str]] | None = None
     after_ready: Callable[[], Awaitable[None]] | None = None
     before_stop: Callable[[], Coroutine[Any, Any, None]] | None = None
+    #: Where a new life can take over from one that serves: what it is started with. It ends the old one itself, in its time.
+    #: None: the old one is stopped first.
+    heir: Callable[[], Heir] | None = None
+    #: Told of an heir that did not come to serve.
+    heir_lost: Callable[[], None] | None = None
     #: TCP ports it listens on, by purpose; for `status`.
     ports: Mapping[str, int] = field(default_factory=dict)
 

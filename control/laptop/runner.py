@@ -135,7 +135,8 @@ def prepare(
     engine.publish_document(chosen, place)
     _publish_identity(place, environ)
     publish(place.home / MODELS_PATH, place.envoy)
-    envoy.render(place, options.ports, options.scale, source=envoy.find_source(environ))
+    source = envoy.find_source(environ)
+    envoy.render(place, options.ports, options.scale, source=source)
     envoy.validate(programs.envoy, place)
 
     notes = list(chosen.notes)
@@ -166,6 +167,7 @@ def prepare(
             options.ports,
             needs=tuple(part.name for part in parts),
             concurrency=options.concurrency,
+            refresh=lambda: envoy.render_again(programs.envoy, place, options.ports, options.scale, source=source),
         )
     )
     for note in chosen.notes:

@@ -24,6 +24,9 @@ from control.laptop.processes import ProcessId, is_alive
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
+#: Which part somebody wants restarted, below `run/`.
+_ASKED = "asked.json"
+
 #: Phases of the whole.
 STARTING = "starting"
 RUNNING = "running"
@@ -78,6 +81,22 @@ def read(places: Places) -> Snapshot:
 def write(places: Places, document: Mapping[str, Any]) -> None:
     """Replace the state, whole."""
     write_private(places.state, json.dumps({"boot": _boot(), **document}, indent=1) + "\n")
+
+
+def ask_restart(places: Places, asked: Mapping[str, str]) -> None:
+    """Leave word for the supervisor, which reads it when it gets SIGUSR1."""
+    write_private(places.run / _ASKED, json.dumps(asked))
+
+
+def take_asked(places: Places) -> Mapping[str, str]:
+    """What was asked last; nothing if that is no question."""
+    path = places.run / _ASKED
+    try:
+        document = json.loads(path.read_text())
+        path.unlink()
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in document.items()} if isinstance(document, dict) else {}
 
 
 def process_document(process: ProcessId | None) -> Mapping[str, int] | None:

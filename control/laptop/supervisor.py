@@ -23,7 +23,7 @@ from typing import Any
 
 from control.laptop import logs, reporter, state
 from control.laptop.errors import Trouble
-from control.laptop.parts import Kind, Part
+from control.laptop.parts import Heir, Kind, Part
 from control.laptop.places import Places
 from control.laptop.processes import ProcessId, identify
 
@@ -66,6 +66,10 @@ class Life:
     last_answer: str = "it was never asked"
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     restarting: asyncio.Task[None] | None = None
+    #: The process that the present one took over from, while it serves what it has.
+    forerunner: asyncio.subprocess.Process | None = None
+    #: The last restart that somebody asked for: its id, and how it went once it is over.
+    asked: Mapping[str, str] | None = None
 
     @property
     def runs(self) -> bool:
@@ -107,6 +111,7 @@ class Supervisor:
         self._events: asyncio.Queue[Death | Trouble | StopRequested] = asyncio.Queue()
         self._force = asyncio.Event()
         self._stop_asked = False
+        self._asking: list[asyncio.Task[None]] = []
         self._phase = state.STARTING
         self._since = time.time()
 
@@ -120,6 +125,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.request_stop)
+        loop.add_signal_handler(signal.SIGUSR1, self._hear_asked)
         housekeeping = asyncio.create_task(self._keep_logs_bounded())
         try:
             await self._unless_something_happens(self._start_all())
@@ -143,6 +149,101 @@ class Supervisor:
             self._force.set()
         self._stop_asked = True
         self._events.put_nowait(StopRequested())
+
+    # --- Restarting, as somebody asked ------------------------------------------------------
+
+    def _hear_asked(self) -> None:
+        asked = state.take_asked(self._places)
+        life = self._lives.get(asked.get("part", ""))
+        if life is not None:
+            self._asking.append(asyncio.create_task(self._answer(life, asked)))
+
+    async def _answer(self, life: Life, asked: Mapping[str, str]) -> None:
+        """Restart a part and say in the state how it went: whoever asked reads it there."""
+        try:
+            await self.restart(life.part.name)
+        except Trouble as trouble:
+            life.asked = {**asked, "outcome": "failed", "says": "\n".join(trouble.lines())}
+        else:
+            life.asked = {**asked, "outcome": "done", "says": ""}
+        self._write_state()
+
+    async def restart(self, name: str) -> None:
+        """Give a part a new life: one that takes over where the part can have it, else after the old one has ended. Raises `Trouble`."""
+        life = self._lives[name]
+        if life.part.kind is Kind.TASK or life.state is not LifeState.READY or self._phase != state.RUNNING:
+            raise Trouble(f"{name} cannot be restarted: it is {life.state}.", mend="./peaje status shows all parts.")
+        if life.part.heir is not None:
+            await self._hand_over(life)
+            return
+        life.settled.clear()
+        await self._stop(life)
+        self._end_group(life)
+        try:
+            await self._start(life)
+        except Trouble as trouble:
+            self._events.put_nowait(trouble)  # as if it had died: without it nothing goes on
+            raise
+        life.settled.set()
+
+    async def _hand_over(self, life: Life) -> None:
+        part, old = life.part, life.process
+        assert part.heir is not None
+        assert old is not None
+        if life.forerunner is not None and life.forerunner.returncode is None:
+            raise Trouble(
+                f"The {part.name} before this one still serves what it has (pid {life.forerunner.pid}).",
+                mend="It ends in its time; ./peaje down and up wait for nobody.",
+            )
+        heir = await asyncio.to_thread(part.heir)
+        life.forerunner = old
+        await self._spawn(life, heir)
+        new = life.process
+        assert new is not None
+        ended = asyncio.create_task(new.wait())
+        ready = asyncio.create_task(self._until_ready(life))
+        await asyncio.wait({ended, ready}, timeout=part.ready_within_seconds, return_when=asyncio.FIRST_COMPLETED)
+        is_ready = ready.done() and not ready.cancelled() and ready.exception() is None and new.returncode is None
+        for task in (ended, ready):
+            task.cancel()
+        await asyncio.gather(ended, ready, return_exceptions=True)
+        if not is_ready:
+            self._take_back(life, old, new)
+            raise Trouble(
+                f"The new {part.name} did not come to serve: {life.last_answer}. The old one serves on.",
+                mend=f"The end of {life.log}:", details=self._tail(life),
+            )  # fmt: skip
+        self._set_state(life, LifeState.READY)
+        self._tell_part(life, "restarted", seconds=time.monotonic() - life.started)
+        self._asking.append(asyncio.create_task(self._see_off(life, old)))
+
+    def _take_back(self, life: Life, old: asyncio.subprocess.Process, new: asyncio.subprocess.Process) -> None:
+        life.process, life.identity, life.forerunner = old, identify(old.pid), None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(new.pid, signal.SIGKILL)
+        if life.part.heir_lost is not None:
+            life.part.heir_lost()
+        self._set_state(life, LifeState.READY)
+
+    async def _see_off(self, life: Life, old: asyncio.subprocess.Process) -> None:
+        """Wait for the end of a life that was taken over from, which its heir brings about."""
+        await old.wait()
+        self._tell_part(life, "handed over", seconds=time.monotonic() - life.started)
+        if life.forerunner is old:
+            life.forerunner = None
+
+    async def _end_forerunner(self, life: Life) -> None:
+        old = life.forerunner
+        if old is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            old.send_signal(life.part.stop_signal)
+        await _within(old.wait(), life.part.stop_grace_seconds)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(old.pid, signal.SIGKILL)
+        await old.wait()
+        if life.forerunner is old:
+            life.forerunner = None
 
     # --- Starting ------------------------------------------------------------------------
 
@@ -181,9 +282,10 @@ class Supervisor:
         self._set_state(life, LifeState.DONE if done else LifeState.READY)
         self._tell_part(life, "done" if done else "ready", seconds=time.monotonic() - life.started)
 
-    async def _spawn(self, life: Life) -> None:
+    async def _spawn(self, life: Life, heir: Heir | None = None) -> None:
         part = life.part
-        extra = part.before_start() if part.before_start is not None else {}
+        if heir is None:
+            heir = Heir(argv=part.argv, env={**part.env, **(part.before_start() if part.before_start is not None else {})})
         account = "-" if part.account is None else f"{part.account.uid}:{part.account.gid}"
         log = logs.open_for_appending(life.log)
         try:
@@ -191,8 +293,8 @@ class Supervisor:
             life.started = time.monotonic()
             life.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", str(_LAUNCHER),
-                str(int(part.stop_signal)), str(os.getpid()), account, *part.argv,
-                env={**part.env, **extra},
+                str(int(part.stop_signal)), str(os.getpid()), account, *heir.argv,
+                env=heir.env,
                 cwd=self._places.home,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -211,6 +313,8 @@ class Supervisor:
         status = await process.wait()
         if life.process is not process or life.state in (LifeState.STOPPING, LifeState.STOPPED):
             return
+        if life.state is LifeState.STARTING and life.forerunner is not None and life.forerunner.returncode is None:
+            return  # the one before it serves on; whoever waits for this one says so
         if life.part.kind is Kind.TASK and status == 0:
             return
         life.settled.clear()
@@ -304,6 +408,9 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         self._phase = state.STOPPING
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
         for life in self._lives.values():
             if life.restarting is not None:
                 life.restarting.cancel()
@@ -314,6 +421,7 @@ class Supervisor:
                 await self._stop(life)
             elif life.state not in (LifeState.WAITING, LifeState.DONE):
                 self._set_state(life, LifeState.STOPPED)
+            await self._end_forerunner(life)
             self._end_group(life)
         self._phase = state.STOPPED
         self._write_state()
@@ -385,6 +493,7 @@ class Supervisor:
                         "ports": dict(life.part.ports),
                         "process": state.process_document(life.identity if life.runs else None),
                         "log": str(life.log),
+                        "asked": life.asked,
                     }
                     for life in self._lives.values()
                 ],

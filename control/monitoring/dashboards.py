@@ -57,6 +57,16 @@ def _rates(counter: str, by: str, *, where: str = "") -> tuple[tuple[str, str], 
     return ((f"sum by ({by}) (rate({counter}{where}{_RATE}))", " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))),)
 
 
+def _classes(queries: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Envoy says 5 where people say 5xx."""
+    return tuple((query, legend.replace("{{envoy_response_code_class}}", "{{envoy_response_code_class}}xx")) for query, legend in queries)
+
+
+def _above_zero(queries: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Of many lines only those that are not nothing."""
+    return tuple((f"{query} > 0", legend) for query, legend in queries)
+
+
 _PROMISES: Final = tuple(
     Panel(
         title=slo.alert.removeprefix("Peaje"), unit="percentunit", queries=((slo.recorded("1h"), "failed in an hour"),), is_stat=True,
@@ -74,7 +84,7 @@ SRE: Final = Dashboard(
             Panel(title="Failure modes in force", unit="short", queries=(("max by (dependency, mode) (peaje_failure_mode_in_force)", "{{dependency}} {{mode}}"),)),
         )),
         ("Requests", (
-            Panel(title="Answers", unit="reqps", queries=_rates("envoy_http_downstream_rq_xx", "envoy_response_code_class", where='{envoy_http_conn_manager_prefix="tenants"}')),
+            Panel(title="Answers", unit="reqps", queries=_classes(_rates("envoy_http_downstream_rq_xx", "envoy_response_code_class", where='{envoy_http_conn_manager_prefix="tenants"}'))),
             Panel(title="Under way", unit="short", queries=(('sum(envoy_http_downstream_rq_active{envoy_http_conn_manager_prefix="tenants"})', "requests"),)),
             Panel(title="Refusals of known callers", unit="reqps", queries=_rates("peaje_gateway_refusals_total", "status")),
             Panel(title="Denials", unit="reqps", queries=_rates("peaje_extauth_denials_total", "phase, rule")),
@@ -90,7 +100,10 @@ SRE: Final = Dashboard(
         )),
         ("Limits", (
             Panel(title="Decisions", unit="reqps", queries=_rates("peaje_ratelimit_decisions_total", "outcome")),
-            Panel(title="Refusals by limit", unit="reqps", queries=_rates("peaje_ratelimit_refusals_total", "kind, unit")),
+            Panel(title="Refusals by limit", unit="reqps", queries=_above_zero(_rates("peaje_ratelimit_refusals_total", "kind, unit"))),
+            Panel(title="Refused falsely", unit="percentunit", queries=(
+                (f'sum(rate(peaje_ratelimit_refusals_judged_total{{judgement="false"}}{_RATE})) / sum(rate(peaje_ratelimit_refusals_judged_total{{judgement!="unknown"}}{_RATE}))', "of those that could be judged"),
+            ), says="What stood in their way did not use what it held."),
             Panel(title="Held", unit="short", queries=(
                 ("sum(peaje_ratelimit_reservations_total) - sum(peaje_ratelimit_settled_total)", "reservations"),
                 ("max(peaje_ratelimit_reservations_held_long)", "longer than 30 s"),
@@ -111,7 +124,7 @@ SRE: Final = Dashboard(
             Panel(title="First token", unit="s", queries=_quantiles("peaje_model_first_token_seconds", by="model")),
             Panel(title="Between tokens", unit="s", queries=_quantiles("peaje_model_between_tokens_seconds", by="model")),
             Panel(title="Tokens a second of a stream", unit="short", queries=_quantiles("peaje_model_tokens_per_second", by="model")),
-            Panel(title="Model servers' answers, as Envoy sees them", unit="reqps", queries=_rates("envoy_cluster_upstream_rq_xx", "envoy_cluster_name, envoy_response_code_class", where='{envoy_cluster_name=~"pool/.*"}')),
+            Panel(title="Model servers' answers, as Envoy sees them", unit="reqps", queries=_classes(_rates("envoy_cluster_upstream_rq_xx", "envoy_cluster_name, envoy_response_code_class", where='{envoy_cluster_name=~"pool/.*"}'))),
             Panel(title="Under way at the engines, by their own word", unit="short", queries=(
                 ("sum by (model_name) (vllm:num_requests_running)", "{{model_name}} running"),
                 ("sum by (model_name) (vllm:num_requests_waiting)", "{{model_name}} waiting"),

@@ -22,7 +22,7 @@ from chassis.models import ModelCatalogue
 from chassis.served import Endpoint, Model
 from metering.adapters import metrics
 from metering.adapters.engines import fetch
-from metering.core.conservation import Counters, Interval, State, Watch
+from metering.core.conservation import Counters, Interval, State, Watch, unexplained
 
 log = structlog.get_logger()
 
@@ -44,7 +44,7 @@ where model = %(model)s and ended_at > %(starts_at)s and ended_at <= %(ends_at)s
   -- Streams are shorter than a day; partitions before that need not be looked at.
   and started_at > %(starts_at)s - interval '1 day' and started_at <= %(ends_at)s
 on conflict do nothing
-returning ledger_input_tokens - engine_input_tokens, ledger_output_tokens - engine_output_tokens
+returning ledger_input_tokens - engine_input_tokens, ledger_output_tokens - engine_output_tokens, cut_count
 """
 
 
@@ -83,8 +83,10 @@ class Conservation:
             return
         at = self.clock() - timedelta(seconds=QUIET_SECONDS / 2)
         second = self._counters()
-        for model, counters in second.items():
-            quiet = counters if counters.running == 0 and first.get(model) == counters else None
+        # A pool whose counters are not to be had (any more) is not quiet either: what was said of it ends in its time.
+        for model in self.watches.keys() | second.keys():
+            counters = second.get(model)
+            quiet = counters if counters is not None and counters.running == 0 and first.get(model) == counters else None
             self.watches[model], interval = self.watches.get(model, Watch()).next(at, quiet)
             if interval is not None:
                 self.waiting.append((model, interval))
@@ -96,18 +98,15 @@ class Conservation:
             if connection.execute(_IS_READ, (interval.ends_at,)).fetchone() != (True,):
                 still.append((model, interval))
                 continue
-            drift = connection.execute(
+            kept = connection.execute(
                 _KEEP,
                 {
                     "model": model, "starts_at": interval.starts_at, "ends_at": interval.ends_at,
                     "state": interval.state.value, "input": interval.input_tokens, "output": interval.output_tokens,
                 },
             ).fetchone()
-            if drift is not None and interval.state is State.COMPARED:
-                metrics.DRIFT_TOKENS.labels(model, "input").set(drift[0])
-                metrics.DRIFT_TOKENS.labels(model, "output").set(drift[1])
-            if drift is not None and drift != (0, 0) and interval.state is State.COMPARED:
-                log.warning("ledger_drift", model=model, input_tokens=drift[0], output_tokens=drift[1])
+            if kept is not None:
+                _tell(model, interval.state, *kept)
         self.waiting = still
 
     def _counters(self) -> dict[str, Counters]:
@@ -129,3 +128,16 @@ class Conservation:
             except psycopg.Error as exc:
                 log.warning("conservation_unavailable", error=type(exc).__name__)
                 self.stop.wait(self.every_seconds)
+
+
+def _tell(model: str, state: State, input_drift: int, output_drift: int, cut_count: int) -> None:
+    """Show what the newest interval says; one that cannot be compared says nothing, and what was known before is over."""
+    if state is not State.COMPARED:
+        metrics.DRIFT_TOKENS.remove(model, "input")
+        metrics.DRIFT_TOKENS.remove(model, "output")
+        return
+    drifts = unexplained(input_drift, cut_count=cut_count), unexplained(output_drift, cut_count=cut_count)
+    metrics.DRIFT_TOKENS.labels(model, "input").set(drifts[0])
+    metrics.DRIFT_TOKENS.labels(model, "output").set(drifts[1])
+    if drifts != (0, 0):
+        log.warning("ledger_drift", model=model, input_tokens=drifts[0], output_tokens=drifts[1])

@@ -31,10 +31,15 @@ class Disk:
         if now is not self.level:
             log.warning("journal_disk", level=now.value, used_percent=round(self.used_percent, 1))
         self.level = now
-        if now is Level.ACT and self.when_full is WhenFull.REFUSE:
-            self.closed_mark.touch(mode=0o600)
-        else:
-            self.closed_mark.unlink(missing_ok=True)
+        try:
+            if now is Level.ACT and self.when_full is WhenFull.REFUSE:
+                self.closed_mark.touch(mode=0o600)
+            else:
+                self.closed_mark.unlink(missing_ok=True)
+        except OSError as exc:
+            # Where no mark can be made no start can be written either, and the tap refuses by itself. What frees the
+            # disk must go on.
+            log.error("journal_mark_failed", reason=exc.strerror)
         return now
 
 

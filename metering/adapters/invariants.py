@@ -122,15 +122,18 @@ _INVARIANTS: Final = (
         "each amount is what its rate card says, and the card held at admission",
         """
         select u.request_id from usage_event u left join rate_card c using (rate_card_id)
+            left join lateral rate_tier(c.tiers, u.input_tokens) as t (tier) on c.tiers <> '[]'
         where u.rate_card_id is not null and not coalesce(
             c.model = u.model and coalesce(c.tenant_id, u.tenant_id) = u.tenant_id and c.currency = u.currency
             and c.effective @> u.started_at
             and u.amount_nano = case when u.input_tokens + u.output_tokens + u.quantity = 0 then 0 else greatest(c.minimum_nano,
                 case when u.meter = c.meter then u.quantity * c.each_nano else 0 end + div(
-                2 * (  (u.input_tokens - u.cached_tokens)::numeric * c.input_nano
-                     + u.cached_tokens::numeric * c.cached_nano
-                     + (u.output_tokens - u.reasoning_tokens)::numeric * c.output_nano
-                     + u.reasoning_tokens::numeric * c.reasoning_nano) + 1000000, 2000000)) end, false)
+                2 * (  (u.input_tokens - u.cached_tokens)::numeric * coalesce((t.tier ->> 'input_nano')::bigint, c.input_nano)
+                     + u.cached_tokens::numeric * coalesce((t.tier ->> 'cached_nano')::bigint, c.cached_nano)
+                     + (u.output_tokens - u.reasoning_tokens)::numeric * coalesce((t.tier ->> 'output_nano')::bigint, c.output_nano)
+                     + u.reasoning_tokens::numeric * coalesce((t.tier ->> 'reasoning_nano')::bigint, c.reasoning_nano)
+                    ) + 1000000, 2000000)) end
+            and u.tier_above_tokens is not distinct from (t.tier ->> 'above_tokens')::bigint, false)
         """,
     ),
     (

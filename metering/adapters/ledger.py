@@ -8,11 +8,10 @@ A crash at any moment repeats the batch, and the repeat changes nothing: rows co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from datetime import datetime
-from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import orjson
 import psycopg
@@ -24,7 +23,7 @@ from metering.core.fold import Batch
 from metering.core.journal import Entry, UsageEvent, lost_event, parse
 from metering.core.lines import Defect
 from metering.core.lives import ENDED_LIVES_MAX, Lives
-from metering.core.rating import RateCard, RateCards, amount_nano
+from metering.core.rating import RateCard, RateCards, Tier, amount_nano
 
 #: Refusals kept per batch: a flood of 429s must not become a flood of writes.
 REFUSALS_PER_BATCH_MAX: Final = 200
@@ -37,26 +36,34 @@ CHARGING_LOCK: Final = 0x7065616A_65000003
 #: Held by every transaction that writes to the outbox, from before its first row until its commit.
 OUTBOX_LOCK: Final = 0x7065616A_65000004
 
-_EVENT_FIELDS: Final = tuple(field.name for field in fields(UsageEvent))
-_event_values = attrgetter(*_EVENT_FIELDS)
-_COPY_EVENTS: Final = f"copy incoming ({', '.join(_EVENT_FIELDS)}, currency, amount_nano, rate_card_id, recorded_at) from stdin"
+_TIER_FIELDS: Final = tuple(field.name for field in fields(Tier))
+_TYPES: Final[Mapping[Any, str]] = {str: "text", str | None: "text", datetime: "timestamptz", int: "int8", bool: "bool"}
+#: In binary, as a row costs a quarter of what its text costs; so each value's type has to be said.
+_COPIED: Final[Mapping[str, str]] = {
+    **{name: _TYPES[kind] for name, kind in get_type_hints(UsageEvent).items()},
+    "status": "int4", "currency": "text", "amount_nano": "int8", "rate_card_id": "int8", "tier_above_tokens": "int8",
+    "recorded_at": "timestamptz",
+}
+_COPY_EVENTS: Final = f"copy incoming ({', '.join(_COPIED)}) from stdin (format binary)"
 
-_PREPARE: Final = """
+#: Each commit empties it, which is one file less where no value can be put aside into a second one.
+_PREPARE: Final = f"""
 create temp table incoming (like usage_event) on commit delete rows;
-create temp table incoming_open (like open_exchange) on commit delete rows;
+alter table incoming {", ".join(f"alter {name} set storage plain" for name, kind in _COPIED.items() if kind == "text")};
 """
 
 _TAKE_CHARGING_LOCK: Final = "select pg_advisory_xact_lock_shared(%s)"
 
 _RATE_CARDS: Final = """
 select rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano,
-       meter, each_nano, lower(effective), upper(effective)
+       meter, each_nano, lower(effective), upper(effective), tiers
 from rate_card
 where model = any(%s) and (tenant_id is null or tenant_id = any(%s)) and effective && tstzrange(%s, %s, '[]')
 """
 
-#: New rows go in, known ones are absorbed; the hour's sums, and the adjustments of months that are
-#: closed, follow exactly the rows that were new.
+#: New rows go in, known ones are absorbed, and neither is open any more; the hour's sums, and the adjustments of
+#: months that are closed, follow exactly the rows that were new. Then their ids, and a null if somebody wants to be
+#: told of rows: asked once a batch, for a row of the outbox is only written then.
 _ADD_EVENTS: Final = """
 with fresh as (
     insert into usage_event select * from incoming i
@@ -92,12 +99,15 @@ with fresh as (
            reasoning_tokens, coalesce(meter, ''), quantity, coalesce(amount_nano, 0), 'late_usage', recorded_at
     from fresh, first_open
     where started_at < first_open.period::timestamp at time zone 'UTC'
+), closed as (
+    -- An array, so that a few ids are looked up by them whatever the planner thinks of a table without statistics.
+    delete from open_exchange where request_id = any(array(select request_id from incoming))
 )
 select request_id from fresh
+union all
+select null where exists (select from webhook where 'usage.recorded' = any(kinds))
 """
 
-#: Asked once a batch: a row of the outbox for each new row is only written where somebody wants it.
-_ROWS_WANTED: Final = "select exists (select from webhook where 'usage.recorded' = any(kinds))"
 _TELL_ROWS: Final = """
 insert into outbox (event_id, kind, tenant_id, at, data)
 select request_id::uuid, 'usage.recorded', tenant_id, started_at, jsonb_build_object(
@@ -119,8 +129,9 @@ where i.request_id = any(%s)
 """
 
 _KEEP_OPEN: Final = """
-insert into open_exchange
-select i.* from incoming_open i
+insert into open_exchange (request_id, started_at, seen_at, journal, epoch, entry)
+select i.* from json_to_recordset(%s::json)
+    as i (request_id text, started_at timestamptz, seen_at timestamptz, journal text, epoch text, entry jsonb)
 where not exists (
     select from usage_event u where u.started_at = i.started_at and u.request_id = i.request_id
 ) and not exists (select from usage_retired r where r.day = (i.started_at at time zone 'UTC')::date)
@@ -142,8 +153,9 @@ insert into reconciliation_exception (kind, request_id, started_at, tenant_id, f
 values ('conflict', %s, %s, %s, %s) on conflict do nothing
 """
 
-_KEEP_PLACE: Final = """
-insert into journal_position (journal, file_id, file_name, byte_offset, updated_at) values (%s, %s, %s, %s, %s)
+_KEEP_PLACES: Final = """
+insert into journal_position (journal, file_id, file_name, byte_offset, updated_at)
+select %s, file_id, file_name, byte_offset, %s from unnest(%s::text[], %s::text[], %s::bigint[]) as p (file_id, file_name, byte_offset)
 on conflict (journal, file_id) do update
 set file_name = excluded.file_name, byte_offset = excluded.byte_offset, updated_at = excluded.updated_at
 """
@@ -214,14 +226,12 @@ class Ledger:
                 conflicts += [batch.ended[request_id] for (request_id,) in rows]
             self._keep_conflicts(conflicts, now)
             self._keep_open(batch.open.values())
-            if batch.events:
-                self._forget_open(list(batch.events))
             self._keep_refusals(batch)
             for piece in pieces:
                 self._keep_defects(batch.defects.get(piece.place.file_id, ()), piece.place, now)
                 if piece.alarm is not None:
                     self._keep_alarm(piece.alarm, now)
-                self._keep_place(piece.place, now)
+            self._keep_places([piece.place for piece in pieces], now)
             if lives is not None:
                 self._keep_streams(lives, now)
         return added
@@ -241,7 +251,6 @@ class Ledger:
             entries = [parse(orjson.dumps(row[0])) for row in rows]
             if entries:
                 self._add([lost_event(entry) for entry in entries], now)
-                self._forget_open([entry.request_id for entry in entries])
         return len(rows)
 
     def mark_open(self, now: datetime) -> None:
@@ -288,9 +297,6 @@ class Ledger:
         events = list(events)
         return add_events(self._connection, events, now) if events else set()
 
-    def _forget_open(self, request_ids: list[str]) -> None:
-        self._connection.execute("delete from open_exchange where request_id = any(%s)", (request_ids,))
-
     def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
         if entries:
             with self._connection.cursor() as cursor:
@@ -303,15 +309,12 @@ class Ledger:
 
     def _keep_open(self, entries: Iterable[Entry]) -> None:
         rows = [
-            (e.request_id, e.started_at, e.seen_at, self._journal, e.epoch, Jsonb(e.fields), None) for e in entries
-        ]
-        if not rows:
-            return
-        with self._connection.cursor() as cursor:
-            with cursor.copy("copy incoming_open from stdin") as copy:
-                for row in rows:
-                    copy.write_row(row)
-            cursor.execute(_KEEP_OPEN)
+            {"request_id": e.request_id, "started_at": e.started_at, "seen_at": e.seen_at, "journal": self._journal, "epoch": e.epoch,
+             "entry": e.fields}
+            for e in entries
+        ]  # fmt: skip
+        if rows:
+            self._connection.execute(_KEEP_OPEN, (orjson.dumps(rows).decode(),))
 
     def _keep_refusals(self, batch: Batch) -> None:
         if batch.refusals:
@@ -348,8 +351,13 @@ class Ledger:
                 [(self._journal, epoch, now) for epoch in lives.ended],
             )
 
-    def _keep_place(self, place: Place, now: datetime) -> None:
-        self._connection.execute(_KEEP_PLACE, (self._journal, place.file_id, place.name, place.offset, now))
+    def _keep_places(self, places: Sequence[Place], now: datetime) -> None:
+        # The last one of a file, of which a batch may have several pieces: one statement may not write a row twice.
+        last = {place.file_id: place for place in places}.values()
+        self._connection.execute(
+            _KEEP_PLACES,
+            (self._journal, now, [it.file_id for it in last], [it.name for it in last], [it.offset for it in last]),
+        )
 
 
 def add_events(connection: psycopg.Connection[Any], events: Sequence[UsageEvent], now: datetime) -> set[str]:
@@ -362,11 +370,18 @@ def add_events(connection: psycopg.Connection[Any], events: Sequence[UsageEvent]
     connection.execute(_TAKE_CHARGING_LOCK, (CHARGING_LOCK,))
     with connection.cursor(row_factory=tuple_row) as cursor:
         cards = _rate_cards(cursor, events)
-        with cursor.copy(_COPY_EVENTS) as copy:
-            for event in events:
-                copy.write_row((*_event_values(event), *_charge(event, cards), now))
+        try:
+            with cursor.copy(_COPY_EVENTS) as copy:
+                copy.set_types(list(_COPIED.values()))
+                for event in events:
+                    copy.write_row((*event, *_charge(event, cards), now))
+        except OverflowError as exc:
+            # As Postgres would say of the same number in text.
+            raise psycopg.DataError("an amount that no column holds") from exc
         added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
-        if added and cursor.execute(_ROWS_WANTED).fetchone() == (True,):
+        is_wanted = None in added
+        added.discard(None)
+        if added and is_wanted:
             cursor.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
             cursor.execute(_TELL_ROWS, (list(added),))
     return added
@@ -382,18 +397,26 @@ def _rate_cards(cursor: psycopg.Cursor[Any], events: Sequence[UsageEvent]) -> Ra
         ),
     ).fetchall()
     names = [field.name for field in fields(RateCard)]
-    return RateCards(RateCard(**dict(zip(names, row, strict=True))) for row in rows)
+    return RateCards(
+        RateCard(**dict(zip(names, (*row, tuple(map(_tier, tiers))), strict=True))) for *row, tiers in rows
+    )
 
 
-def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None]:
-    """Currency, amount and rate card of a row: all three, or none."""
+def _tier(stored: Mapping[str, int]) -> Tier:
+    # The schema has looked at these; whatever else a document may hold is no price.
+    return Tier(**{name: stored[name] for name in _TIER_FIELDS})
+
+
+def _charge(event: UsageEvent, cards: RateCards) -> tuple[str | None, int | None, int | None, int | None]:
+    """Currency, amount and rate card of a row, all three or none; and which of the card's tiers it is charged by."""
     card = cards.find(tenant_id=event.tenant_id, model=event.model, admitted_at=event.started_at)
     if card is None:
-        return None, None, None
+        return None, None, None, None
     amount = amount_nano(
         card, input_tokens=event.input_tokens, output_tokens=event.output_tokens,
         cached_tokens=event.cached_tokens, reasoning_tokens=event.reasoning_tokens, meter=event.meter, quantity=event.quantity,
     )
     if amount is None:
-        return None, None, None
-    return card.currency, amount, card.rate_card_id
+        return None, None, None, None
+    tier = card.tier(event.input_tokens)
+    return card.currency, amount, card.rate_card_id, None if tier is None else tier.above_tokens

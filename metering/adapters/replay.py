@@ -109,7 +109,7 @@ def _write(live: Path, ledger: Ledger, now: datetime) -> None:
 def _copy_rate_cards(source: str, target: psycopg.Connection[tuple[object, ...]]) -> None:
     columns = (
         "rate_card_id, tenant_id, model, currency, input_nano, output_nano, cached_nano, reasoning_nano, minimum_nano, "
-        "meter, each_nano, effective, created_at"
+        "meter, each_nano, tiers, effective, created_at"
     )
     with (
         psycopg.connect(source) as connection,

@@ -16,6 +16,9 @@ from typing import Any, Final
 
 import psycopg
 from psycopg.rows import tuple_row
+from psycopg.types.json import Jsonb
+
+from metering.core.rating import Tier
 
 #: The rounding is `metering.core.rating.amount_nano`'s: summed exactly, rounded once, half a nano up.
 _CHANGED: Final = """
@@ -25,12 +28,14 @@ select * from (
            coalesce(last.currency, u.currency) as currency,
            case when u.input_tokens + u.output_tokens + u.quantity = 0 then 0 else greatest(%(minimum_nano)s::bigint,
                case when u.meter = %(meter)s then u.quantity * %(each_nano)s::bigint else 0 end + div(
-               2 * (  (u.input_tokens - u.cached_tokens)::numeric * %(input_nano)s
-                    + u.cached_tokens::numeric * %(cached_nano)s
-                    + (u.output_tokens - u.reasoning_tokens)::numeric * %(output_nano)s
-                    + u.reasoning_tokens::numeric * %(reasoning_nano)s) + 1000000, 2000000)) end::bigint as after_nano
+               2 * (  (u.input_tokens - u.cached_tokens)::numeric * coalesce((t.tier ->> 'input_nano')::bigint, %(input_nano)s)
+                    + u.cached_tokens::numeric * coalesce((t.tier ->> 'cached_nano')::bigint, %(cached_nano)s)
+                    + (u.output_tokens - u.reasoning_tokens)::numeric * coalesce((t.tier ->> 'output_nano')::bigint, %(output_nano)s)
+                    + u.reasoning_tokens::numeric * coalesce((t.tier ->> 'reasoning_nano')::bigint, %(reasoning_nano)s)
+                   ) + 1000000, 2000000)) end::bigint as after_nano
     from usage_event u
         left join rate_card c using (rate_card_id)
+        left join lateral rate_tier(%(tiers)s, u.input_tokens) as t (tier) on true
         left join lateral (
             select r.after_nano, x.currency from rerated_row r join rerating x using (rerating_id)
             where r.request_id = u.request_id order by r.rerating_id desc limit 1
@@ -53,9 +58,9 @@ from rerated group by 1 order by 1
 """
 _KEEP: Final = """
 insert into rerating (model, tenant_id, starts_at, ends_at, currency, input_nano, output_nano, cached_nano, reasoning_nano,
-                      minimum_nano, meter, each_nano, reason, applied_by, applied_at)
+                      minimum_nano, meter, each_nano, tiers, reason, applied_by, applied_at)
 values (%(model)s, %(tenant_id)s, %(starts_at)s, %(ends_at)s, %(currency)s, %(input_nano)s, %(output_nano)s, %(cached_nano)s,
-        %(reasoning_nano)s, %(minimum_nano)s, %(meter)s, %(each_nano)s, %(reason)s, %(by)s, %(now)s)
+        %(reasoning_nano)s, %(minimum_nano)s, %(meter)s, %(each_nano)s, %(tiers)s, %(reason)s, %(by)s, %(now)s)
 returning rerating_id
 """
 _KEEP_ROWS: Final = """
@@ -89,6 +94,7 @@ class Correction:
     #: Empty: nothing but tokens.
     meter: str
     each_nano: int
+    tiers: tuple[Tier, ...] = ()
 
     @property
     def period(self) -> date:
@@ -111,7 +117,7 @@ class Difference:
 
 def find(connection: psycopg.Connection[Any], correction: Correction) -> list[Difference]:
     """Compute the differences, for `apply` in the same transaction; once a transaction."""
-    words = asdict(correction)
+    words = _words(correction)
     connection.execute(_CHANGED, words)
     return [
         Difference(tenant_id=row[0], request_count=row[1], unpriced_count=row[2], before_nano=row[3], after_nano=row[4])
@@ -121,7 +127,7 @@ def find(connection: psycopg.Connection[Any], correction: Correction) -> list[Di
 
 def obstacles(connection: psycopg.Connection[Any], correction: Correction) -> list[str]:
     """Why what `find` found cannot be applied, each as a clause for a person."""
-    words = asdict(correction)
+    words = _words(correction)
     found = [f"{count} of its requests were charged in {currency}" for currency, count in _rows(connection, _OTHER_CURRENCY, words)]
     [(retired,)] = _rows(connection, _RETIRED, words)
     return found + ([f"the rows of {retired} of its days are gone"] if retired else [])
@@ -129,11 +135,15 @@ def obstacles(connection: psycopg.Connection[Any], correction: Correction) -> li
 
 def apply(connection: psycopg.Connection[Any], correction: Correction, *, reason: str, by: str, now: datetime) -> int:
     """Write down what `find` found; its number. The caller holds the charging lock, and looked for obstacles."""
-    words: Mapping[str, Any] = asdict(correction) | {"reason": reason, "by": by, "now": now, "period": correction.period}
+    words: Mapping[str, Any] = _words(correction) | {"reason": reason, "by": by, "now": now, "period": correction.period}
     [(made,)] = _rows(connection, _KEEP, words)
     for query in (_KEEP_ROWS, _KEEP_LINES):
         connection.execute(query, {**words, "id": made})
     return int(made)
+
+
+def _words(correction: Correction) -> dict[str, Any]:
+    return asdict(correction) | {"tiers": Jsonb([asdict(tier) for tier in correction.tiers])}
 
 
 def _rows(connection: psycopg.Connection[Any], query: str, words: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -31,7 +31,7 @@ STEP_MAX: Final = 1000
 #: What a collector holds for as long as it reads the journal; whoever holds it here keeps collectors away.
 _TAKE: Final = "select pg_try_advisory_xact_lock(hashtextextended('peaje-journal:' || %s, 0))"
 _READ_UNTIL: Final = "select read_until from journal_state where journal = %s"
-_OPEN: Final = "select request_id, entry from open_exchange where journal = %s order by started_at, request_id limit %s"
+_OPEN: Final = "select entry from open_exchange where journal = %s order by started_at, request_id limit %s"
 _KEEP: Final = """
 insert into retired_journal (journal, retired_at, retired_by, reason, read_until, closed_count, files)
 values (%s, %s, %s, %s, %s, %s, %s)
@@ -80,8 +80,7 @@ def _close_open(connection: psycopg.Connection[Any], cursor: psycopg.Cursor[Any]
     cursor.execute("create temp table incoming (like usage_event) on commit drop")
     closed = 0
     while rows := cursor.execute(_OPEN, (journal, STEP_MAX)).fetchall():
-        add_events(connection, [lost_event(parse(orjson.dumps(entry))) for _, entry in rows], now)
+        add_events(connection, [lost_event(parse(orjson.dumps(entry))) for (entry,) in rows], now)
         cursor.execute("truncate incoming")
-        cursor.execute("delete from open_exchange where request_id = any(%s)", ([request_id for request_id, _ in rows],))
         closed += len(rows)
     return closed

@@ -89,7 +89,7 @@ def list_files(live: Path) -> list[Path]:
         matched = pattern.fullmatch(name)
         if matched is not None:
             old.append((int(matched["number"] or 0), _modified(live.parent / name), name))
-    return [*(live.parent / name for _, _, name in sorted(old)), *([live] if live.exists() else [])]
+    return [*(live.parent / name for _, _, name in sorted(old)), *([live] if _is_there(live) else [])]
 
 
 def look(live: Path) -> list[JournalFile]:
@@ -143,17 +143,32 @@ def _piece(file: BinaryIO, path: Path, places: Mapping[str, Place], bytes_max: i
         offset, alarm = 0, Alarm(reason="the file was truncated", place=place)
     elif place and offset and os.pread(file.fileno(), 1, offset - 1) != b"\n":
         offset, alarm = 0, Alarm(reason="the file was rewritten", place=place)
-    file.seek(offset)
-    data = file.read(bytes_max)
+    data, fault = _read(file, offset, bytes_max)
     last = data.rfind(b"\n")
     if last >= 0:
-        behind = Place(file_id, path.name, offset + last + 1)
-        return Piece(start=offset, data=data[:last], place=behind, alarm=alarm, is_last=len(data) < bytes_max)
+        behind, is_last = Place(file_id, path.name, offset + last + 1), fault is None and len(data) < bytes_max
+        return Piece(start=offset, data=data[:last], place=behind, alarm=alarm, is_last=is_last)
+    if fault is not None:
+        raise fault
     if len(data) > LINE_BYTES_MAX:
         end = _line_end(file, offset + len(data))
         if end is not None:
             return Piece(start=offset, data=data, place=Place(file_id, path.name, end + 1), alarm=alarm, endless=True)
     return None
+
+
+def _read(file: BinaryIO, offset: int, bytes_max: int) -> tuple[bytes, OSError | None]:
+    """The bytes from *offset* on, and what the disk said where they end if that is neither the bound nor the file's end."""
+    data = b""
+    while len(data) < bytes_max:
+        try:
+            more = os.pread(file.fileno(), bytes_max - len(data), offset + len(data))
+        except OSError as exc:
+            return data, exc
+        if not more:
+            break
+        data = data + more if data else more
+    return data, None
 
 
 def _line_end(file: BinaryIO, offset: int) -> int | None:
@@ -192,6 +207,15 @@ def _open(path: Path) -> BinaryIO | None:
         return path.open("rb") if stat.S_ISREG(path.stat().st_mode) else None
     except FileNotFoundError:
         return None
+
+
+def _is_there(path: Path) -> bool:
+    # Unlike `Path.exists`, which of some versions of Python takes a disk that fails for a file that is gone.
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _modified(path: Path) -> int:

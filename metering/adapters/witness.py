@@ -39,16 +39,16 @@ ACTOR: Final = "reconciliation"
 #: A journal that has not been read past an exchange's end may still hold it.
 _READ_UNTIL: Final = "select min(read_until) from journal_state"
 _ROWS: Final = """
-select request_id, tenant_id, input_tokens, output_tokens from usage_event
+select request_id, tenant_id, input_tokens, output_tokens, quantity, outcome from usage_event
 where started_at between %(first)s and %(last)s and request_id = any(%(ids)s)
 """
 _OPEN: Final = "select request_id from open_exchange where request_id = any(%(ids)s)"
 #: Of a day whose rows were retired nothing can be said.
 _RETIRED: Final = "select day from usage_retired where day between (%(first)s at time zone 'UTC')::date and (%(last)s at time zone 'UTC')::date"
 _KEEP_EXCEPTION: Final = """
-insert into reconciliation_exception (kind, request_id, started_at, tenant_id, input_tokens, output_tokens,
-                                      ledger_tenant_id, ledger_input_tokens, ledger_output_tokens, found_at)
-values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+insert into reconciliation_exception (kind, request_id, started_at, tenant_id, input_tokens, output_tokens, quantity,
+                                      ledger_tenant_id, ledger_input_tokens, ledger_output_tokens, ledger_quantity, found_at)
+values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 on conflict do nothing returning exception_id
 """
 _KEEP_HOURS: Final = """
@@ -62,7 +62,10 @@ with late as (
     where e.state = 'open' and e.kind = 'row_missing'
       and exists (select from usage_event u where u.started_at = e.started_at and u.request_id = e.request_id
                   and u.tenant_id = e.tenant_id and u.input_tokens = coalesce(e.input_tokens, u.input_tokens)
-                  and u.output_tokens = coalesce(e.output_tokens, u.output_tokens))
+                  and u.output_tokens = coalesce(e.output_tokens, u.output_tokens)
+                  -- As `metering.core.witness.compare` has it.
+                  and (u.quantity = coalesce(e.quantity, u.quantity)
+                       or u.quantity = 0 and u.outcome in ('upstream_error', 'gateway_error', 'refused_by_engine')))
     order by exception_id limit %(limit)s
 )
 update reconciliation_exception e
@@ -152,7 +155,7 @@ def _compare(connection: psycopg.Connection[Any], said: Sequence[Sighting], now:
     # Before the rows: an exchange that is closed in between is then found as a row.
     under_way = {request_id for (request_id,) in connection.execute(_OPEN, words).fetchall()}
     rows = {
-        row[0]: Row(tenant_id=row[1], input_tokens=row[2], output_tokens=row[3])
+        row[0]: Row(tenant_id=row[1], input_tokens=row[2], output_tokens=row[3], quantity=row[4], outcome=row[5])
         for row in connection.execute(_ROWS, words).fetchall()
     }
     retired = {day for (day,) in connection.execute(_RETIRED, words).fetchall()}
@@ -178,11 +181,12 @@ def _compare(connection: psycopg.Connection[Any], said: Sequence[Sighting], now:
 
 def _keep(connection: psycopg.Connection[Any], kind: Kind, seen: Sighting, row: Row | None, now: datetime) -> bool:
     """Keep a disagreement; False if it is known already."""
-    booked = (None, None, None) if row is None else (row.tenant_id, row.input_tokens, row.output_tokens)
+    booked = (None,) * 4 if row is None else (row.tenant_id, row.input_tokens, row.output_tokens, row.quantity)
     kept = connection.execute(
         _KEEP_EXCEPTION,
         (
-            kind.value, seen.request_id, seen.started_at, seen.tenant_id, seen.input_tokens, seen.output_tokens, *booked, now,
+            kind.value, seen.request_id, seen.started_at, seen.tenant_id, seen.input_tokens, seen.output_tokens, seen.quantity,
+            *booked, now,
         ),
     ).fetchone()
     if kept is not None:

@@ -85,6 +85,15 @@ class Watch:
         return Watch(since=here), _interval(State.RESET if went_back else State.COMPARED, self.since, at, here.counters)
 
 
+def unexplained(drift: int, *, cut_count: int) -> int:
+    """
+    What of *drift* (ledger less engine) has to be explained by somebody.
+
+    Where requests were cut the engine may have more: it counts what it generated and nobody received.
+    """
+    return 0 if cut_count and drift < 0 else drift
+
+
 def _interval(state: State, since: Quiet, at: datetime, counters: Counters) -> Interval:
     return Interval(
         state=state, starts_at=since.at, ends_at=at,

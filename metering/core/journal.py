@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -34,8 +35,12 @@ _REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a
 _NUL, _REPLACEMENT = rb"\u0000", rb"\ufffd"
 #: Longer text is cut: nothing of ours is, and a row is no place for a caller's essay.
 TEXT_LENGTH_MAX = 256
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECONDS: Final = 1_000_000
 #: HTTP has three digits.
 _STATUS_MAX = 999
+_TEXTS = (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE, c.J_TRACE)
+_COUNTS = (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY)
 _NESTED = (c.J_IDENTITY, c.J_REQUEST, c.J_USAGE, c.J_ADMISSION)
 
 #: Envoy response flags by who ended the exchange.
@@ -57,8 +62,8 @@ class Malformed(ValueError):
     """A complete line that is not a record."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+# These three are made for each record, and a named tuple is made in half the time of a frozen dataclass.
+class Entry(NamedTuple):
     """One journal record. Every record of one exchange has the same id and start."""
 
     type: str
@@ -79,8 +84,7 @@ class Entry:
         return _text(self.fields[c.J_IDENTITY], c.ID_TENANT)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of an exchange, what else it is metered by, and how they are known."""
 
     input_tokens: int
@@ -93,9 +97,8 @@ class Usage:
     anomaly: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UsageEvent:
-    """The one row of an admitted request."""
+class UsageEvent(NamedTuple):
+    """The one row of an admitted request, in the order in which it is copied."""
 
     request_id: str
     tenant_id: str
@@ -160,7 +163,11 @@ def parse(line: bytes) -> Entry:
 def moment(stamp: str) -> datetime:
     """Seconds since 1970 with microseconds, as the gate writes them; raises what `datetime` raises for what is none."""
     seconds, _, micros = stamp.partition(".")
-    return datetime.fromtimestamp(int(seconds), UTC).replace(microsecond=int(micros or 0))
+    microseconds = int(micros or 0)
+    if not 0 <= microseconds < _MICROSECONDS:
+        raise ValueError(stamp)
+    # Half the price of `fromtimestamp`, which asks what the local time is.
+    return _EPOCH + timedelta(0, int(seconds), microseconds)
 
 
 def is_request_id(text: str) -> bool:
@@ -169,16 +176,17 @@ def is_request_id(text: str) -> bool:
 
 
 def _refuse_odd_values(fields: dict[str, Any]) -> None:
-    for name in (c.J_STATUS, c.J_BYTES_SENT):
-        if type(fields.get(name, 0)) is not int or fields.get(name, 0) < 0:
-            raise ValueError(name)
-    if fields.get(c.J_STATUS, 0) > _STATUS_MAX:
+    status, bytes_sent = fields.get(c.J_STATUS, 0), fields.get(c.J_BYTES_SENT, 0)
+    if type(status) is not int or not 0 <= status <= _STATUS_MAX:
         raise ValueError(c.J_STATUS)
-    for name in (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE):
+    if type(bytes_sent) is not int or bytes_sent < 0:
+        raise ValueError(c.J_BYTES_SENT)
+    for name in _TEXTS:
         if type(fields.get(name, "")) is not str:
             raise ValueError(name)
-    for name in (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY):
-        if int(fields[c.J_REQUEST].get(name) or 0) < 0:
+    request = fields[c.J_REQUEST]
+    for name in _COUNTS:
+        if int(request.get(name) or 0) < 0:
             raise ValueError(name)
 
 
@@ -257,12 +265,16 @@ def _without_tokens(quantity: int, *, basis: str, anomaly: str | None) -> Usage:
 
 
 def _quantity(entry: Entry, anomaly: str | None) -> tuple[int, str | None]:
+    return metered(entry.fields[c.J_REQUEST], entry.fields[c.J_USAGE], anomaly)
+
+
+def metered(request: Mapping[str, Any], usage: Mapping[str, Any], anomaly: str | None = None) -> tuple[int, str | None]:
     """What was delivered by the dialect's meter, and what is odd about it. Where nobody said: what was asked for."""
-    dialect = entry.fields[c.J_REQUEST].get(c.REQ_DIALECT)
+    dialect = request.get(c.REQ_DIALECT)
     if dialect not in c.DIALECT_METERS:
         return 0, anomaly
-    asked = min(int(entry.fields[c.J_REQUEST].get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
-    said = entry.fields[c.J_USAGE].get(c.USE_QUANTITY)
+    asked = min(int(request.get(c.REQ_QUANTITY) or 0), TOKENS_MAX)
+    said = usage.get(c.USE_QUANTITY)
     if said is None:
         return asked if dialect in _METERED_ALONE else 0, anomaly
     quantity = whole(said)
@@ -346,7 +358,6 @@ def _outcome(entry: Entry, status: int) -> str:
 
 def _event(entry: Entry, *, status: int, outcome: str, usage: Usage) -> UsageEvent:
     identity, request = entry.fields[c.J_IDENTITY], entry.fields[c.J_REQUEST]
-    upstream = entry.fields.get(c.J_UPSTREAM)
     return UsageEvent(
         request_id=entry.request_id,
         tenant_id=entry.tenant_id,
@@ -367,7 +378,7 @@ def _event(entry: Entry, *, status: int, outcome: str, usage: Usage) -> UsageEve
         basis=usage.basis,
         anomaly=None if usage.anomaly is None else str(usage.anomaly)[:TEXT_LENGTH_MAX],
         streamed=bool(request.get(c.REQ_STREAM)),
-        upstream=upstream,
+        upstream=_text(entry.fields, c.J_UPSTREAM) or None,
     )
 
 

@@ -20,6 +20,21 @@ NANO: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """
+    Prices of requests with more than *above_tokens* input tokens, cached ones included.
+
+    They stand in place of the card's own for all tokens of such a request, and for none of any other.
+    """
+
+    above_tokens: int
+    input_nano: int
+    output_nano: int
+    cached_nano: int
+    reasoning_nano: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RateCard:
     """Prices of a model for a while: from `starts_at`, before `ends_at`."""
 
@@ -39,6 +54,12 @@ class RateCard:
     each_nano: int
     starts_at: datetime
     ends_at: datetime | None
+    #: From the lowest *above_tokens* to the highest.
+    tiers: tuple[Tier, ...] = ()
+
+    def tier(self, input_tokens: int) -> Tier | None:
+        """The tier that a request with so many input tokens falls into; None: the card's own prices are charged."""
+        return next((tier for tier in reversed(self.tiers) if input_tokens > tier.above_tokens), None)
 
     def holds_at(self, moment: datetime) -> bool:
         """Whether a request admitted at *moment* is charged by this card."""
@@ -70,7 +91,7 @@ def amount_nano(
     What the tokens and the *quantity* of what else was metered cost; None if the card has no price for it.
 
     Cached tokens are part of the input, reasoning tokens part of the output; each token is charged
-    once. Where there are tokens, a card without a price for the meter charges by them alone. Nothing used costs
+    once, at the prices of the tier that the request's input falls into. Where there are tokens, a card without a price for the meter charges by them alone. Nothing used costs
     nothing, whatever the minimum.
 
     A million tokens at 0.15 of which half are cached at 0.075:
@@ -88,11 +109,12 @@ def amount_nano(
     tokens, each = input_tokens + output_tokens, card.each_nano if meter == card.meter else 0
     if quantity and not tokens and meter != card.meter:
         return None
+    prices = (card.tier(input_tokens) if card.tiers else None) or card
     exact = (
-        (input_tokens - cached_tokens) * card.input_nano
-        + cached_tokens * card.cached_nano
-        + (output_tokens - reasoning_tokens) * card.output_nano
-        + reasoning_tokens * card.reasoning_nano
+        (input_tokens - cached_tokens) * prices.input_nano
+        + cached_tokens * prices.cached_nano
+        + (output_tokens - reasoning_tokens) * prices.output_nano
+        + reasoning_tokens * prices.reasoning_nano
     )
     rounded = (2 * exact + TOKENS_PER_PRICE) // (2 * TOKENS_PER_PRICE)
     return max(rounded + quantity * each, card.minimum_nano) if tokens or quantity else 0

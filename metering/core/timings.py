@@ -8,7 +8,7 @@ row stands. Must not know metrics or the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from chassis import contract as c
 from metering.core.journal import Entry, UsageEvent
@@ -18,8 +18,7 @@ _MICROSECONDS = 1_000_000
 _MICROSECONDS_MAX = 86_400 * _MICROSECONDS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
+class Timings(NamedTuple):
     """Seconds; None where the exchange did not come so far, or where the figure would say nothing."""
 
     #: From the last byte of the request to the first one sent to the model server: what the gateway added.
@@ -34,9 +33,10 @@ class Timings:
 
 def timings(entry: Entry, event: UsageEvent) -> Timings:
     """The timings of the exchange whose end record is *entry* and whose row is *event*."""
-    added, first, answer = (_seconds(entry, name) for name in (c.J_ADDED_US, c.J_FIRST_BYTE_US, c.J_ANSWER_US))
+    added = _seconds(entry, c.J_ADDED_US)
     if not event.streamed or event.outcome != "ok" or event.output_tokens < 1:
         return Timings(added=added, first_token=None, between_tokens=None, tokens_per_second=None)
+    first, answer = _seconds(entry, c.J_FIRST_BYTE_US), _seconds(entry, c.J_ANSWER_US)
     gaps = event.output_tokens - 1
     return Timings(
         added=added,

@@ -15,9 +15,11 @@ from enum import StrEnum
 from typing import Any
 
 from chassis import contract as c
-from metering.core.journal import Malformed, is_request_id, moment, whole
+from metering.core.journal import Malformed, is_request_id, metered, moment, whole
 
 _COUNTED = ("final", "running")
+#: Nothing of an answer that ended so need be charged by its meter, whatever of it was seen.
+_BROKEN_OFF = frozenset({"upstream_error", "gateway_error", "refused_by_engine"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Sighting:
     #: None: it saw no usage, or one that is no count.
     input_tokens: int | None
     output_tokens: int | None
+    #: Of what else the dialect is metered by. None: it saw none of it, or what is no count.
+    quantity: int | None
     #: When it was heard, by the clock of whoever heard it.
     heard_at: datetime
 
@@ -41,6 +45,8 @@ class Row:
     tenant_id: str
     input_tokens: int
     output_tokens: int
+    quantity: int
+    outcome: str
 
 
 class Kind(StrEnum):
@@ -59,10 +65,12 @@ def sighting(
         if not is_request_id(request_id):
             raise ValueError(c.J_REQUEST_ID)
         counted = usage.get(c.USE_SEEN) in _COUNTED
+        said = whole(usage.get(c.USE_QUANTITY))
         return Sighting(
             request_id=request_id, started_at=moment(request[c.REQ_STARTED_AT]), tenant_id=str(identity[c.ID_TENANT]),
             input_tokens=whole(usage.get(c.USE_INPUT, 0)) if counted else None,
             output_tokens=whole(usage.get(c.USE_OUTPUT, 0)) if counted else None,
+            quantity=None if said is None else metered(request, usage)[0],
             heard_at=heard_at,
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as exc:
@@ -77,5 +85,8 @@ def compare(seen: Sighting, row: Row | None) -> Kind | None:
         return Kind.TENANT_DIFFERS
     pairs = ((seen.input_tokens, row.input_tokens), (seen.output_tokens, row.output_tokens))
     if any(said is not None and said != booked for said, booked in pairs):
+        return Kind.USAGE_DIFFERS
+    is_waived = row.outcome in _BROKEN_OFF and row.quantity == 0
+    if seen.quantity is not None and seen.quantity != row.quantity and not is_waived:
         return Kind.USAGE_DIFFERS
     return None

@@ -12,8 +12,9 @@
 --
 -- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
 -- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
--- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, and the
--- least that a request with any token costs.
+-- 1970; 0: by its own state), c price {input, output, cached} in nano-units per million tokens, the
+-- least that a request with any token costs, what each of its meter costs, the input tokens that it may turn out
+-- to have, tiers from the lowest: {input, output, cached, above so many input tokens, reasoning}, and what reasoning costs.
 
 local DAYS_400_MS = 34560000000
 -- Leases purged in one call; more wait for the next, and until then count as held.
@@ -114,18 +115,51 @@ local function leases_of(counter, now)
   return redis.call('ZCOUNT', counter.n, '(' .. whole(now), '+inf')
 end
 
--- Rounded up to a whole nano-unit. Millions and the rest of each price apart: a product of tokens
--- and nano-units per million would not be exact in a double.
-local function cost(price, input, output, cached, quantity)
-  if input == 0 and output == 0 and quantity == 0 then return 0 end
+-- Nano-units of parts {tokens, their price, ...}, rounded up to a whole one. Millions and the rest of each price
+-- apart: a product of tokens and nano-units per million would not be exact in a double.
+local function rounded(price, parts, quantity)
   local amount, rest = 0, 0
-  local tokens = { input - cached, output, cached }
-  for i = 1, 3 do
-    local low = price[i] % 1000000
-    amount = amount + tokens[i] * ((price[i] - low) / 1000000)
-    rest = rest + tokens[i] * low
+  for i = 1, #parts, 2 do
+    local low = parts[i + 1] % 1000000
+    amount = amount + parts[i] * ((parts[i + 1] - low) / 1000000)
+    rest = rest + parts[i] * low
   end
   return math.max(price[4] or 0, amount + math.ceil(rest / 1000000) + quantity * (price[5] or 0))
+end
+
+-- Of reasoning, which is output; null: as any other.
+local function reasoning_price(prices, price)
+  local said = prices[5]
+  if prices == price then said = price[8] end
+  return type(said) == 'number' and said or prices[2]
+end
+
+-- By the tier that so many input tokens fall into.
+local function cost(price, input, output, cached, quantity, reasoning)
+  if input == 0 and output == 0 and quantity == 0 then return 0 end
+  local prices = price
+  for _, tier in ipairs(price[7] or {}) do
+    if input > tier[4] then prices = tier end
+  end
+  return rounded(price, {
+    input - cached, prices[1], cached, prices[3],
+    output - reasoning, prices[2], reasoning, reasoning_price(prices, price),
+  }, quantity)
+end
+
+-- The most, whatever is cached or reasoning, by the dearest tier that the request may fall into.
+local function worst_cost(price, input, output, quantity)
+  if input == 0 and output == 0 and quantity == 0 then return 0 end
+  local function at(prices)
+    return rounded(price, {
+      input, math.max(prices[1], prices[3]), output, math.max(prices[2], reasoning_price(prices, price)),
+    }, quantity)
+  end
+  local most = at(price)
+  for _, tier in ipairs(price[7] or {}) do
+    if tier[4] < math.max(input, price[6]) then most = math.max(most, at(tier)) end
+  end
+  return most
 end
 
 local HITS = {
@@ -133,25 +167,31 @@ local HITS = {
   input_tokens = function(_, input) return input end,
   output_tokens = function(_, _, output) return output end,
   cached_tokens = function(_, _, _, cached) return cached end,
-  money = function(counter, input, output, cached, quantity)
-    return type(counter.c) == 'table' and cost(counter.c, input, output, cached, quantity) or 0
+  money = function(counter, input, output, cached, quantity, reasoning)
+    return type(counter.c) == 'table' and cost(counter.c, input, output, cached, quantity, reasoning) or 0
   end,
 }
 
 -- What so many tokens, and so much of what else is metered, add to a counter; a request is one hit of requests and of concurrency.
-local function hits_of(counter, input, output, cached, quantity)
+local function hits_of(counter, input, output, cached, quantity, reasoning)
   local counted = HITS[counter.u]
-  return counted and counted(counter, input, output, cached, quantity) or 1
+  return counted and counted(counter, input, output, cached, quantity, reasoning) or 1
 end
 
 -- A quota or budget that may not be overshot: what is asked of it goes by the output that is granted.
 local function is_hard(counter) return counter.k == 'quota' and counter.e == 'refuse' end
 
+-- Hits that are held of a hard counter for so many tokens.
+local function holds_of(counter, input, output, quantity)
+  if counter.u == 'money' and type(counter.c) == 'table' then return worst_cost(counter.c, input, output, quantity) end
+  return hits_of(counter, input, output, 0, quantity, 0)
+end
+
 -- Hits that the lean ask takes of a counter where so many tokens are held. Any but a hard counter is asked
 -- for the usual, and settles as a debt.
 local function lean_hits(demand, counter, output, input)
   if not demand.o or not is_hard(counter) then return counter.l end
-  return hits_of(counter, input, output, 0, demand.q or 0)
+  return holds_of(counter, input, output, demand.q or 0)
 end
 
 -- The most tokens that fit, from `high` down to `low`; nil if not even those do.

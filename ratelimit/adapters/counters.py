@@ -23,14 +23,18 @@ from redis.retry import Retry
 from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
+from ratelimit.core.doubt import Hold
 from ratelimit.core.lease import LENGTH_US, Lease
-from ratelimit.core.limits import Period
-from ratelimit.core.usage import Report
+from ratelimit.core.limits import Effect, Period, Unit
+from ratelimit.core.usage import Price, Report, Usage, hits
 
 #: Well below Envoy's 500 ms for the whole decision, well above what a busy host delays a reply.
 STORE_TIMEOUT_SECONDS: Final = 0.1
 #: How long the store keeps a calendar quota beyond its window: what was admitted in it may settle later.
 _QUOTA_KEPT_MS: Final = 2 * LEASE_US // 1000
+
+#: Open reservations of a tenant that are looked at at once: a kilobyte each.
+HOLDS_MAX: Final = 200
 
 _SCRIPTS = Path(__file__).parent
 _UNSEEDED: Final = -1
@@ -125,7 +129,7 @@ class StoredCounters:
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(place, request_id), open_key(place)]
-        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity])
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning])
         return Settled(excess_tokens=int(excess)) if settled else None
 
     def raise_used(self, name: str, spent: int) -> bool:
@@ -147,6 +151,21 @@ class StoredCounters:
         except redis.RedisError as exc:
             raise _translated(exc) from exc
         return {request_id: _epoch(stored) for request_id, stored in zip(request_ids, found, strict=True) if stored}
+
+    def holds(self, tenant_id: str, counters: Sequence[Counter]) -> list[tuple[Hold, ...]] | None:
+        """What each open reservation of a tenant holds of each of *counters*; None if they are more than `HOLDS_MAX`."""
+        try:
+            ids: Any = self._store.zrange(open_key(tenant_id), 0, HOLDS_MAX)
+            if len(ids) > HOLDS_MAX:
+                return None
+            names = [request_id.decode() for request_id in ids]
+            found: Any = self._store.mget([reservation_key(tenant_id, name) for name in names]) if names else []
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        held = [(name, _held(stored)) for name, stored in zip(names, found, strict=True) if stored]
+        return [
+            tuple(Hold(request_id=name, hits=hits[counter.name]) for name, hits in held if counter.name in hits) for counter in counters
+        ]
 
     def under_way(self, model: str) -> list[str]:
         """Tenants that have a slot of *model*'s pool."""
@@ -227,6 +246,35 @@ def _epoch(reservation: bytes) -> str:
     return str(orjson.loads(reservation[reservation.index(b"{") :]).get("e", ""))
 
 
+def _held(reservation: bytes) -> dict[str, int]:
+    """Hits that a reservation holds, by counter: of the full ask, or of what of the lean one was granted."""
+    head, text = reservation[: (begin := reservation.index(b"{"))].decode(), reservation[begin:]
+    demand = orjson.loads(text)
+    verdict, rest = Verdict(int(head[0])), head[1:]
+    taken, _, granted = rest.partition("=")
+    output, _, input_ = granted.partition(",")
+    found = {}
+    for counter, is_taken in zip(demand["c"], taken, strict=True):
+        if is_taken == "0":
+            continue
+        is_hard = counter["k"] == Kind.QUOTA.value and counter["e"] == Effect.REFUSE.value
+        if verdict is Verdict.FULL:
+            found[counter["n"]] = counter["f"]
+        elif is_hard and output:
+            usage = Usage(input=int(input_), output=int(output), quantity=demand["q"])
+            found[counter["n"]] = hits(Unit(counter["u"]), usage, _price(counter["c"]))
+        else:
+            found[counter["n"]] = counter["l"]
+    return found
+
+
+def _price(numbers: Sequence[int] | None) -> Price | None:
+    if numbers is None:
+        return None
+    input_, output, cached, minimum, each = numbers
+    return Price(currency="", input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum, each_nano=each)
+
+
 def _script(text: str) -> _Script:
     # The store names scripts by this hash; nothing rests on its strength.
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
@@ -265,7 +313,9 @@ def _counter_document(counter: Counter) -> dict[str, Any]:
         "a": counter.amount, "p": counter.period_us, "b": counter.burst, "f": counter.full, "l": counter.lean,
         "x": _forgotten_ms(counter), "w": counter.weight,
         "c": None if price is None else [
-            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano
+            price.input_nano, price.output_nano, price.cached_nano, price.minimum_nano, price.each_nano, price.reach,
+            [[it.input_nano, it.output_nano, it.cached_nano, it.above_tokens, it.reasoning_nano] for it in price.tiers],
+            price.reasoning_nano,
         ],
     }  # fmt: skip
 

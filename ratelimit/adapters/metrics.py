@@ -15,6 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from ratelimit.core.decide import Outcome, Verdict
 from ratelimit.core.demand import Counter as Limit
 from ratelimit.core.demand import Demand, Kind
+from ratelimit.core.doubt import Judgement
 from ratelimit.core.limits import OnStoreError, Unit
 from ratelimit.core.reading import Reading
 
@@ -29,6 +30,12 @@ _DECISIONS: Final = Counter(
 )
 _REFUSALS: Final = Counter(
     "peaje_ratelimit_refusals_total", "Refusals by the limit that has the longest wait.", ["kind", "unit"]
+)
+_JUDGED: Final = Counter(
+    "peaje_ratelimit_refusals_judged_total",
+    "Refusals by what the reservations in their way came to: false (what those did not use would have left room), just, unknown "
+    "(too many at once, or under way for longer than a quarter of an hour).",
+    ["judgement"],
 )
 _OVER: Final = Counter(
     "peaje_ratelimit_over_total", "Requests that passed a limit that only counts or is in shadow mode.", ["effect", "unit"]
@@ -70,6 +77,7 @@ _BY_VERDICT: Final = {verdict: _DECISIONS.labels(verdict.name.lower()) for verdi
 UNLIMITED: Final = _DECISIONS.labels("unlimited")
 UNAVAILABLE: Final = _DECISIONS.labels("unavailable")
 _BY_LIMIT: Final = {(kind, unit): _REFUSALS.labels(kind.value, unit.value) for kind in Kind for unit in Unit}
+_BY_JUDGEMENT: Final = {judgement: _JUDGED.labels(judgement.value) for judgement in Judgement}
 _BY_MODE: Final = {mode: _WITHOUT_STORE.labels(mode.value) for mode in OnStoreError}
 STORE_TAKE: Final = STORE_SECONDS.labels("take")
 STORE_SETTLE: Final = STORE_SECONDS.labels("settle")
@@ -91,6 +99,11 @@ def decided(demand: Demand, outcome: Outcome) -> None:
 def refused(worst: Reading) -> None:
     """Count a refusal by the limit that the caller is told of."""
     _BY_LIMIT[worst.counter.kind, worst.counter.unit].inc()
+
+
+def judged(judgement: Judgement) -> None:
+    """Count what is known of a refusal in the end."""
+    _BY_JUDGEMENT[judgement].inc()
 
 
 def without_store(counters: tuple[Limit, ...]) -> None:

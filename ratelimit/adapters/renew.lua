@@ -32,7 +32,7 @@ end
 local function fits(tokens)
   for i, level in pairs(others) do
     local counter = demand.c[i]
-    if level + hits_of(counter, input, tokens, 0, demand.q or 0) > counter.a then return false end
+    if level + holds_of(counter, input, tokens, demand.q or 0) > counter.a then return false end
   end
   return true
 end
@@ -41,7 +41,7 @@ local granted = most_that_fits(output, most, fits)
 if not granted then return whole(reservation.output) end
 for i in pairs(others) do
   local counter = demand.c[i]
-  local hits, leases = hits_of(counter, input, granted, 0, demand.q or 0), counter.n .. ':held'
+  local hits, leases = holds_of(counter, input, granted, demand.q or 0), counter.n .. ':held'
   if redis.call('ZREM', leases, member(own[i], demand.r)) == 1 then
     redis.call('HINCRBY', counter.n, 'held', whole(-own[i]))
   end

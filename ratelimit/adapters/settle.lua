@@ -4,7 +4,7 @@
 --          reservation; they have the same hash tag, so they live in the same slot.
 -- ARGV     input tokens (-1: nobody knows, the estimate stands), output tokens, cached tokens,
 --          how long it is remembered that this request was settled (ms), the request, how much was delivered
---          of what else it is metered by
+--          of what else it is metered by, output tokens that were reasoning
 -- Answer: {1, tokens used beyond what was held for them, less than 0: held and not used}
 --         | {0, 0} there was nothing (settled before, expired, or never reserved)
 local stored = redis.call('GET', KEYS[1])
@@ -16,6 +16,7 @@ local demand, taken = reservation.demand, reservation.taken
 local now = clock()
 local input, output, cached = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local quantity = tonumber(ARGV[6]) or 0
+local reasoning = math.min(tonumber(ARGV[7]) or 0, output)
 if input < 0 then input = demand['in'] end
 cached = math.min(cached, input)
 
@@ -29,17 +30,17 @@ for i, counter in ipairs(demand.c) do
   elseif counter.k == 'slots' then
     leave_slot(counter, demand.t .. '/' .. demand.r)
   elseif counter.k == 'backlog' then
-    add_backlog(counter, demand.t, hits_of(counter, input, output, cached, quantity) - hits, now)
+    add_backlog(counter, demand.t, hits_of(counter, input, output, cached, quantity, reasoning) - hits, now)
   elseif counter.k == 'bucket' then
     if counter.u ~= 'requests' then
-      put_debt(counter, debt_of(counter, now) + (hits_of(counter, input, output, cached, quantity) - hits) * counter.p, now)
+      put_debt(counter, debt_of(counter, now) + (hits_of(counter, input, output, cached, quantity, reasoning) - hits) * counter.p, now)
     end
   -- A quota that was wiped meanwhile is given back by the ledger, which has this exchange in it.
   elseif redis.call('EXISTS', counter.n) == 1 then
     if redis.call('ZREM', counter.n .. ':held', member(hits, demand.r)) == 1 then
       redis.call('HINCRBY', counter.n, 'held', whole(-hits))
     end
-    redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached, quantity)))
+    redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached, quantity, reasoning)))
   end
 end
 local held = reservation.input + (reservation.output or 0)

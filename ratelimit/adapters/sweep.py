@@ -34,18 +34,20 @@ _BATCH_MAX: Final = 200
 _SWEEP_EVERY_SECONDS: Final = 10.0
 
 _ENDED: Final = """
-select request_id, input_tokens, output_tokens, cached_tokens, quantity from usage_event where request_id = any(%s)
+select request_id, input_tokens, output_tokens, cached_tokens, reasoning_tokens, quantity from usage_event where request_id = any(%s)
 """
 _UNDER_WAY: Final = "select request_id from open_exchange where request_id = any(%s)"
 #: Up to when the journal of each Envoy life has been read to its end. One that has nothing to say moves on with its
 #: collector; one whose collector is away may hold a start record unread, and only what its own Envoy admitted waits
 #: for it, at most until the lease ends. Not by the places in its files: one that was rotated is never read again.
+#: Lives that took over from each other have one journal (contract.EPOCH_HEIR).
 _READ_UNTIL: Final = """
-select epoch, min(read_until)
-from (select epoch, journal from journal_stream union select epoch, journal from ended_life) life
+select asked.epoch, min(read_until)
+from unnest(%s::text[]) asked (epoch)
+join (select epoch, journal from journal_stream union select epoch, journal from ended_life) life
+    on split_part(life.epoch, '~', 1) = split_part(asked.epoch, '~', 1)
 join journal_state using (journal)
-where epoch = any(%s)
-group by epoch
+group by asked.epoch
 """
 #: For what does not know its Envoy: any journal may tell of it.
 _ALL_READ_UNTIL: Final = "select min(read_until) from journal_state"
@@ -89,7 +91,7 @@ class Sweep:
         self._aged += len(aged)
         ids = [request_id for request_id, _ in aged]
         ended = {
-            row[0]: Report(input=row[1], output=row[2], cached=row[3], quantity=row[4])
+            row[0]: Report(input=row[1], output=row[2], cached=row[3], reasoning=row[4], quantity=row[5])
             for row in fetch_all(self._pool, _ENDED, (ids,))
         }
         under_way = {row[0] for row in fetch_all(self._pool, _UNDER_WAY, (ids,))}

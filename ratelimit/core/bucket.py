@@ -37,6 +37,12 @@ def wait_us(counter: Counter, *, debt: float, hits: int) -> int | None:
     return int(-(-excess // counter.amount))
 
 
+def missing(counter: Counter, *, debt: float, hits: int) -> int:
+    """How many of *hits* do not fit now, a part of one counted whole."""
+    excess = debt + hits * counter.period_us - counter.burst * counter.period_us
+    return max(0, int(-(-excess // counter.period_us)))
+
+
 def remaining(counter: Counter, *, debt: float) -> int:
     """Whole hits that would still fit."""
     return max(0, int((counter.burst * counter.period_us - debt) // counter.period_us))

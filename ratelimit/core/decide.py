@@ -21,7 +21,7 @@ from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.fairshare import Backlog, Slots, Standing
 from ratelimit.core.limits import Effect, Unit
 from ratelimit.core.reading import Reading, read
-from ratelimit.core.usage import Report, Usage, hits
+from ratelimit.core.usage import Report, Usage, hits, holds
 
 #: An unsettled reservation is given back after this. Longer than streams live (Envoy ends a silent
 #: one after 600 s, a busy one has ended by then); what is known to be over is settled far earlier.
@@ -193,7 +193,7 @@ def renew(memory: Memory, request_id: str, renewal: Renewal, now_us: int) -> int
             others.append((counter, level, value - level.held.get(request_id, (0, 0))[0]))
 
     def asks(counter: Counter, output: int) -> int:
-        return hits(counter.unit, Usage(input=input_, output=output, quantity=demand.lean.quantity), counter.price)
+        return holds(counter.unit, Usage(input=input_, output=output, quantity=demand.lean.quantity), counter.price)
 
     # The model server is held to the full ask, so nothing beyond it can come.
     candidates = range(renewal.output, max(renewal.output, min(renewal.output + renewal.more, demand.full.output)) + 1)
@@ -251,7 +251,7 @@ def asked(demand: Demand, counter: Counter, verdict: Verdict, output: int) -> in
         return counter.full
     if not counter.is_hard:
         return counter.lean
-    return hits(counter.unit, dataclasses.replace(demand.lean, output=output), counter.price)
+    return holds(counter.unit, dataclasses.replace(demand.lean, output=output), counter.price)
 
 
 def has_room(counter: Counter, value: float, wanted: int) -> bool:

@@ -21,7 +21,7 @@ from typing import Final
 from chassis.contract import DIALECT_METERS
 from ratelimit.core.estimate import Estimates
 from ratelimit.core.limits import LENGTHS_US, Ask, Effect, Limit, OnStoreError, Period, Share, Unit
-from ratelimit.core.usage import Price, Usage, hits
+from ratelimit.core.usage import Price, Usage, hits, holds
 from ratelimit.core.windows import window
 
 #: Dialects whose answers have no generated tokens.
@@ -155,6 +155,9 @@ def demand(
     prompt = estimates.prompt_tokens(model=ask.model, prompt_bytes=ask.prompt_bytes)
     if price is not None:
         price = price.of(DIALECT_METERS.get(ask.dialect, ""))
+        if price.tiers:
+            # A tokenizer makes at most a token of each byte, and the JSON around a prompt is more than a chat template adds.
+            price = replace(price, reach=ask.prompt_bytes)
     choices, usual, worst = max(ask.choices, 1), 0, 0
     if ask.dialect not in _WITHOUT_OUTPUT:
         usual = estimates.output_tokens(
@@ -236,13 +239,14 @@ def _counter(
         name = f"{name}:{current.name}"
         starts_us, ends_us = _microseconds(current.start), _microseconds(current.end)
     burst = limit.amount if limit.burst is None else limit.burst
-    usual = hits(limit.unit, lean, price)
+    asked = holds if _is_hard(limit) else hits
+    usual = asked(limit.unit, lean, price)
     if kind is Kind.BUCKET:
         # What is usual may be more than fits into a bucket at all: it is asked for the whole of it, the rest is a debt.
         usual = min(usual, max(burst, hits(limit.unit, least, price)))
     return Counter(
         name=name, limit_id=limit.limit_id, kind=kind, unit=limit.unit, period=limit.period, amount=limit.amount,
-        burst=burst, full=hits(limit.unit, full, price) if _is_hard(limit) else usual, lean=usual,
+        burst=burst, full=asked(limit.unit, full, price) if _is_hard(limit) else usual, lean=usual,
         effect=limit.effect, on_store_error=limit.on_store_error, scope=limit.scope,
         price=price if limit.unit is Unit.MONEY else None,
         starts_us=starts_us, ends_us=ends_us,

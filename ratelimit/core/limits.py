@@ -8,7 +8,7 @@ All limits that match must allow; a specific one does not replace a general one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -145,12 +145,17 @@ class Share:
 
 
 class LimitTable:
-    """All limits, immutable, found by tenant; a change makes a new table."""
+    """All limits, found by tenant; those of one tenant are replaced at once, under whoever reads."""
 
     def __init__(self, limits: Iterable[Limit]) -> None:
-        self._by_tenant: dict[str, list[Limit]] = {}
-        for limit in limits:
-            self._by_tenant.setdefault(limit.tenant_id, []).append(limit)
+        self._by_tenant: dict[str, Sequence[Limit]] = {**by_tenant(limits)}
+
+    def replace(self, tenant_id: str, limits: Sequence[Limit]) -> None:
+        """Give a tenant these limits, in the order they were made, in place of all that it has."""
+        if limits:
+            self._by_tenant[tenant_id] = limits
+        else:
+            self._by_tenant.pop(tenant_id, None)
 
     def match(self, ask: Ask) -> list[Limit]:
         """Limits that bind *ask*, in the order they were made."""
@@ -163,7 +168,16 @@ class LimitTable:
     @property
     def tenants(self) -> list[str]:
         """Tenants that have a limit, in order."""
-        return sorted(self._by_tenant)
+        # Listed before it is sorted: a list of its keys is made at once, whoever replaces meanwhile.
+        return sorted(list(self._by_tenant))  # noqa: C414
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_tenant.values()))
+        return sum(map(len, list(self._by_tenant.values())))
+
+
+def by_tenant(limits: Iterable[Limit]) -> dict[str, list[Limit]]:
+    """*limits* in their order, by the tenant whom they bind."""
+    found: dict[str, list[Limit]] = {}
+    for limit in limits:
+        found.setdefault(limit.tenant_id, []).append(limit)
+    return found

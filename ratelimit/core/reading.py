@@ -27,6 +27,8 @@ class Reading:
     wait_us: int | None
     #: What was asked for.
     hits: int = 0
+    #: How much of that has no room.
+    missing: int = 0
 
     @property
     def refuses(self) -> bool:
@@ -50,7 +52,7 @@ def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: in
         return Reading(
             counter=counter, remaining=bucket.remaining(counter, debt=level),
             reset_us=bucket.reset_us(counter, debt=level), wait_us=bucket.wait_us(counter, debt=level, hits=hits),
-            hits=hits,
+            hits=hits, missing=bucket.missing(counter, debt=level, hits=hits),
         )  # fmt: skip
     left = counter.amount - int(level)
     reset = max(0, counter.ends_us - now_us) if counter.period not in (Period.EVER, Period.NOW) else None
@@ -62,4 +64,6 @@ def read(counter: Counter, level: float, *, held: int = 0, hits: int, now_us: in
         wait = LEASE_WAIT_US if reset is None else min(LEASE_WAIT_US, reset)
     else:
         wait = reset if hits <= counter.amount else None
-    return Reading(counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait, hits=hits)
+    return Reading(
+        counter=counter, remaining=max(0, left), reset_us=reset, wait_us=wait, hits=hits, missing=max(0, hits - left)
+    )

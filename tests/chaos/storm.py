@@ -31,6 +31,11 @@ CONNECTIONS = 24
 REQUESTS_PER_ENVOY_DEATH = 40_000
 TENANTS = 5
 DISCONNECTS, UPSTREAM_ERRORS, RETRIES = 0.10, 0.05, 0.05
+#: Of the requests that do not stream, those that are metered by more than the tokens of a chat: an eighth of all.
+METERED = 0.3
+_CHAT, _RERANK, _IMAGES, _SPEECH = "/v1/chat/completions", "/v1/rerank", "/v1/images/generations", "/v1/audio/speech"
+#: Images that are asked for.
+_IMAGES_ASKED = 2
 #: Rows that are not exact although no Envoy died over them: a thousandth, and flagged.
 INEXACT_SHARE_MAX = 0.001
 _EXACT = {"reported", "running", "none"}
@@ -81,7 +86,7 @@ class Storm:
 
     def rage(self) -> None:
         """Send everything, and kill until it is sent."""
-        self.tenants = [self.road.new_tenant("storm") for _ in range(TENANTS)]
+        self.tenants = self.tenants or [self.road.new_tenant("storm") for _ in range(TENANTS)]
         over = threading.Event()
         killer = threading.Thread(target=self._kill, args=(over,))
         self.began_at, began = time.time(), time.monotonic()
@@ -128,7 +133,9 @@ class Storm:
             again = 2 if chance.random() < RETRIES else 1
             tenant = number % TENANTS
             stream, cut_after, fault = _behaviour(chance)
-            message = _message(self.tenants[tenant].key, tenant, number, stream=stream, fault=fault)
+            is_metered = not stream and chance.random() < METERED
+            path = chance.choice((_RERANK, _IMAGES, _SPEECH)) if is_metered else _CHAT
+            message = _message(self.tenants[tenant].key, path, _body(path, tenant, stream=stream), number, fault=fault)
             for _ in range(again):
                 while link is None:
                     try:
@@ -212,13 +219,15 @@ def judge(storm: Storm, rows: list[dict[str, Any]]) -> dict[str, Any]:
     truth = _truth(storm)
     by_id = Counter(row["request_id"] for row in rows)
     payers = [tenant.tenant_id for tenant in storm.tenants]
-    wrong: dict[str, list[str]] = {name: [] for name in ("lost", "double", "tenant", "exact", "delivered", "unflagged")}
+    wrong: dict[str, list[str]] = {name: [] for name in ("lost", "double", "tenant", "exact", "delivered", "metered", "unflagged")}
     wrong["double"] = [request_id for request_id, count in by_id.items() if count > 1]
     wrong["lost"] = sorted((truth.keys() | storm.heard.whole) - by_id.keys())
     bases: Counter[str] = Counter()
+    dialects: Counter[str] = Counter()
     for row in rows:
         request_id, said = row["request_id"], truth.get(row["request_id"])
         bases[row["basis"]] += 1
+        dialects[row["dialect"]] += 1
         if row["tenant"] != storm.heard.tenants.get(request_id, row["tenant"]):
             wrong["tenant"].append(request_id)
         if said is not None and said["prompt_tokens"] and payers[said["prompt_tokens"] - _WORDS_MIN] != row["tenant"]:
@@ -230,9 +239,12 @@ def judge(storm: Storm, rows: list[dict[str, Any]]) -> dict[str, Any]:
         seen = storm.heard.chunks.get(request_id, 0)
         if row["basis"] == "running" and not seen <= row["output_tokens"] <= produced[1]:
             wrong["delivered"].append(request_id)
+        most = _quantities(payers.index(row["tenant"])).get(row["dialect"], 0)
+        if row["quantity"] > most or (row["outcome"] == "ok" and row["quantity"] != most):
+            wrong["metered"].append(request_id)
         if row["outcome"] == "lost" and row["basis"] != "checkpoint":
             wrong["unflagged"].append(request_id)
-    inexact = [row for row in rows if row["basis"] not in _EXACT]
+    inexact = [row for row in rows if not _is_exact(row)]
     with_envoy = [row["request_id"] for row in inexact if row["outcome"] == "lost"]
     otherwise = [row for row in inexact if row["outcome"] != "lost"]
     under_way = [it for it in with_envoy if it not in storm.heard.whole and it not in storm.heard.cut]
@@ -241,6 +253,7 @@ def judge(storm: Storm, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": round(storm.seconds, 1), "connections": CONNECTIONS,
         "requests_per_envoy_death": storm.requests_per_envoy_death, "deaths": dict(storm.deaths),
         "statuses": dict(storm.heard.statuses), "disconnects": len(storm.heard.cut), "bases": dict(bases),
+        "dialects": dict(dialects),
         "inexact": len(inexact), "inexact_share": len(inexact) / max(1, len(rows)),
         "inexact_with_their_envoy": {
             # No more can be under way than there are connections: this many an Envoy that dies, whatever the ledger does.
@@ -287,10 +300,35 @@ def _behaviour(chance: random.Random) -> tuple[bool, int | None, dict[str, Any]]
     return stream, None, {}
 
 
-def _message(key: str, tenant: int, number: int, *, stream: bool, fault: dict[str, Any]) -> bytes:
-    body = json.dumps(chat(" ".join(["toll"] * (_WORDS_MIN + tenant)), stream=stream, max_tokens=8)).encode()
+def _text(tenant: int) -> str:
+    return " ".join(["toll"] * (_WORDS_MIN + tenant))
+
+
+def _body(path: str, tenant: int, *, stream: bool) -> dict[str, Any]:
+    """A request of which the engine counts as many prompt tokens as the tenant's have, whatever it is for."""
+    text = _text(tenant)
+    return {
+        _CHAT: chat(text, stream=stream, max_tokens=8),
+        _RERANK: {"model": "tiny", "query": text.removeprefix("toll "), "documents": ["toll"]},
+        _IMAGES: {"model": "tiny", "prompt": text, "n": _IMAGES_ASKED},
+        _SPEECH: {"model": "tiny", "input": text},
+    }[path]
+
+
+def _quantities(tenant: int) -> dict[str, int]:
+    """What a whole answer to a tenant is metered at besides tokens, by dialect."""
+    return {"openai.images": _IMAGES_ASKED, "openai.speech": len(_text(tenant))}
+
+
+def _is_exact(row: dict[str, Any]) -> bool:
+    """Nobody reports tokens of speech: what was asked for was counted, and is what was delivered."""
+    return row["basis"] in _EXACT or (row["dialect"], row["basis"], row["outcome"]) == ("openai.speech", "counted", "ok")
+
+
+def _message(key: str, path: str, asked: dict[str, Any], number: int, *, fault: dict[str, Any]) -> bytes:
+    body = json.dumps(asked).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: storm\r\nauthorization: Bearer {key}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: storm\r\nauthorization: Bearer {key}\r\n"
         # Sent again with the same one; it must never choose a billing id.
         f"x-request-id: client-{number}\r\nx-fake-engine: {json.dumps(fault)}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -290,12 +290,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(home: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Installation]:
+def running(
+    home: Path, *options: str, environment: dict[str, str] | None = None, sending_seconds: int | None = None
+) -> Iterator[Installation]:
     """
     `./peaje up --detach` with *options*, taken down at the end.
 
     Its parts wait for each other ten times as long as usual: a machine that also runs another thousand
-    tests is slow, which is no fault that Peaje should answer.
+    tests is slow, which is no fault that Peaje should answer. *sending_seconds*: how long Envoy waits for a request's
+    head, and as long again for the whole of it, in place of what envoy.yaml says.
     """
     installation = Installation(home, *free_ports(3))
     source = home.with_name(f"{home.name}-envoy")
@@ -303,6 +306,11 @@ def running(home: Path, *options: str, environment: dict[str, str] | None = None
     bootstrap = source / "envoy.yaml"
     waits = re.compile(r"(?<=timeout: )0\.5s$|(?<=max_interval: )0\.5s", re.MULTILINE)
     bootstrap.write_text(waits.sub("5s", bootstrap.read_text()))
+    if sending_seconds is not None:
+        for name, seconds in (("request_headers_timeout", sending_seconds), ("request_timeout", 2 * sending_seconds)):
+            text, count = re.subn(rf"(?<=          {name}: )\d+s", f"{seconds}s", bootstrap.read_text())
+            assert count == 1, name
+            bootstrap.write_text(text)
     patience = {"PEAJE_ENVOY_SOURCE": str(source), "PEAJE_RATELIMIT_STORE_TIMEOUT_SECONDS": "0.5"}
     arguments: Sequence[str] = ("up", "--detach", "--restarts", "50", *options)
     started = subprocess.run(

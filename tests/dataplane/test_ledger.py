@@ -18,24 +18,11 @@ from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
-import pytest
 from standardwebhooks.webhooks import Webhook
 
-from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat, running
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
 from tests.receivers import receiving
 from tests.waiting import until
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """An installation whose journal is rotated at 10 kB, so that a few requests fill several files."""
-    settings = {
-        "PEAJE_COLLECTOR_ROTATE_BYTES": "10000", "PEAJE_COLLECTOR_CONSERVATION_SECONDS": "1",
-        "PEAJE_COLLECTOR_SILENT_SECONDS": "5", "PEAJE_METERING_RECONCILE_SECONDS": "1",
-        "PEAJE_EVENTS_LOOPBACK_ALLOWED": "true", "PEAJE_EVENTS_THRESHOLD_SECONDS": "0.5",
-    }
-    with running(tmp_path_factory.mktemp("small"), "--engine", "fake", environment=settings) as installation:
-        yield installation
 
 
 def test_a_price_becomes_an_amount_and_an_invoice(road: Installation, tmp_path: Path) -> None:
@@ -113,10 +100,10 @@ def test_a_closed_road_refuses_before_anything_is_lost(small: Installation) -> N
     assert 200 == small.post(tenant, json=chat()).status_code
 
     mark = small.home / "journal/closed"
-    assert 503 == _last_status(small, tenant, 503, before_each=mark.touch)
+    assert 503 == last_status(small, tenant, 503, before_each=mark.touch)
     # The collector itself takes the mark away, because the disk is not full.
     _wait_until_gone(mark)
-    assert 200 == _last_status(small, tenant, 200)
+    assert 200 == last_status(small, tenant, 200)
 
 
 def test_the_ledger_has_what_the_engine_counted(small: Installation) -> None:
@@ -151,7 +138,7 @@ def test_a_start_that_cannot_be_written_refuses_the_request(small: Installation)
             said.append((answer.status_code, answer.elapsed.total_seconds()))
             refused = [*refused, answer] if answer.status_code == 503 else []
             time.sleep(0.2)
-    assert 200 == _last_status(small, tenant, 200)
+    assert 200 == last_status(small, tenant, 200)
 
     assert 10 == len(refused), said
     assert {"service_unavailable"} == {it.json()["error"]["code"] for it in refused}
@@ -174,17 +161,21 @@ def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_t
         small.post(tenant, json=chat())
         _wait_flushed(small)
         cut = {small.post(tenant, json=chat(max_tokens=7)).headers["x-request-id"] for _ in range(3)}
+        asked = {"model": "tiny", "prompt": "a toll bridge", "n": 2}
+        painted = small.post(tenant, "/v1/images/generations", json=asked).headers["x-request-id"]
         _wait_flushed(small)
+        assert _stat(small, "filesystem.write_failed") > 0
     _reopen(small)
     assert 200 == small.post(tenant, json=chat()).status_code
 
     deadline = time.monotonic() + 60
     told: dict[str, dict[str, Any]] = {}
-    while time.monotonic() < deadline and not cut <= told.keys():
+    while time.monotonic() < deadline and not cut | {painted} <= told.keys():
         time.sleep(0.5)
         told = {row["request_id"]: row for row in small.sql("select * from billing_reconciliation_v1 where tenant = %s", tenant.tenant_id)}
-    rows = {row["request_id"]: row for row in small.rows(tenant, 6)}
-    assert cut <= told.keys()
+    rows = {row["request_id"]: row for row in small.rows(tenant, 7)}
+    assert cut | {painted} <= told.keys()
+    assert ("usage_differs", 2, 0) == (told[painted]["kind"], told[painted]["quantity"], told[painted]["ledger_quantity"])
     assert {("usage_differs", "open", 7)} == {(told[i]["kind"], told[i]["state"], told[i]["output_tokens"]) for i in cut}
     assert {("lost", "checkpoint", 0)} == {(rows[i]["outcome"], rows[i]["basis"], rows[i]["output_tokens"]) for i in cut}
     assert "reported" == rows[whole]["basis"]
@@ -222,13 +213,17 @@ def _reopen(small: Installation) -> None:
 
 def _wait_flushed(small: Installation) -> None:
     """Wait until Envoy holds no record back, be it that it has lost them."""
-    stats = f"http://127.0.0.1:{small.admin_port}/stats"
     # A record is made a little after its answer has been read.
     time.sleep(0.3)
-    until(lambda: httpx.get(stats, params={"filter": "^filesystem.write_total_buffered$"}, timeout=10).text.split() == ["filesystem.write_total_buffered:", "0"])
+    until(lambda: _stat(small, "filesystem.write_total_buffered") == 0)
 
 
-def _last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:
+def _stat(small: Installation, name: str) -> int:
+    answer = httpx.get(f"http://127.0.0.1:{small.admin_port}/stats", params={"filter": f"^{name}$"}, timeout=10)
+    return int(answer.text.partition(": ")[2])
+
+
+def last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:
     """The status of the last request, sent again and again until it is the *wanted* one or the time is over."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     status = 0
@@ -260,9 +255,9 @@ def test_credits_are_what_a_tenant_may_spend(road: Installation) -> None:
     # A request costs 0.008 and may cost a little more: the second one does not fit.
     road.cli("prices", "set", "--model", "tiny", *asked, "--input", "1000", "--output", "1000")
     road.cli("credits", "grant", "0.06", *asked, "--reason", "first payment")
-    assert 402 == _last_status(road, tenant, 402)
+    assert 402 == last_status(road, tenant, 402)
     road.cli("credits", "grant", "1000", *asked, "--reason", "second payment", "--expires", "365d")
-    assert 200 == _last_status(road, tenant, 200)
+    assert 200 == last_status(road, tenant, 200)
 
     def agree() -> bool:
         query = "select coalesce(sum(amount_nano), 0)::bigint as nano from billing_usage_v1 where tenant = %s"

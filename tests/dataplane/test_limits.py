@@ -26,6 +26,19 @@ def limited(road: Installation, name: str, **numbers: Any) -> Tenant:
     return caller
 
 
+def valkey(road: Installation) -> redis.Redis:
+    """The installation's counter store."""
+    return redis.Redis(
+        unix_socket_path=str(road.home / "run/valkey.sock"),
+        password=(road.home / "secrets/valkey-password").read_text().strip(),
+    )
+
+
+def _used(store: redis.Redis, caller: Tenant) -> int:
+    """What all quotas and budgets of a tenant have as used."""
+    return sum(int(store.hget(key, "used") or 0) for key in store.scan_iter(f"peaje:{{{caller.tenant_id}}}:*", _type="HASH"))
+
+
 def remaining_tokens(road: Installation, caller: Tenant) -> int:
     """What the next answer says is left, that request's own hold included."""
     return int(road.post(caller, json=chat(max_tokens=1)).headers["x-ratelimit-remaining-tokens"])
@@ -169,6 +182,48 @@ def test_two_hundred_at_once_with_money_for_one(road: Installation) -> None:
     assert {"insufficient_quota"} == {answer.json()["error"]["code"] for answer in answers if answer.status_code == 402}
 
 
+def test_tiers_are_charged_whole_and_a_budget_holds_the_dearer_one(road: Installation) -> None:
+    """
+    Short and long prompts at once, some with reasoning that is dearer still, all within the bytes that reach the tier.
+
+    The bills are each row's own and their sum fits; what the budget has as used in the end is that sum.
+    """
+    caller = road.new_tenant("tiers")
+    road.cli(
+        "prices", "set", "--model", "tiny", "--input", "1000", "--output", "1000", "--reasoning", "2000", "--tier", "10:input=8000,output=8000,reasoning=20000",
+        "--tenant", caller.tenant_id,
+    )  # fmt: skip
+    # One currency unit is a thousand tokens at the card's own price.
+    budget, token = 3_000_000_000, 1_000_000
+    answer = road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json={"monthly_budget": "3.00"})
+    assert answer.status_code == 200, answer.text
+    time.sleep(1.0)  # the promise is one second
+
+    def send(number: int) -> int:
+        words = "toll " * (40 if number % 2 else 2)
+        return road.post(caller, json=chat(words, max_tokens=8), fault={"chunk_ms": 20, "reasoning": 6 * (number % 3 == 0)}).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = Counter(pool.map(send, range(96)))
+    rows = road.rows(caller, statuses[200])
+
+    assert 96 == statuses[200] + statuses[402]
+    assert {None, 10} == {row["tier_above_tokens"] for row in rows}
+    for row in rows:
+        is_long = row["input_tokens"] > 10
+        assert (10 if is_long else None) == row["tier_above_tokens"]
+        plain = row["input_tokens"] + row["output_tokens"] - row["reasoning_tokens"]
+        assert token * (plain * 8 + row["reasoning_tokens"] * 20 if is_long else plain + row["reasoning_tokens"] * 2) == row["amount_nano"]
+    assert {0, 6} == {row["reasoning_tokens"] for row in rows}
+    spent = sum(row["amount_nano"] for row in rows)
+    assert 0 < spent <= budget
+    store = valkey(road)
+    deadline = time.monotonic() + SETTLED_SECONDS
+    while spent != (used := _used(store, caller)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert spent == used
+
+
 def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
     """It is written to the log instead."""
     caller = limited(road, "shadow", requests_per_minute=1, effect="shadow")
@@ -182,10 +237,7 @@ def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
 def test_a_killed_ratelimit_loses_no_limit_and_leaves_nothing_held(road: Installation) -> None:
     """Killed twice under load: never more than the limit, and what was not settled is, from the ledger."""
     caller = limited(road, "killed", daily_requests=60, concurrency=20, monthly_tokens=10_000_000)
-    store = redis.Redis(
-        unix_socket_path=str(road.home / "run/valkey.sock"),
-        password=(road.home / "secrets/valkey-password").read_text().strip(),
-    )
+    store = valkey(road)
 
     killed: list[int] = []
 

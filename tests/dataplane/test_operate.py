@@ -15,7 +15,7 @@ from tests.promql import names
 #: Every part that the doctor must have looked at.
 EXAMINED = {
     "parts", "Envoy", "services", "certificates", "Postgres", "clock of Postgres", "schema", "journals", "ledger", "partitions",
-    "exchanges", "keys", "webhooks", "clock of the store", "store", "disk", "limits",
+    "exchanges", "keys", "key sets", "webhooks", "clock of the store", "store", "disk", "limits", "scripts",
 }  # fmt: skip
 
 

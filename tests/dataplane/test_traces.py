@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 
+import httpx
+
 from chassis.keys import mint
-from tests.dataplane.installation import Installation, Tenant, chat
+from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
 from tests.otlp import Collected, Span
 
 #: Of a million, as many are sampled: one of a hundred, unless set.
@@ -28,7 +31,10 @@ def send(road: Installation, tenant: Tenant | None, trace: str, *, key: str = ""
     headers = {"traceparent": f"00-{trace}-{_CALLER}-01"}
     if key:
         headers["authorization"] = f"Bearer {key}"
-    return road.post(tenant, "/v1/chat/completions?key=secret-in-the-query", json=chat(_PROMPT, **fields), headers=headers).status_code
+    fault = fields.pop("fault", None)
+    return road.post(
+        tenant, "/v1/chat/completions?key=secret-in-the-query", json=chat(_PROMPT, **fields), headers=headers, fault=fault
+    ).status_code
 
 
 def traces_of(road: Installation) -> Collected:
@@ -95,6 +101,45 @@ def test_a_refusal_that_is_not_sampled_is_told_of_all_the_same(road: Installatio
     limits = collected.wait(limited, bool)
     assert {("peaje-ratelimit", "rate_limit_exceeded")} == {(one.service, one.attributes["peaje.refused"]) for one in limits}
     assert [] == collected.of(served)
+
+
+def test_a_failure_at_the_model_server_that_is_not_sampled_is_told_of_by_the_collector(road: Installation) -> None:
+    """One span, with what the ledger has of it; what the engine refuses and what goes well leaves nothing."""
+    collected, tenant = traces_of(road), road.new_tenant("failing")
+    failing, broken, refused, served = (trace_id(is_sampled=False) for _ in range(4))
+
+    assert 500 == send(road, tenant, failing, fault={"error_before": 500})
+    with contextlib.suppress(httpx.HTTPError):
+        send(road, tenant, broken, stream=True, fault={"reset_after": 2})
+    assert 400 == send(road, tenant, refused, fault={"error_before": 400})
+    assert 200 == send(road, tenant, served)
+    rows = {row["status"] if row["outcome"] != "ok" else 0: row for row in road.rows(tenant, 4)}
+
+    for trace, status in ((failing, 500), (broken, 200)):
+        [span] = collected.wait(trace, bool)
+        row = rows[status]
+        assert ("peaje-collector", "chat tiny", True) == (span.service, span.name, span.is_error)
+        assert ("upstream_error", status, tenant.tenant_id, row["request_id"], row["output_tokens"]) == tuple(
+            span.attributes[name] for name in
+            ("error.type", "http.response.status_code", "peaje.tenant", "guid:x-request-id", "gen_ai.usage.output_tokens")
+        )  # fmt: skip
+    assert [] == collected.of(refused) == collected.of(served)
+
+
+def test_the_collectors_own_work_names_the_requests_that_are_sampled(road: Installation) -> None:
+    """By links: one batch is the work of many requests."""
+    collected, tenant, trace = traces_of(road), road.new_tenant("collected"), trace_id(is_sampled=True)
+
+    assert 200 == send(road, tenant, trace)
+
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (found := [span for span in list(collected.spans) if trace in span.links]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [span] = found
+    assert ("peaje-collector", "collect", "") == (span.service, span.name, span.parent_id)
+    assert "local" == span.attributes["peaje.journal"]
+    assert 1 <= span.attributes["peaje.rows"]
 
 
 def test_no_secret_and_no_prompt_is_in_any_span(road: Installation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,10 @@ class Expected:
     code: str | None = None
     #: The caller that a request which passes must be taken for.
     caller: str | None = None
+    #: Columns of the billing row of a request that passes, and what they must hold.
+    billed: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether it passes and the model server refuses it: nothing is wrong for whoever bills.
+    by_engine: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,8 @@ class Row:
     model: str = "tiny"
     address: str = "127.0.0.1"
     host: str = "gateway.example"
+    #: The body, as bytes in Latin-1; None: a small chat with *model*.
+    content: str | None = None
     #: A whole HTTP/1.1 request instead of the above: for what no client would send.
     raw: str | None = None
     #: An HTTP/2 exchange instead of the above: see `http.py`.
@@ -55,7 +61,9 @@ class Row:
         return [(name, fill(value, spellings).encode("latin-1")) for name, value in self.headers]
 
     def body(self) -> str:
-        """The JSON that is sent as body."""
+        """What is sent as body."""
+        if self.content is not None:
+            return self.content
         return json.dumps({"model": self.model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
 
     def exchange(self, spellings: Mapping[str, str]) -> dict[str, Any]:
@@ -80,7 +88,7 @@ class Row:
         lines += [name.encode("latin-1") + b": " + value for name, value in self.header_bytes(spellings)]
         if self.method == "POST":
             lines.append(f"content-length: {len(body)}".encode())
-        return b"\r\n".join([*lines, b"", body.encode() if self.method == "POST" else b""])
+        return b"\r\n".join([*lines, b"", body.encode("latin-1") if self.method == "POST" else b""])
 
 
 def load(level: str) -> list[Row]:
@@ -91,6 +99,12 @@ def load(level: str) -> list[Row]:
         if ids.count(one) > 1:
             raise ValueError(f"row {one} is listed twice")
     return [row for row in rows if level in row.levels]
+
+
+def elsewhere() -> dict[str, list[str]]:
+    """The rows that are tests of their own, by id: `file::test` of each, relative to tests/."""
+    found: dict[str, list[str]] = yaml.safe_load(_PATH.read_text())["elsewhere"]
+    return found
 
 
 def fill(text: str, spellings: Mapping[str, str]) -> str:
@@ -108,6 +122,7 @@ def _row(entry: dict[str, Any]) -> Row:
     if unknown or not set(levels) <= set(LEVELS) or not levels or not set(overrides) <= set(levels):
         raise ValueError(f"row {entry.get('id')}: unknown field or level")
     given["headers"] = tuple((name, _long(value)) for name, value in given.get("headers", ()))
+    given["content"] = None if "content" not in given else _long(given["content"])
     given["tags"] = tuple(given.pop("tags", ()))
     expected = {level: _expected(overrides.get(level, expect)) for level in levels}
     return Row(levels=levels, expected=expected, **given)
@@ -116,12 +131,13 @@ def _row(entry: dict[str, Any]) -> Row:
 def _expected(entry: dict[str, Any]) -> Expected:
     status = entry["status"]
     return Expected(
-        status=(status,) if isinstance(status, int) else tuple(status), code=entry.get("code"), caller=entry.get("caller")
+        status=(status,) if isinstance(status, int) else tuple(status), code=entry.get("code"), caller=entry.get("caller"),
+        billed=entry.get("billed", {}), by_engine=entry.get("by_engine", False),
     )
 
 
 def _long(value: str | dict[str, Any]) -> str:
-    """A value that is too long to write down: {repeat: a, times: 10000, before: "Bearer "}."""
+    """A value that is too long to write down: {repeat: a, times: 10000, before: "Bearer ", after: ""}."""
     if isinstance(value, str):
         return value
-    return value.get("before", "") + value["repeat"] * value["times"]
+    return value.get("before", "") + value["repeat"] * value["times"] + value.get("after", "")

@@ -33,6 +33,7 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "SCOPES": "extauth's rule, as above",
     "DIALECT_METERS": "what ratelimit and the ledger call what the scripts count",
     "METERS": "as above",
+    "EPOCH_HEIR": "whoever starts Envoy makes names of lives with it, and the collector reads them",
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
@@ -57,11 +58,11 @@ def findings(root: Path, contract: ModuleType) -> list[str]:
     bootstrap = _parse((root / "envoy/envoy.yaml").read_text())
     lua = {path.name: _LUA_COMMENT.sub("", path.read_text()) for path in sorted((root / "envoy").rglob("*.lua"))}
     return [
-        *_unspelled(contract, "\n".join([*map(str, _scalars(bootstrap)), *lua.values()])),
+        *_unspelled(contract, "\n".join([*map(str, _scalars(bootstrap)), *lua.values(), (root / "envoy/tracing.yaml").read_text()])),
         *_metadata(contract, lua),
         *_metadata_read(contract, bootstrap),
         *_descriptors(contract, bootstrap),
-        *_journal(contract, bootstrap, lua.get("journal.lua", "")),
+        *_journal(contract, bootstrap, lua.get("journal.lua", ""), _parse((root / "envoy/tracing.yaml").read_text())["journal"]),
         *_dialects(contract, lua.get("gate.lua", "")),
         *_codes(contract, bootstrap, lua),
     ]
@@ -193,10 +194,10 @@ def _descriptor_key(action: Mapping[str, Any]) -> str:
     return str(action.get("typed_config", action)["descriptor_key"])
 
 
-def _journal(contract: ModuleType, bootstrap: Any, journal_lua: str) -> Iterator[str]:
+def _journal(contract: ModuleType, bootstrap: Any, journal_lua: str, where_traced: Any) -> Iterator[str]:
     """Envoy's records have all members of the contract; the start record no others, and ours in it by name."""
     formats = [mapping["json_format"] for mapping in _mappings(bootstrap) if mapping.get("omit_empty_values") is True]
-    members = set().union(*formats)
+    members = set(where_traced).union(*formats)
     yield from (f"the contract has no journal member {name}" for name in sorted(members - set(contract.JOURNAL_KEYS)))
     yield from (f"no record has the journal member {name}" for name in sorted(set(contract.JOURNAL_KEYS) - members))
     for name in sorted(set(_JSON_MEMBER.findall(journal_lua)) - set(contract.JOURNAL_KEYS)):

@@ -169,8 +169,8 @@ def test_prometheus_itself_takes_the_rules_and_agrees_with_the_evaluator(reposit
     assert all(promql_parser.parse(inlined(alert.expr)) for alert in alerts())
 
 
-#: What no game day can cause on any machine: by the metric, its labels, values that must fire and values that must not.
-NOT_CAUSED: dict[str, tuple[str, dict[str, str], list[float], list[float]]] = {
+#: Alerts whose bound no game day meets exactly: by the metric, its labels, values that must fire and values that must not.
+BOUNDS: dict[str, tuple[str, dict[str, str], list[float], list[float]]] = {
     "PeajeUsageLate": ("rows", {}, [], []),
     "PeajeUsageLateSlowly": ("rows", {}, [], []),
     "PeajeChangesLate": ("pulses", {}, [], []),
@@ -194,10 +194,10 @@ def judged(name: str, samples: Samples, count: int) -> bool:
     return all(evaluate(expr, samples, last - minute * 60.0) for minute in range(alert.minutes + 1))
 
 
-@pytest.mark.parametrize("name", [name for name, (metric, *_) in NOT_CAUSED.items() if metric not in _HISTOGRAMS])
-def test_what_cannot_be_caused_fires_at_its_bound_and_not_below(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, (metric, *_) in BOUNDS.items() if metric not in _HISTOGRAMS])
+def test_an_alert_fires_at_its_bound_and_not_below(name: str) -> None:
     """On samples that are made up."""
-    metric, labels, bad, good = NOT_CAUSED[name]
+    metric, labels, bad, good = BOUNDS[name]
     for values, expected in ((bad, True), (good, False)):
         samples = Samples()
         for number, value in enumerate(values):
@@ -208,11 +208,11 @@ def test_what_cannot_be_caused_fires_at_its_bound_and_not_below(name: str) -> No
         assert expected == judged(name, samples, len(values)), values
 
 
-@pytest.mark.parametrize("name", [name for name, (metric, *_) in NOT_CAUSED.items() if metric in _HISTOGRAMS])
+@pytest.mark.parametrize("name", [name for name, (metric, *_) in BOUNDS.items() if metric in _HISTOGRAMS])
 @pytest.mark.parametrize(("late", "expected"), [(0.009, False), (0.2, True)])
 def test_a_promise_pages_when_its_budget_burns_and_not_within_it(name: str, late: float, expected: bool) -> None:
     """Seven hours: nine late of a thousand last the month, one of five does not last two days."""
-    metric, bound = _HISTOGRAMS[NOT_CAUSED[name][0]]
+    metric, bound = _HISTOGRAMS[BOUNDS[name][0]]
     samples, count = Samples(), 840
     for number in range(count):
         samples.add(number * 30.0, f"{metric}_count", {}, number * 1000.0)

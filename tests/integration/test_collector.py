@@ -21,6 +21,7 @@ from tests.journals import (
     collecting,
     end,
     exchanges,
+    images,
     periodic,
     request_id,
     rows,
@@ -236,6 +237,22 @@ def test_a_record_that_postgres_refuses_holds_up_no_other(ledger_url: str, live:
     assert [("tiny",), ("tiny",), ("a\ufffdb",)] == rows(ledger_url, "select model from usage_event order by request_id")
     [(name, offset, _, reason)] = rows(ledger_url, DEFECTS)
     assert ("journal.jsonl", len(end(1)), "CheckViolation from Postgres") == (name, offset, reason)
+
+
+def test_an_amount_that_no_column_holds_is_a_defect_of_its_record_alone(ledger_url: str, live: Path) -> None:
+    """The dearest price of the most that can be counted; half as many fit."""
+    with psycopg.connect(ledger_url) as connection:
+        connection.execute(
+            "insert into rate_card (model, currency, input_nano, output_nano, cached_nano, reasoning_nano, meter, each_nano, effective, "
+            "created_at) values ('tiny', 'USD', 0, 0, 0, 0, 'images', 1000000000000000, tstzrange('2026-01-01Z', null), now())"
+        )
+    fits, dear = 9_223, 9_224
+    write(live, [images(1, fits), images(2, dear), end(3)])
+
+    collect(ledger_url, live)
+
+    assert [(fits * 10**15,), (0,)] == rows(ledger_url, "select amount_nano from usage_event order by request_id")
+    assert ["DataError from Postgres"] == [reason for *_, reason in rows(ledger_url, DEFECTS)]
 
 
 def test_a_run_without_line_ends_is_one_defect(ledger_url: str, live: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 
 from chassis.models import ModelCatalogue
 from metering.adapters.conservation import QUIET_SECONDS, Conservation
@@ -55,6 +56,12 @@ def engine() -> Iterator[Engine]:
     engine.server.server_close()
 
 
+def drifts() -> tuple[float | None, float | None]:
+    """What the collector shows of input and output tokens."""
+    name = "peaje_conservation_drift_tokens"
+    return (REGISTRY.get_sample_value(name, {"model": "tiny", "kind": "input"}), REGISTRY.get_sample_value(name, {"model": "tiny", "kind": "output"}))
+
+
 class NeverStopped(threading.Event):
     """Time passes by the test's clock, not by waiting."""
 
@@ -92,9 +99,12 @@ def test_the_ledger_is_compared_with_the_engine_between_quiet_moments(ledger_url
 
         collect(ledger_url, live, now=NOON + timedelta(minutes=3))
         assert [("compared", 6, 10, 6, 10, 2, 1)] == look(2)
+        assert (0.0, 0.0) == drifts()
 
         engine.output += 7
         collect(ledger_url, live, now=NOON + timedelta(minutes=9))
         assert [("compared", 0, 7, 0, 0, 0, 0)] == look(4)[1:]
         engine.input = engine.output = 0
+        assert (0.0, -7.0) == drifts()
         assert [("reset", 0, 0, 0, 0, 0, 0)] == look(6)[2:]
+        assert (None, None) == drifts()

@@ -267,6 +267,30 @@ def test_money_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
     assert (1, "", True) == (status, out, "usage.jsonl:2 is not a JSON object" in err)
 
 
+def test_tiers_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
+    """Set, listed as they would be set again, charged to what is posted as well, and corrected."""
+    peaje.json("tenants", "create", "reader")
+    whose = ("--model", "tiny", "--tenant", "reader", "--input", "1", "--output", "2")
+    made = peaje.json("prices", "set", *whose, "--tier", "2000:input=4,output=8,cached=0.5", "--tier", "500:input=2,output=4")
+    now = utc_now()
+    file = tmp_path / "usage.jsonl"
+    file.write_text("".join(
+        json.dumps({"id": f"read-{tokens}", "tenant": "reader", "model": "tiny", "input_tokens": tokens, "output_tokens": 0, "started_at": now.isoformat()}) + "\n"
+        for tokens in (500, 501, 2001)
+    ))  # fmt: skip
+    peaje.json("usage", "import", str(file))
+
+    assert [(500, "2.00", "2.00"), (2000, "4.00", "0.50")] == [(it["above_tokens"], it["input"], it["cached"]) for it in made["tiers"]]
+    status, out, _ = peaje("prices", "list", "--tenant", "reader")
+    written = "500:input=2.00,output=4.00,cached=2.00,reasoning=4.00 2000:input=4.00,output=8.00,cached=0.50,reasoning=8.00"
+    assert (0, True) == (status, written in out)
+    month = f"{now:%Y-%m}"
+    [total] = peaje.json("invoice", "--tenant", "reader", "--month", month)["totals"]
+    assert 500 * 1000 + 501 * 2000 + 2001 * 4000 == total["amount_nano"]
+    shown = peaje.json("rerate", *whose, "--month", month, "--reason", "a typo", "--tier", "500:input=3,output=4")
+    assert 501 * 3000 + 2001 * 3000 - 501 * 2000 - 2001 * 4000 == shown["difference_nano"]
+
+
 def test_a_journal_is_retired_on_the_command_line_once_it_is_read(process: Process, peaje: Peaje, tmp_path: Path) -> None:
     """Not while its files hold a record that nobody has read; a line without an end is none."""
     live, before = tmp_path / "pod-7/journal.jsonl", utc_now() - timedelta(hours=1)
@@ -348,6 +372,9 @@ def test_a_token_from_the_running_process_is_accepted_with_its_own_keys(process:
         (("audit", "verify", "--anchor", "x"), "SEQUENCE:HASH"),
         (("service-accounts", "show", "sa_x"), "There is no service account"),
         (("tenants", "create", "\x1b[2J"), "printable"),
+        (("prices", "set", "--model", "tiny", "--input", "1", "--output", "2", "--tier", "200k:input=1"), "--tier 200000:input=2.50,output=15"),
+        (("prices", "set", "--model", "tiny", "--input", "1", "--output", "2", "--tier", "0:input=1,output=1"), "above 0 tokens"),
+        (("prices", "set", "--model", "tiny", "--input", "1", "--output", "2", "--tier", "5:input=1e3,output=1"), "input above 5 tokens is '1e3'"),
     ],
 )
 def test_every_error_is_one_line_on_stderr(peaje: Peaje, arguments: tuple[str, ...], words: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from control.laptop import reporter, state, supervisor
 from control.laptop.errors import Trouble
-from control.laptop.parts import Kind, Part
+from control.laptop.parts import Heir, Kind, Part
 from control.laptop.places import REPOSITORY, Places
 from control.laptop.processes import is_alive, wait_until
 from control.laptop.supervisor import Supervisor
@@ -399,3 +399,118 @@ def test_parts_do_not_outlive_a_supervisor_that_is_killed(place: Places) -> None
     assert wait_until(lambda: not is_alive(recorded), seconds=_PATIENCE_SECONDS)
     snapshot = state.read(place)
     assert (None, state.STOPPED, {}) == (snapshot.supervisor, snapshot.phase, snapshot.leftovers())
+
+
+# --- Restarting, as somebody asked ----------------------------------------------------------------------
+
+
+def heir_part(name: str, *, heir: Callable[[], Heir], ready: str) -> Part:
+    """A part whose new life is ready by another sign than its first."""
+
+    async def probe() -> str | None:
+        current = ready if Path("asked").exists() else f"{name}.ready"
+        return None if Path(current).exists() else f"{current} does not exist"
+
+    return replace(part(name), heir=heir, ready=probe)
+
+
+def test_a_part_without_an_heir_is_stopped_and_started_and_that_is_no_death(place: Places) -> None:
+    """It was asked for: nothing is told as a trouble and nothing counted."""
+
+    async def restart(subject: Supervisor) -> None:
+        await asyncio.sleep(0)
+        subject._phase = state.RUNNING
+        await subject.restart("a")
+        subject.request_stop()
+
+    status, listener = run(place, part("a"), part("b", needs=("a",)), admit=restart)
+
+    assert (0, []) == (status, listener.troubles)
+    assert ["a up", "b up", "a down", "a up", "b down", "a down"] == order(place)
+
+
+def heir(name: str) -> Heir:
+    """A script that takes over."""
+    return Heir(argv=("/bin/sh", "-c", _STAYS, name), env={"PATH": os.environ["PATH"]})
+
+
+def test_an_heir_serves_before_the_old_one_ends_and_its_end_is_no_death(place: Places) -> None:
+    """No moment without one; and a second heir is refused until then."""
+    refused: list[str] = []
+
+    async def restart(subject: Supervisor) -> None:
+        subject._phase = state.RUNNING
+        Path("asked").touch()
+        await subject.restart("a")
+        try:
+            await subject.restart("a")
+        except Trouble as trouble:
+            refused.append(trouble.lines()[0])
+        assert ["a up", "a1 up"] == order(place)
+        [life] = subject._lives.values()
+        assert life.forerunner is not None
+        life.forerunner.terminate()
+        await until(lambda: "handed over" in [event.get("what") for event in told])
+        subject.request_stop()
+
+    subject = Supervisor([heir_part("a", heir=lambda: heir("a1"), ready="a1.ready")], place, listener := Listener(), restarts_max=0)
+    told = listener.events
+    status = asyncio.run(asyncio.wait_for(subject.run(lambda: restart(subject)), _PATIENCE_SECONDS))
+
+    assert (0, []) == (status, listener.troubles)
+    assert ["a up", "a1 up", "a down", "a1 down"] == order(place)
+    assert "still serves what it has" in refused[0]
+
+
+@pytest.mark.parametrize("script", [_DIES, "exec sleep 600"], ids=["it dies", "it is never ready"])
+def test_an_heir_that_does_not_come_to_serve_changes_nothing(place: Places, script: str) -> None:
+    """The old one serves on, whoever asked is told why, and nothing of the new one is left."""
+    refused: list[str] = []
+    lost: list[bool] = []
+
+    async def restart(subject: Supervisor) -> None:
+        subject._phase = state.RUNNING
+        Path("asked").touch()
+        try:
+            await subject.restart("a")
+        except Trouble as trouble:
+            refused.extend(trouble.lines())
+        subject.request_stop()
+
+    made = heir_part("a", heir=lambda: replace(heir("a1"), argv=("/bin/sh", "-c", script, "a1")), ready="a1.ready")
+    status, listener = run(place, replace(made, ready_within_seconds=1.0, heir_lost=lambda: lost.append(True)), admit=restart)
+
+    assert (0, [], [True]) == (status, listener.troubles, lost)
+    assert "did not come to serve" in refused[0]
+    assert ["a up", "a down"] == [line for line in order(place) if not line.startswith("a1")]
+
+
+def test_what_is_asked_for_by_a_file_and_a_signal_is_answered_in_the_state(place: Places) -> None:
+    """As `peaje restart` asks."""
+
+    async def ask(subject: Supervisor) -> None:
+        subject._phase = state.RUNNING
+        state.ask_restart(place, {"part": "a", "id": "one"})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await until(lambda: (state.read(place).parts[0]["asked"] or {}).get("outcome") == "done")
+        subject.request_stop()
+
+    status, _ = run(place, part("a"), admit=ask)
+
+    assert 0 == status
+    assert ["a up", "a down", "a up", "a down"] == order(place)
+
+
+def test_stopping_while_two_serve_ends_the_heir_before_the_one_it_asks(place: Places) -> None:
+    """Envoy's heir dies badly of a forerunner that is gone."""
+
+    async def restart(subject: Supervisor) -> None:
+        subject._phase = state.RUNNING
+        Path("asked").touch()
+        await subject.restart("a")
+        subject.request_stop()
+
+    status, listener = run(place, heir_part("a", heir=lambda: heir("a1"), ready="a1.ready"), admit=restart)
+
+    assert (0, []) == (status, listener.troubles)
+    assert ["a up", "a1 up", "a1 down", "a down"] == order(place)

@@ -17,6 +17,7 @@ from chassis.errors import Unavailable
 from chassis.stores.postgres import read_pool
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, connect
+from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.decide import Verdict
@@ -207,9 +208,10 @@ class Desk:
     def open(self) -> Desk:
         self.pool = read_pool(self.postgres_url, name="test", connections=1)
         self.breaker = Breaker(clock=lambda: 0.0, opened=self._opened)
+        self.doubts = Doubts(StoredCounters(self.store), self.pool)
         self.servicer = Servicer(
             LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker, Estimates(),
-            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True,
+            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True, doubts=self.doubts,
         )  # fmt: skip
         return self
 

@@ -32,12 +32,15 @@ LATE, EARLY = ORPHAN_AGE_MIN + timedelta(seconds=10), ORPHAN_AGE_MIN - timedelta
         ("nothing", LATE, "life", False, True, True),
         ("nothing", LATE, "life", True, False, False),
         ("nothing", LATE, "never read", True, True, True),
+        ("nothing", LATE, "life~1", True, True, False),
+        ("nothing", LATE, "life~1", False, True, True),
         ("nothing", LATE, "", True, True, False),
         ("nothing", LATE, "", True, False, True),
     ],
     ids=[
         "ended", "Envoy's to settle", "a long stream", "not yet read", "never reached an engine", "its journal stands still",
-        "another journal stands still", "no journal of its Envoy", "Envoy unknown", "Envoy unknown, a journal stands still",
+        "another journal stands still", "no journal of its Envoy", "an heir", "an heir's journal stands still",
+        "Envoy unknown", "Envoy unknown, a journal stands still",
     ],
 )  # fmt: skip
 def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(

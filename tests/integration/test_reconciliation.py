@@ -14,7 +14,7 @@ from metering.adapters.invariants import verify
 from metering.adapters.witness import AGE_MIN, Heard, Reconciliation
 from metering.core.witness import Sighting
 from tests.integration.control_plane import ControlPlane
-from tests.journals import NOON, collect, end, periodic, request_id, rows, start, write_apart
+from tests.journals import NOON, collect, end, images, periodic, request_id, rows, start, write_apart
 
 EXCEPTIONS = "select request_id, kind, state, tenant_id, output_tokens, ledger_tenant_id, ledger_output_tokens from reconciliation_exception order by 1, 2"
 LATER = NOON + AGE_MIN + timedelta(seconds=60)
@@ -28,7 +28,7 @@ def live(tmp_path: Path) -> Path:
 
 def seen(number: int, *, tenant: str = "acme", output: int = 5, **changes: Any) -> Sighting:
     """What the witness says of an exchange that the journal has as `end(number)`."""
-    facts: dict[str, Any] = {"input_tokens": 3, "output_tokens": output, "started_at": NOON, "heard_at": NOON} | changes
+    facts: dict[str, Any] = {"input_tokens": 3, "output_tokens": output, "quantity": None, "started_at": NOON, "heard_at": NOON} | changes
     return Sighting(request_id=request_id(number), tenant_id=tenant, **facts)
 
 
@@ -59,6 +59,23 @@ def test_what_agrees_is_counted_and_what_differs_is_an_exception(ledger_url: str
         (request_id(9), "row_missing", "open", "acme", 5, None, None),
     ] == rows(ledger_url, EXCEPTIONS)
     assert [(NOON, 2, 3)] == rows(ledger_url, "select * from witness_hour")
+
+
+def test_images_that_the_witness_saw_otherwise_are_an_exception_until_the_row_says_the_same(ledger_url: str, live: Path) -> None:
+    """Tokens agree, there are none; a row that comes late explains itself only with the same number of images."""
+    none = {"input_tokens": None, "output_tokens": None}
+    write_apart(live, [images(1, 2), images(2, 2)])
+    collect(ledger_url, live, now=LATER)
+
+    reconcile(ledger_url, seen(1, quantity=2, **none), seen(2, quantity=1, **none), seen(3, quantity=2, **none), seen(4, quantity=1, **none))
+    write_apart(live, [images(3, 2), images(4, 2)])
+    collect(ledger_url, live, now=LATER)
+    reconcile(ledger_url)
+
+    assert [
+        (request_id(2), "usage_differs", "open", 1, 2), (request_id(3), "row_missing", "explained", 2, None),
+        (request_id(4), "row_missing", "open", 1, None),
+    ] == rows(ledger_url, "select request_id, kind, state, quantity, ledger_quantity from billing_reconciliation_v1 order by 1")
 
 
 def test_heard_twice_it_is_one_exception(ledger_url: str, live: Path) -> None:

@@ -3,13 +3,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from ratelimit.core.decide import LEASE_US
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Unit
 from ratelimit.core.usage import Report, Usage, hits
+
+
+def worst(counter: Counter, usage: Usage) -> int:
+    """
+    The most that *usage* can come to: by each price alone that requests may have, with nothing or all of it cached or reasoning.
+
+    What costs is linear between those ends.
+    """
+    price = counter.price
+    if counter.unit is not Unit.MONEY or price is None:
+        return hits(counter.unit, usage, price)
+    alone = [replace(price, tiers=())] + [
+        replace(
+            price, tiers=(), input_nano=tier.input_nano, output_nano=tier.output_nano, cached_nano=tier.cached_nano,
+            reasoning_nano=tier.reasoning_nano,
+        )
+        for tier in price.tiers
+        if usage.input > tier.above_tokens or price.reach > tier.above_tokens
+    ]
+    return max(
+        hits(counter.unit, replace(usage, cached=cached, reasoning=reasoning), one)
+        for one in alone for cached in (0, usage.input) for reasoning in (0, usage.output)
+    )
 
 
 @dataclass
@@ -43,7 +66,7 @@ class Model:
         for verdict, output in asks:
             lean = Usage(input=demand.lean.input, output=output)
             asked = [
-                (c, c.full if verdict == "FULL" else hits(c.unit, lean, c.price) if c.is_hard else c.lean)
+                (c, c.full if verdict == "FULL" else worst(c, lean) if c.is_hard else c.lean)
                 for c in demand.counters
             ]
             fits = {c.name: levels[c.name] + n <= c.burst for c, n in asked}
@@ -71,7 +94,7 @@ class Model:
         own = {name: hits if ends > now else 0 for name, (hits, ends) in own.items()}
         most = max(output, min(output + more, self.estimates[request_id].full.output))
         for granted in range(most, output - 1, -1) if not is_full else ():
-            asked = {c.name: hits(c.unit, Usage(input=input_, output=granted), c.price) for c in hard}
+            asked = {c.name: worst(c, Usage(input=input_, output=granted)) for c in hard}
             if all(levels[c.name] - own[c.name] + asked[c.name] <= c.amount for c in hard):
                 for counter in hard:
                     self.held[counter.name][request_id] = (asked[counter.name], now + LEASE_US)

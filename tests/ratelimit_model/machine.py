@@ -12,12 +12,21 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from ratelimit.core.decide import LEASE_US, Outcome, Renewal
 from ratelimit.core.demand import Counter, Demand, Kind
 from ratelimit.core.limits import Effect, Period, Unit
-from ratelimit.core.usage import Price, Report, Usage, hits
+from ratelimit.core.usage import Price, Report, Tier, Usage, hits, holds
 from tests.ratelimit_model import Model
 
 #: 1 March 2030: ahead of any store's own clock, so that nothing it keeps has expired already.
 BEGIN_US = 1_898_553_600_000_000
-_PRICE = Price(currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, minimum_nano=40_000)
+#: The middle tier is the dearest for input, the highest for output.
+_PRICE = Price(
+    currency="USD", input_nano=150_000_007, output_nano=600_000_001, cached_nano=75_000_003, reasoning_nano=900_000_011, minimum_nano=40_000,
+    tiers=(
+        Tier(above_tokens=400, input_nano=400_000_009, output_nano=500_000_003, cached_nano=200_000_001),
+        Tier(above_tokens=900, input_nano=100_000_003, output_nano=1_100_000_001, cached_nano=1, reasoning_nano=7),
+    ),
+)  # fmt: skip
+#: How many more input tokens than estimated a prompt may have.
+_REACH = 300
 
 _TOKEN_UNITS = [Unit.TOKENS, Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.CACHED_TOKENS]
 _EFFECTS = st.sampled_from([Effect.REFUSE, Effect.REFUSE, Effect.REFUSE, Effect.COUNT, Effect.SHADOW])
@@ -115,10 +124,10 @@ class Lives(RuleBasedStateMachine):
             assert held == 0
 
     @precondition(lambda self: self.open)
-    @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), input_=st.none() | _TOKENS)
-    def end(self, demand: Demand, output: int, cached: int, input_: int | None) -> None:
+    @rule(demand=requests, output=_TOKENS, cached=st.integers(0, 2000), reasoning=st.integers(0, 2000), input_=st.none() | _TOKENS)
+    def end(self, demand: Demand, output: int, cached: int, reasoning: int, input_: int | None) -> None:
         """Settled once, however often it is said; what was refused has nothing to settle."""
-        report = Report(input=input_, output=output, cached=cached)
+        report = Report(input=input_, output=output, cached=cached, reasoning=reasoning)
 
         settled = self.settle(demand, report)
 
@@ -159,13 +168,14 @@ class Lives(RuleBasedStateMachine):
     def _demand(self, *, least: int, lean: Usage, full: Usage, is_sliced: bool) -> Demand:
         counters = []
         for index, (kind, unit, period, amount, burst, effect) in enumerate(self.limits):
-            price = _PRICE if unit is Unit.MONEY else None
+            price = dataclasses.replace(_PRICE, reach=full.input + _REACH) if unit is Unit.MONEY else None
+            asked = holds if kind is Kind.QUOTA and effect is Effect.REFUSE else hits
             # Money is in nano-units: a limit of some requests' worth.
             most = amount * 1_000_000 if unit is Unit.MONEY else amount
             counter = Counter(
                 name=f"peaje:{{{self.tenant}}}:{index}", limit_id=index, kind=kind, unit=unit, period=period,
-                amount=most, burst=most if burst is None else burst, full=hits(unit, full, price),
-                lean=hits(unit, lean, price), effect=effect, price=price, ends_us=BEGIN_US + 31 * 86_400_000_000,
+                amount=most, burst=most if burst is None else burst, full=asked(unit, full, price),
+                lean=asked(unit, lean, price), effect=effect, price=price, ends_us=BEGIN_US + 31 * 86_400_000_000,
             )  # fmt: skip
             if counter.kind is Kind.BUCKET:
                 counter = dataclasses.replace(counter, full=counter.lean)

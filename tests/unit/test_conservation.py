@@ -12,7 +12,7 @@ import pytest
 from chassis.models import ModelCatalogue
 from metering.adapters.conservation import comparable
 from metering.adapters.engines import NAMES, fetch, parse
-from metering.core.conservation import INTERVAL_MAX, INTERVAL_MIN, Counters, State, Watch
+from metering.core.conservation import INTERVAL_MAX, INTERVAL_MIN, Counters, State, Watch, unexplained
 from tests.fake_engine.kinds import KINDS
 
 RECORDED = Path(__file__).resolve().parents[1] / "fixtures/engine_metrics"
@@ -60,6 +60,12 @@ def test_a_pool_is_the_sum_of_its_engines_or_nothing() -> None:
     assert None is fetch(model, fail)
     assert None is fetch(model, lambda _: "what is {this")
     assert None is fetch(model, lambda _: "")
+
+
+@pytest.mark.parametrize(("drift", "cut_count", "left"), [(-7, 0, -7), (-7, 1, 0), (3, 0, 3), (3, 1, 3), (0, 0, 0)])
+def test_what_nobody_received_explains_that_the_engine_has_more_and_nothing_else(drift: int, cut_count: int, left: int) -> None:
+    """A ledger that has more than the engine is never explained by that."""
+    assert left == unexplained(drift, cut_count=cut_count)
 
 
 def test_an_interval_goes_from_one_quiet_moment_to_the_next_that_is_late_enough() -> None:

@@ -37,6 +37,8 @@ NOW = datetime(2026, 11, 12, 12, 0, tzinfo=UTC)
         (d.judge_differences(exceptions=1, drifting=[], defects=0), d.Level.FAULT),
         (d.judge_differences(exceptions=0, drifting=["tiny"], defects=0), d.Level.FAULT),
         (d.judge_differences(exceptions=0, drifting=[], defects=1), d.Level.FAULT),
+        (d.judge_scripts({"gate": 0, "tap": 0}), d.Level.FINE), (d.judge_scripts({"gate": 0, "tap": 1}), d.Level.FAULT),
+        (d.judge_key_sets({}), d.Level.FINE), (d.judge_key_sets({"acme": "ConnectError"}), d.Level.FAULT),
         (d.judge_keys([], active=3), d.Level.FINE), (d.judge_keys(["k1"], active=3), d.Level.LOOK),
         (d.judge_limits([]), d.Level.FINE), (d.judge_limits(["one.", "two."]), d.Level.LOOK),
         (d.judge_version("schema", "0012", "0012"), d.Level.FINE), (d.judge_version("schema", "0011", "0012"), d.Level.FAULT),

@@ -185,6 +185,22 @@ def test_lives_end_in_the_order_of_their_records_in_one_stream() -> None:
     assert ("a", "b") == lives.after("starts", ["c"]).ended
 
 
+def test_lives_that_took_over_from_each_other_are_over_together() -> None:
+    """Both write for a while: neither is over by the other's records, and all are by a stranger's, whoever wrote last."""
+    lives = Lives().after("journal", ["a", "a~1", "a", "a~2", "a~1", "a"])
+    assert () == lives.ended
+
+    assert ("a", "a~1", "a~2") == lives.after("journal", ["b"]).ended
+    assert ("a", "a~1", "a~2", "b") == lives.after("journal", ["b", "b~1", "c"]).ended[:4]
+    assert lives is lives.after("journal", ["a~1", "a~2"])
+
+
+@pytest.mark.parametrize("name", ["a~", "a~x", "a~-1", "a~1~2", "~"])
+def test_a_life_that_is_called_oddly_is_a_life(name: str) -> None:
+    """Whoever starts Envoy names it; nothing is raised, and a stranger's record ends it."""
+    assert name.partition("~")[0] in Lives().after("journal", [name, "other"]).ended
+
+
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
 def test_lives_that_are_over_are_remembered_up_to_a_bound(beyond: int) -> None:
     """The oldest are forgotten first."""

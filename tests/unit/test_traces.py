@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -69,6 +70,42 @@ def test_what_is_no_trace_is_served_all_the_same(sent: InMemorySpanExporter, sen
         pass
 
     assert [] == names(sent)
+
+
+NOON = datetime(2026, 11, 12, 12, tzinfo=UTC)
+
+
+def parent(flags: str, number: int = 0) -> str:
+    """What a record has of a request's trace."""
+    return f"00-{int(_TRACE, 16) + number:032x}-b7ad6b7169203331-{flags}"
+
+
+def test_a_failed_exchange_is_told_of_in_its_own_trace_and_time_unless_envoy_has(sent: InMemorySpanExporter) -> None:
+    """Of what is sampled, and of what is no trace, nothing."""
+    for sent_along in (parent("00"), parent("01"), "nonsense", ""):
+        traces.failed("chat m", sent_along, began=NOON, ended=NOON + timedelta(seconds=2), attributes={"error.type": "upstream_error"})
+
+    assert ["chat m"] == names(sent)
+    [span] = sent.get_finished_spans()
+    assert int(_TRACE, 16) == span.context.trace_id
+    assert span.parent is not None
+    assert 0xB7AD6B7169203331 == span.parent.span_id
+    assert (int(NOON.timestamp()) * 10**9, 2 * 10**9) == (span.start_time, span.end_time - span.start_time)
+
+
+@pytest.mark.parametrize(("sampled", "links"), [(0, None), (1, 1), (traces.LINKS_MAX, traces.LINKS_MAX), (traces.LINKS_MAX + 1, traces.LINKS_MAX)])
+def test_work_for_several_requests_names_those_that_are_sampled_up_to_a_bound(
+    sent: InMemorySpanExporter, sampled: int, links: int | None
+) -> None:
+    """In a trace of its own; none at all for nobody."""
+    those = [parent("01", number) for number in range(sampled)]
+
+    traces.worked("collect", [*those, parent("00", 10**6), "nonsense"], began=NOON, ended=NOON, attributes={})
+
+    assert ([] if links is None else ["collect"]) == names(sent)
+    for span in sent.get_finished_spans():
+        assert (links, None) == (len(span.links), span.parent)
+        assert int(_TRACE, 16) != span.context.trace_id
 
 
 def test_without_a_collector_nothing_is_made() -> None:

@@ -19,7 +19,7 @@ from metering.servicer import Witness
 from tests.journals import NOON, request_id, stamp
 
 SEEN = Sighting(
-    request_id=request_id(1), started_at=NOON, tenant_id="acme", input_tokens=3, output_tokens=5, heard_at=NOON
+    request_id=request_id(1), started_at=NOON, tenant_id="acme", input_tokens=3, output_tokens=5, quantity=None, heard_at=NOON
 )
 
 
@@ -58,19 +58,59 @@ def test_an_entry_that_is_no_exchange_of_ours_is_malformed(changes: dict[str, An
         said(**changes)
 
 
+def booked(tenant: str = "acme", input_tokens: int = 3, output_tokens: int = 5, quantity: int = 0, outcome: str = "ok") -> Row:
+    return Row(tenant_id=tenant, input_tokens=input_tokens, output_tokens=output_tokens, quantity=quantity, outcome=outcome)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
         (None, Kind.ROW_MISSING),
-        (Row(tenant_id="acme", input_tokens=3, output_tokens=5), None),
-        (Row(tenant_id="bolt", input_tokens=3, output_tokens=5), Kind.TENANT_DIFFERS),
-        (Row(tenant_id="acme", input_tokens=4, output_tokens=5), Kind.USAGE_DIFFERS),
-        (Row(tenant_id="acme", input_tokens=3, output_tokens=0), Kind.USAGE_DIFFERS),
+        (booked(), None),
+        (booked(tenant="bolt"), Kind.TENANT_DIFFERS),
+        (booked(input_tokens=4), Kind.USAGE_DIFFERS),
+        (booked(output_tokens=0), Kind.USAGE_DIFFERS),
+        # It said nothing of what else the dialect is metered by: the ledger may have put what was asked for.
+        (booked(quantity=2), None),
     ],
 )
 def test_each_way_to_differ_has_a_name(row: Row | None, expected: Kind | None) -> None:
     """The tenant before the tokens: who pays matters more."""
     assert expected == compare(SEEN, row)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "outcome", "expected"),
+    [
+        (2, "ok", None), (1, "ok", Kind.USAGE_DIFFERS), (3, "ok", Kind.USAGE_DIFFERS), (0, "ok", Kind.USAGE_DIFFERS),
+        (2, "client_closed", None), (0, "client_closed", Kind.USAGE_DIFFERS), (0, "lost", Kind.USAGE_DIFFERS),
+        # Nothing of an answer that somebody broke off is charged by its meter.
+        (0, "upstream_error", None), (0, "gateway_error", None), (0, "refused_by_engine", None), (1, "upstream_error", Kind.USAGE_DIFFERS),
+    ],
+)
+def test_what_else_was_metered_is_compared_as_tokens_are(quantity: int, outcome: str, expected: Kind | None) -> None:
+    """Two images that the witness saw are two images on the bill."""
+    seen = said(
+        request={"started_at": stamp(NOON), "dialect": "openai.images", "quantity": "2"},
+        usage={"seen": "none", "quantity": 2.0},
+    )
+
+    assert 2 == seen.quantity
+    assert expected == compare(seen, booked(input_tokens=0, output_tokens=0, quantity=quantity, outcome=outcome))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "asked", "delivered", "expected"),
+    [
+        ("openai.images", "2", 3.0, 2), ("openai.speech", "12", 12.0, 12), ("rerank", "", 4.0, 4), ("rerank", "", 0.0, 0),
+        ("openai.images", "2", -1.0, None), ("openai.images", "2", 1.5, None), ("openai.images", "2", None, None), ("openai.chat", "", 7.0, 0),
+    ],
+)
+def test_what_was_metered_is_read_as_the_ledger_does(dialect: str, asked: str, delivered: float | None, expected: int | None) -> None:
+    """No more than was asked for; a count that cannot be says nothing."""
+    request = {"started_at": stamp(NOON), "dialect": dialect, "quantity": asked}
+
+    assert expected == said(request=request, usage={"seen": "none", "quantity": delivered}).quantity
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
@@ -121,10 +161,10 @@ def test_the_servicer_keeps_ends_and_goes_on_after_what_it_cannot_read() -> None
         spaces = common.metadata.filter_metadata
         if tenant:
             spaces["envoy.filters.http.ext_authz"].update({"tenant": tenant, "nested": {"x": 1}})
-        spaces["peaje.request"].update({"started_at": stamp(NOON)})
-        spaces["peaje.usage"].update({"seen": "final", "input": 3, "output": 5})
+        spaces["peaje.request"].update({"started_at": stamp(NOON), "dialect": "openai.images", "quantity": "2"})
+        spaces["peaje.usage"].update({"seen": "final", "input": 3, "output": 5, "quantity": 2})
 
     kept = asyncio.run(_hear(message, wire.StreamAccessLogsMessage()))
 
     assert [request_id(0), request_id(3)] == [one.request_id for one in kept]
-    assert ("acme", 3, 5) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens)
+    assert ("acme", 3, 5, 2) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens, kept[0].quantity)

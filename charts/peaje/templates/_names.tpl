@@ -71,7 +71,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 
 {{- define "peaje.metricsPort" -}}
-{{- get (dict "extauth" "9091" "ratelimit" "9092" "metering" "9093" "collector" "9094" "beacon" "9095" "envoy" "9902") . -}}
+{{- get (dict "extauth" "9091" "ratelimit" "9092" "metering" "9093" "collector" "9094" "beacon" "9095" "events" "9096" "envoy" "9902") . -}}
 {{- end -}}
 
 {{- /* Processes that share a limit while the counter store is away: as many as there can be. */ -}}
