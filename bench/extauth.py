@@ -153,7 +153,7 @@ def _measure(url: str, installation: Installation, count: int) -> dict[str, str]
         before = _resident_mib()
 
         def ask(key: str, model: str = "tiny", servicer: Servicer = unbounded) -> Callable[[], str | None]:
-            raw = _request(key, model)
+            raw = request_of(key, model)
             return lambda: servicer.check(wire.CheckRequest.FromString(raw), Call()).WhichOneof("http_response")
 
         step = count // MISSES
@@ -188,7 +188,7 @@ def _measure_tokens() -> dict[str, str]:
         servicer = Servicer(identities, catalogue=lambda: _MODELS, clock=utc_now)
 
         def ask(token: str) -> Callable[[], str | None]:
-            raw = _request(token, "tiny")
+            raw = request_of(token, "tiny")
             return lambda: servicer.check(wire.CheckRequest.FromString(raw), Call()).WhichOneof("http_response")
 
         good = ask(provider.mint())
@@ -250,7 +250,8 @@ def _difference(first: Callable[[], str | None], second: Callable[[], str | None
     return f"{means[0] / 1000:.1f} and {means[1] / 1000:.1f} µs, t = {(means[0] - means[1]) / error:.1f}"
 
 
-def _request(key: str, model: str) -> bytes:
+def request_of(key: str, model: str) -> bytes:
+    """What Envoy asks about a chat request with this key."""
     request = wire.CheckRequest()
     http = request.attributes.request.http
     http.method, http.path = "POST", "/v1/chat/completions"
@@ -270,14 +271,14 @@ def _measure_process(url: str, installation: Installation) -> dict[str, str]:
             grpc.channel_ready_future(channel).result(timeout=60)
             figures = {"start of extauth until it serves": f"{time.monotonic() - began:.1f} s"}
             for name, key in {"a remembered key": key_of(0), "not a key": "nonsense"}.items():
-                _closed_loop(channel, _request(key, "tiny"), WARM_CALLS)
+                _closed_loop(channel, request_of(key, "tiny"), WARM_CALLS)
                 figures[f"one process over gRPC, {UNDER_WAY} calls under way: {name}"] = _throughput(channel, process.pid, key)
     return figures
 
 
 def _throughput(channel: grpc.Channel, pid: int, key: str) -> str:
     began, served, sent = time.monotonic(), cpu_seconds(pid), time.process_time()
-    _closed_loop(channel, _request(key, "tiny"), CALLS)
+    _closed_loop(channel, request_of(key, "tiny"), CALLS)
     seconds, served, sent = time.monotonic() - began, cpu_seconds(pid) - served, time.process_time() - sent
     return (
         f"{CALLS / seconds:,.0f} requests/s with {served / seconds:.2f} of a core, {1e6 * served / CALLS:.0f} µs CPU each; "

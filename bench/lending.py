@@ -28,9 +28,8 @@ from tests.conformance.road import module, runtime
 
 #: What extauth lets a worker remember.
 REMEMBERED_MS: Final = 5000
-#: From the request to ratelimit's decision, and on to the first byte of the answer, when a lease reaches the worker.
+#: From the request to ratelimit's decision.
 _ASK_US: Final = 1000
-_FIRST_BYTE_US: Final = 200_000
 _BEGIN_US: Final = 1_898_553_600_000_000
 _OUTPUT_CAP: Final = 16_384
 _MINUTE_US: Final = 60_000_000
@@ -53,6 +52,8 @@ class Scenario:
     load: float
     #: Part of each bucket that is used when it begins.
     used: float
+    #: From ratelimit's decision to the first byte of the answer, when a lease reaches the worker.
+    first_byte_us: int = 200_000
     requests: int
     #: So many more come at its end, `RUSH` times as fast as the limit.
     rush: int = 0
@@ -216,11 +217,9 @@ class _Run:
             level = Level(debt=scenario.used * limit.amount * _MINUTE_US, at_us=_BEGIN_US)
             self._lender.memory.levels[f"peaje:{{{_TENANT}}}:{limit.limit_id}"] = level
         self._later: list[tuple[int, int, Any]] = []
-        #: Used beyond what was charged, by what is under way; and by what is over and not told, by worker.
+        #: Used beyond what was charged, by what is under way; and by what is over and not told, by the lease that it is charged to.
         self._excess = 0
-        self._untold = [0] * scenario.workers
-        #: Requests of the lease that each worker has left, and when it forgets it.
-        self._unspent: dict[int, tuple[int, int]] = {}
+        self._untold: dict[bytes, int] = {}
         self._order = 0
 
     def play(self) -> Seen:
@@ -251,13 +250,9 @@ class _Run:
             known = entry is not None
             self.seen.asked_warm += is_warm
             if b" " in said:
-                self._excess -= self._untold[request.worker]
-                self._untold[request.worker] = 0
-                self._unspent.pop(request.worker, None)
+                self._excess -= self._untold.pop(said.split()[1], 0)
             self._at(request.at_us + _ASK_US, lambda at_us: self._ask(request, said.decode(), known=known, now_us=at_us))
             return
-        left, ends_us = self._unspent[request.worker]
-        self._unspent[request.worker] = left - 1, ends_us
         self._passes(request, int(charged), request.at_us)
         self._at(request.at_us + request.lasts_us, lambda _: self._settle_here(request, int(charged)))
 
@@ -283,7 +278,7 @@ class _Run:
             self.seen.left_at_refusal_max = max(self.seen.left_at_refusal_max, self._left(now_us))
         if self.seen.asked % _LOOKED_AT == 0:
             self._look(now_us)
-        first_byte_us = _FIRST_BYTE_US if answer.admitted else 0
+        first_byte_us = self.scenario.first_byte_us if answer.admitted else 0
         self._at(now_us + first_byte_us, lambda _: self._answered(request, asked, given, known=known, admitted=answer.admitted))
 
     def _answered(self, request: _Request, asked: Demand, given: Lease | None, *, known: bool, admitted: bool) -> None:
@@ -292,17 +287,14 @@ class _Run:
         if given is not None:
             tokens = given.tokens if self.scenario.tokens_each else None
             lease = self._lane[b"lease"](
-                request.name.encode(), given.requests, tokens, asked.lean.input, asked.lean.output, request.prompt_bytes
+                request.name.encode(), given.requests, tokens, asked.lean.input, asked.lean.output, request.prompt_bytes, request.at_us // 1000
             )
         asked_ms = request.at_us // 1000
-        holder = None
         if known:
-            holder = self._lane[b"lent"](state, _KEY, request.name.encode(), lease)
+            self._lane[b"lent"](state, _KEY, request.name.encode(), lease)
         elif admitted:
             until_ms = asked_ms + REMEMBERED_MS
-            holder = self._lane[b"remember"](state, _KEY, self._identity, None, lease, until_ms, 0, asked_ms)
-        if holder is not None and given is not None:
-            self._unspent[request.worker] = given.requests, holder[b"expires_ms"] * 1000
+            self._lane[b"remember"](state, _KEY, self._identity, None, lease, until_ms, 0, asked_ms, request.name.encode())
 
     def _passes(self, request: _Request, charged: int, now_us: int) -> None:
         self.seen.passed += 1
@@ -314,8 +306,12 @@ class _Run:
                 self.seen.over_bound = max(self.seen.over_bound, over - self._excess)
 
     def _settle_here(self, request: _Request, charged: int) -> None:
-        self._untold[request.worker] += max(0, request.tokens - charged)
-        self._lane[b"settle"](self._workers[request.worker], _KEY, charged, request.tokens)
+        state = self._workers[request.worker]
+        entry = self._entry(state)
+        lease = entry[b"lease"] if entry is not None else None
+        holder = lease[b"id"] if lease is not None else b""
+        self._untold[holder] = self._untold.get(holder, 0) + max(0, request.tokens - charged)
+        self._lane[b"settle"](state, _KEY, charged, request.tokens)
 
     def _settle_there(self, request: _Request, asked: Demand, charged: int, now_us: int) -> None:
         self._excess -= max(0, request.tokens - charged)
@@ -325,12 +321,20 @@ class _Run:
             output_tokens=request.output,
         )  # fmt: skip
 
+    @staticmethod
+    def _entry(state: Any) -> Any:
+        """What a worker remembers of the caller; None if it does not know it."""
+        return state[b"newer"][_KEY] or state[b"older"][_KEY]
+
     def _left(self, now_us: int) -> float:
         """Part of the buckets that is left by the judge: of the one that has the least."""
         return max(0.0, min(judge.left(now_us) / judge.amount for judge in self._judges.values()))
 
     def _look(self, now_us: int) -> None:
-        unspent = sum(left for left, ends_us in self._unspent.values() if now_us < ends_us)
+        unspent = 0
+        for entry in filter(None, map(self._entry, self._workers)):
+            leases = (entry[b"lease"], entry[b"ahead"]) if now_us // 1000 < entry[b"expires_ms"] else ()
+            unspent += sum(it[b"requests"] for it in leases if it is not None and now_us // 1000 < it[b"until_ms"])
         self.seen.unspent_max = max(self.seen.unspent_max, unspent / self.scenario.per_minute)
 
 
@@ -354,7 +358,7 @@ def _requests(scenario: Scenario) -> Iterator[_Request]:
         yield _Request(
             number=number, at_us=int(now), worker=chance.randrange(scenario.workers), prompt_bytes=int(input_ * chance.uniform(3.8, 4.4)),
             named_max=chance.choice([0, 4 * output]), input=input_, output=min(output, _OUTPUT_CAP),
-            lasts_us=_FIRST_BYTE_US + output * 10_000,
+            lasts_us=scenario.first_byte_us + output * 10_000,
         )  # fmt: skip
 
 
@@ -387,11 +391,11 @@ def asked_row(number: int) -> str:
     return f"| {said} | " + " | ".join(f"{one.asked_each:.2f}" for one in seen) + " |"
 
 
-def rush(*, workers: int, seed: int, tokens_each: int = 0) -> Scenario:
+def rush(*, workers: int, seed: int, tokens_each: int = 0, first_byte_us: int = 200_000) -> Scenario:
     """A tenant at its limit of 3,000 a minute, with leases out, who then sends fifty times as much until it is refused."""
     return Scenario(
         workers=workers, per_minute=3000, load=1.0, used=0.0, requests=750, rush=1500 if tokens_each else 3500,
-        tokens_each=tokens_each, seed=seed,
+        tokens_each=tokens_each, first_byte_us=first_byte_us, seed=seed,
     )  # fmt: skip
 
 

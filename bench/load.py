@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A closed-loop load generator on raw sockets: cheap enough not to be what is measured."""
+"""
+A load generator on raw sockets: cheap enough not to be what is measured.
+
+In a closed loop a connection sends when it has its answer. At a fixed rate requests have their moments, whatever becomes
+of those before: one that finds no connection free waits for it, and that wait is part of its latency.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,8 @@ class Load:
     connections: int
     #: Keys, of which each request takes the next one; none: the headers say who is calling.
     keys: tuple[str, ...] = ()
+    #: Requests a second, at even distances; None: a closed loop.
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +57,16 @@ async def run(load: Load) -> Result:
     async def connection() -> None:
         nonlocal failures
         reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
-        for _ in left:
-            began = time.perf_counter()
+        for number in left:
+            sent = time.perf_counter()
+            if load.rate is not None:
+                due = began + number / load.rate
+                if due > sent:
+                    await asyncio.sleep(due - sent)
+                sent = due
             writer.write(b"%sauthorization: Bearer %s\r\n%s" % (opening, next(keys).encode(), body) if load.keys else whole)
             ok = await answered_ok(reader)
-            latencies.append(time.perf_counter() - began)
+            latencies.append(time.perf_counter() - sent)
             failures += not ok
         writer.close()
 

@@ -43,7 +43,7 @@ _ENTRIES_MAX: Final = 10_000
 EXTAUTH_KEYS_MAX: Final = 100_000
 #: Questions to ratelimit in one life of what a worker remembers: who calls, the first lease, those that it grew by.
 #: By the simulation, which a test holds this to.
-QUESTIONS_A_LIFE: Final = 3.5
+QUESTIONS_A_LIFE: Final = 3.2
 #: Until the number of workers is found that their own number asks for; it moves by less than one after three.
 _ROUNDS: Final = 6
 
@@ -134,13 +134,13 @@ def asked_share(rate: float, *, first_byte_seconds: float, questions: float) -> 
     """
     Of one caller's requests at one worker, *rate* a second, those that ask.
 
-    What an answer brings is remembered for five seconds from the request on, but known only when the answer begins:
-    until then every request of that caller asks.
+    What an answer brings is remembered for five seconds from the request on, but known only when the answer begins.
+    Who comes in between asks; as soon as that is more than one, one goes ahead for all and the others pass.
 
     >>> [round(asked_share(rate, first_byte_seconds=0, questions=1), 2) for rate in (0.02, 0.2, 2, 20)]
     [0.91, 0.5, 0.09, 0.01]
     """
-    asking = questions * (1 + rate * first_byte_seconds)
+    asking = questions * (1 + min(1.0, rate * first_byte_seconds))
     return asking / (asking + rate * _REMEMBERED_SECONDS)
 
 

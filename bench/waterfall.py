@@ -117,8 +117,8 @@ def measure_all(options: Options) -> dict[str, dict[str, Measured]]:
     with tempfile.TemporaryDirectory(prefix="peaje-bench-") as directory, ExitStack() as stack:
         place = Path(directory)
         road = stack.enter_context(running(place / "home", "--engine", "fake"))
-        upstream = stack.enter_context(_upstream())
-        callers = _callers(road, options.key_count)
+        upstream = stack.enter_context(serving_upstream())
+        callers = make_callers(road, options.key_count)
         for number in range(options.runs):
             for name, port, pids, who in _each(road, upstream, place / str(number), options.peers):
                 for shape in shapes(options.scale):
@@ -183,7 +183,7 @@ def _each(
     status = {part["name"]: int(part["pid"]) for part in road.status()["parts"] if part.get("pid")}
     for number, step in enumerate(STEPS):
         directory = place / f"step-{number}"
-        with _envoy(road, step, directory, upstream[1]) as (pid, port):
+        with step_envoy(road, step, directory, upstream[1]) as (pid, port):
             beside = {part: [status[name] for name in names if name in step.uses] for part, names in PARTS.items()}
             yield step.name, port, beside | {"Envoy": [pid]}, step.caller
     for number, peer in enumerate(peers):
@@ -220,7 +220,7 @@ def prepare(home: Path, step: Step, directory: Path, *, port: int, admin: int, u
 
 
 @contextmanager
-def _envoy(road: Installation, step: Step, directory: Path, upstream: int) -> Iterator[tuple[int, int]]:
+def step_envoy(road: Installation, step: Step, directory: Path, upstream: int) -> Iterator[tuple[int, int]]:
     """One Envoy of *step* beside *road*: its pid and port."""
     port, admin = free_ports(2)
     prepare(road.home, step, directory, port=port, admin=admin, upstream=upstream)
@@ -239,7 +239,8 @@ def _envoy(road: Installation, step: Step, directory: Path, upstream: int) -> It
 
 
 @contextmanager
-def _upstream() -> Iterator[tuple[int, int]]:
+def serving_upstream() -> Iterator[tuple[int, int]]:
+    """Run the fast upstream: its pid and port."""
     [port] = free_ports(1)
     process = subprocess.Popen([sys.executable, "-m", "bench.upstream", str(port)], cwd=REPOSITORY, stdin=subprocess.DEVNULL)
     try:
@@ -302,7 +303,7 @@ def _measure(shape: Shape, *, port: int, pids: Mapping[str, list[int]], upstream
     )  # fmt: skip
 
 
-def _callers(road: Installation, key_count: int) -> dict[Caller, tuple[str, ...]]:
+def make_callers(road: Installation, key_count: int) -> dict[Caller, tuple[str, ...]]:
     """A tenant for each kind of caller, with so many keys."""
     tenants = {
         Caller.UNLIMITED: road.new_tenant("bench-unlimited"),

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ class Message(Protocol):
 
 
 Unary = Callable[[Any, grpc.ServicerContext], Message]
+AsyncUnary = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,25 +120,31 @@ def serve_unary(
     log.info("stopped", socket=at.name)
 
 
-def serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
+def serve_streams(
+    at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]], *,
+    beside: Mapping[str, tuple[AsyncUnary, type[Any]]],
+) -> None:
     """
     Serve streaming *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
 
-    On asyncio: a thread per stream would not scale.
+    On asyncio: a thread per stream would not scale. What is *beside* them has one message and one answer.
     """
-    asyncio.run(_serve_streams(at, methods))
+    asyncio.run(_serve_streams(at, methods, beside))
 
 
-async def _serve_streams(at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]]) -> None:
+async def _serve_streams(
+    at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]], beside: Mapping[str, tuple[AsyncUnary, type[Any]]]
+) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    for path, (handler, request) in methods.items():
+    handlers = [
+        (path, request, grpc.stream_stream_rpc_method_handler, _traced(path, handler)) for path, (handler, request) in methods.items()
+    ] + [(path, request, grpc.unary_unary_rpc_method_handler, handler) for path, (handler, request) in beside.items()]
+    for path, request, kind, handler in handlers:
         _, service, method = path.split("/")
-        stream = grpc.stream_stream_rpc_method_handler(
-            _traced(path, handler),
-            request_deserializer=request.FromString,
-            response_serializer=lambda answer: answer.SerializeToString(),
+        served = kind(
+            handler, request_deserializer=request.FromString, response_serializer=lambda answer: answer.SerializeToString()
         )
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: stream}),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: served}),))
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     await status.set("", health_pb2.HealthCheckResponse.SERVING)

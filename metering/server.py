@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as log_wire
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -15,7 +16,6 @@ from chassis.serving import door, serve_streams
 from chassis.settings import StoreSettings
 from chassis.telemetry import metrics, traces
 from chassis.telemetry.log import configure
-from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
 from metering.adapters.slices import Slices
 from metering.adapters.witness import Heard, Reconciliation
@@ -59,10 +59,8 @@ def main() -> None:
         door(
             settings.socket, listen=settings.listen, tls_directory=stores.tls_directory, drain_seconds=stores.drain_seconds
         ),
-        {
-            METHOD: (servicer.process, wire.ProcessingRequest),
-            ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.StreamAccessLogsMessage),
-        },
+        {METHOD: (servicer.process, wire.ProcessingRequest)},
+        beside={ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.ExportLogsServiceRequest)},
     )
 
 

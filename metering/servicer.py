@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Answer Envoy's ext_proc, of which two filters ask here, each only where it must, and hear its gRPC access log.
+Answer Envoy's ext_proc, of which two filters ask here, each only where it must, and hear its second access log.
 
 *metering* sends the buffered body of a request that needs shaping: one message, and the answer never
 comes here. If this service is away the request passes as it was (failure_mode_allow: true in envoy.yaml):
@@ -15,31 +15,29 @@ not be stopped where its budget ends.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import structlog
-from google.protobuf.struct_pb2 import Struct
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as log_wire
 
 from chassis import contract
 from chassis.errors import Unavailable
 from chassis.models import ModelCatalogue
-from chassis.wire import access_log_entry_pb2 as entry_wire
-from chassis.wire import access_log_pb2 as log_wire
 from chassis.wire import ext_proc_pb2 as wire
 from metering.adapters.slices import Slices
 from metering.adapters.witness import Heard
 from metering.core.journal import Malformed
 from metering.core.shape import Running, ask_for_usage
 from metering.core.valve import Stop, Valve
-from metering.core.witness import Sighting, sighting
+from metering.core.witness import sighting
 
 log = structlog.get_logger()
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
-ACCESS_LOG_METHOD = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
+ACCESS_LOG_METHOD = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
 
 #: What neither filter sends as it is configured; an Envoy that is configured otherwise goes on.
 _UNREAD: Final = {
@@ -229,52 +227,24 @@ def _handed_back(body: bytes, *, is_last: bool) -> wire.ProcessingResponse:
 
 
 class Witness:
-    """Hears what Envoy's gRPC access log says of exchanges that ended; answers nothing while it lasts."""
+    """Hears what Envoy's OpenTelemetry access log says of exchanges that ended: a line of each."""
 
     def __init__(self, heard: Heard, clock: Callable[[], datetime]) -> None:
         self._heard = heard
         self._clock = clock
 
     async def hear(
-        self, messages: AsyncIterator[log_wire.StreamAccessLogsMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[log_wire.StreamAccessLogsResponse]:
-        """Keep each entry to be compared; one that is none of ours is logged and left out."""
+        self, message: log_wire.ExportLogsServiceRequest, context: grpc.aio.ServicerContext
+    ) -> log_wire.ExportLogsServiceResponse:
+        """Keep each line to be compared; one that is none of ours is logged and left out."""
         del context
-        async for message in messages:
-            now = self._clock()
-            for entry in message.http_logs.log_entry:
-                if entry.common_properties.intermediate_log_entry:
-                    continue
-                try:
-                    self._heard.add(_sighting(entry, now))
-                except Malformed as exc:
-                    log.error("sighting_malformed", reason=str(exc))
-        yield log_wire.StreamAccessLogsResponse()
-
-
-def _sighting(entry: entry_wire.HTTPAccessLogEntry, now: datetime) -> Sighting:
-    common = entry.common_properties
-    spaces = common.metadata.filter_metadata
-    return sighting(
-        common.stream_id, identity=_values(spaces[contract.NS_IDENTITY], _OF_IDENTITY),
-        request=_values(spaces[contract.NS_REQUEST], _OF_REQUEST), usage=_values(spaces[contract.NS_USAGE], _OF_USAGE),
-        heard_at=now,
-    )
-
-
-#: What a sighting needs of the twenty values that an entry has: reading all of them costs twice as much.
-_OF_IDENTITY = (contract.ID_TENANT,)
-_OF_REQUEST = (contract.REQ_STARTED_AT, contract.REQ_DIALECT, contract.REQ_QUANTITY)
-_OF_USAGE = (contract.USE_SEEN, contract.USE_INPUT, contract.USE_OUTPUT, contract.USE_QUANTITY)
-
-
-def _values(namespace: Struct, names: Sequence[str]) -> dict[str, Any]:
-    """Those of its plain values that have one of *names*."""
-    fields = namespace.fields
-    found = {}
-    for name in names:
-        if name in fields:
-            value = fields[name]
-            kind = value.WhichOneof("kind")
-            found[name] = getattr(value, kind) if kind else None
-    return found
+        now, said = self._clock(), []
+        for resource in message.resource_logs:
+            for scope in resource.scope_logs:
+                for record in scope.log_records:
+                    try:
+                        said.append(sighting(record.body.string_value, heard_at=now))
+                    except Malformed as exc:
+                        log.error("sighting_malformed", reason=str(exc))
+        self._heard.add(said)
+        return log_wire.ExportLogsServiceResponse()

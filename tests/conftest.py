@@ -56,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--wiped-requests", type=int, default=100_000, help="requests while the counter store is wiped")
     group.addoption("--delivered-exchanges", type=int, default=1_000_000, help="exchanges that are delivered again and again")
     group.addoption("--storm-seed", type=int, default=1, help="what chooses its deaths and misbehaviour")
+    group.addoption("--soak-seconds", type=int, default=600, help="how long memory is looked at; keys and garbage are as many as fit")
     group.addoption(f"--{LANE}", choices=("on", "off"), default="on", help="whether Envoy's workers remember decisions")
 
 

@@ -177,7 +177,7 @@ CAUSES: Final = (
     ),
     Alert(
         name="PeajeWitnessDeaf",
-        expr="sum(increase(peaje_metering_sightings_dropped_total[10m])) + sum(increase(envoy_access_logs_grpc_access_log_logs_dropped[10m])) > 0",
+        expr="sum(increase(peaje_metering_sightings_dropped_total[10m])) + sum(increase(envoy_access_logs_open_telemetry_access_log_logs_dropped[10m])) > 0",
         minutes=0, severity="ticket", summary="Some exchanges could not be compared with the second witness; no bill changes",
     ),
     Alert(

@@ -104,7 +104,7 @@ function M.remember(handle, request, metadata)
   local identity, admission = metadata:get(IDENTITY), metadata:get(ADMISSION) or {}
   local lease = admission.lease_requests and lane.lease(
     request.asked, admission.lease_requests, admission.lease_tokens, admission.lease_input, admission.lease_output,
-    asked.prompt_bytes)
+    asked.prompt_bytes, asked.now_ms)
   local entry
   if asked.known then
     entry = lane.lent(cache, asked.key, request.asked, lease)
@@ -112,7 +112,7 @@ function M.remember(handle, request, metadata)
     local for_ms = identity and identity.cache_ms
     if not for_ms or for_ms <= 0 or not admission.admitted then return end
     entry = lane.remember(cache, asked.key, identity, admission.unlimited, lease, asked.now_ms + for_ms, asked.sequence,
-      asked.now_ms)
+      asked.now_ms, request.asked)
   end
   if entry then entry.told = told_by(handle:headers()) end
 end
@@ -122,12 +122,12 @@ function M.tell(handle, request)
   local passed = newer[request.express] or older[request.express]
   local told, lease = passed and passed.entry.told, passed and passed.entry.lease
   if not told or not lease then return end
-  local headers = handle:headers()
+  local headers, ahead = handle:headers(), passed.entry.ahead or { requests = 0, tokens = 0 }
   for _, name in ipairs(LIMIT_HEADERS) do
     if told[name] then headers:add(name, told[name]) end
   end
-  if told.requests then headers:add('x-ratelimit-remaining-requests', tostring(told.requests + lease.requests)) end
-  if told.tokens then headers:add('x-ratelimit-remaining-tokens', tostring(math.max(0, told.tokens + lease.tokens))) end
+  if told.requests then headers:add('x-ratelimit-remaining-requests', tostring(told.requests + lease.requests + ahead.requests)) end
+  if told.tokens then headers:add('x-ratelimit-remaining-tokens', tostring(math.max(0, told.tokens + lease.tokens + ahead.tokens))) end
 end
 
 -- The answer is over: what it used replaces what it was charged.

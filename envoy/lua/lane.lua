@@ -44,6 +44,12 @@ end
 -- Requests that a lease is asked for at the most, and how long somebody else's asking is waited for.
 M.WANTED_MAX = 1000
 M.ASKING_MS = 1000
+-- Questions whose answers are not here yet, of one caller: those of more than a lease's time. Beyond it, none is known.
+M.SENT_MAX = 8
+-- From when a lease was asked for, so long it is spent; ratelimit counts it as spent two seconds later.
+M.LEASE_MS = 5000
+-- The next one is asked for while this many times as many can still pass as came while the last one was awaited.
+M.AHEAD = 1.5
 
 -- Tokens that a request is charged before it is known what it uses: its prompt at the ratio of the request
 -- that the lease came with, its output at what the caller named or ratelimit holds, whichever is less.
@@ -54,12 +60,12 @@ local function cost(lease, facts)
   return prompt + output * math.max(facts.choices, 1)
 end
 
--- What ratelimit lends: requests, tokens (nil: no limit counts them), and what it reserved for the request
--- that asked, by which later ones are charged.
-function M.lease(id, requests, tokens, input, output, prompt_bytes)
+-- What ratelimit lends: requests, tokens (nil: no limit counts them), what it reserved for the request that
+-- asked, by which later ones are charged, and when it was asked.
+function M.lease(id, requests, tokens, input, output, prompt_bytes, asked_ms)
   return {
     id = id, requests = requests, tokens = tokens, output = output,
-    bytes_per_token = prompt_bytes / math.max(input, 1),
+    bytes_per_token = prompt_bytes / math.max(input, 1), until_ms = asked_ms + M.LEASE_MS,
   }
 end
 
@@ -67,50 +73,134 @@ local function is_live(lane, entry, now_ms)
   return now_ms < entry.expires_ms and not is_changed(lane, entry)
 end
 
-local function lend(entry, lease)
+-- What a lease charges for a request; nil: it does not let it pass.
+local function charge(lease, facts, now_ms)
+  if lease.requests < 1 or now_ms >= lease.until_ms then return nil end
+  local tokens = lease.tokens and cost(lease, facts) or 0
+  if lease.tokens and lease.tokens < tokens then return nil end
+  return tokens
+end
+
+-- A debt of the lease before is paid by this one; its rest is given back with the next question.
+local function turn(entry, lease)
+  local before = entry.lease
+  if before then
+    if before.tokens and before.tokens < 0 then
+      entry.owed = entry.owed - before.tokens
+      before.tokens = 0
+    end
+    entry.back = before
+  end
   if lease.tokens then lease.tokens = lease.tokens - entry.owed end
   entry.lease, entry.owed = lease, 0
 end
 
+-- A lease that was asked for ahead waits until the one before it is spent.
+local function lend(entry, lease)
+  if not entry.lease then
+    turn(entry, lease)
+  elseif not entry.ahead then
+    entry.ahead = lease
+  else
+    entry.back = lease
+  end
+  return entry
+end
+
+-- The answer to a question is here: as many came while it was awaited. Nil if there was no such question.
+local function answered(entry, id)
+  if entry.asking == id then entry.asking = nil end
+  local came = entry.sent[id]
+  if not came then return nil end
+  entry.sent[id], entry.sent_count = nil, entry.sent_count - 1
+  entry.waited = entry.came - came
+  return entry
+end
+
 -- Remember an admission until `expires_ms`, as of the news that had been heard when it was asked for
--- (`sequence`). unlimited: no limit applies; else `lease`, or nil if none was given. Returns the entry that
--- holds the lease. What still lives is not replaced: its lease would be lost.
-function M.remember(lane, key, identity, unlimited, lease, expires_ms, sequence, now_ms)
+-- (`sequence`). unlimited: no limit applies; else `lease`, or nil if none was given. `id`: of the request that
+-- asked. Returns the entry that holds the lease. What still lives is as the decision says that lasts longest, and
+-- keeps its lease.
+function M.remember(lane, key, identity, unlimited, lease, expires_ms, sequence, now_ms, id)
   local entry = lane.newer[key] or lane.older[key]
+  if entry then answered(entry, id) end
   if not entry or not is_live(lane, entry, now_ms) then
     entry = {
-      tenant = identity.tenant, project = identity.project, key_id = identity.key_id,
-      sequence = sequence, expires_ms = expires_ms, unlimited = unlimited, passed = 0, owed = 0,
+      expires_ms = 0, passed = 0, since_ms = now_ms, owed = 0, came = 0, waited = entry and entry.waited or 0,
+      sent = {}, sent_count = 0,
     }
     put(lane, key, entry)
   end
-  if not lease or entry.unlimited or entry.lease then return nil end
-  lend(entry, lease)
-  return entry
+  if expires_ms > entry.expires_ms then
+    entry.tenant, entry.project, entry.key_id = identity.tenant, identity.project, identity.key_id
+    entry.unlimited, entry.expires_ms, entry.sequence = unlimited, expires_ms, sequence
+  end
+  return lease and not entry.unlimited and lend(entry, lease) or nil
 end
 
--- The answer to `id`, which asked for a lease and not who is calling. Returns the entry that holds it.
+-- The answer to `id`, which asked for a lease and not who is calling; late, it brings one all the same. Returns the
+-- entry that holds it.
 function M.lent(lane, key, id, lease)
   local entry = lane.newer[key] or lane.older[key]
-  if not entry or entry.asking ~= id then return nil end
-  entry.asking = nil
-  if not lease then return nil end
-  lend(entry, lease)
-  return entry
+  return entry and answered(entry, id) and lease and lend(entry, lease) or nil
 end
 
-local function ask(entry, id, now_ms, wanted)
-  local lease = entry.lease
-  entry.asking, entry.asked_ms, entry.lease, entry.passed = id, now_ms, nil, 0
+-- Send a request to ask: what it says, with what is given back.
+local function ask(entry, id, now_ms, wanted, back)
+  if entry.sent_count >= M.SENT_MAX then entry.sent, entry.sent_count = {}, 0 end
+  entry.sent[id], entry.sent_count = entry.came, entry.sent_count + 1
+  entry.asking, entry.asked_ms, entry.passed, entry.since_ms = id, now_ms, 0, now_ms
   local said = tostring(math.min(wanted, M.WANTED_MAX))
-  if not lease then return said end
-  local tokens = lease.tokens and lease.tokens - entry.owed or 0
+  if not back then return said end
+  local tokens = back.tokens and back.tokens - entry.owed or 0
   entry.owed = 0
-  return said .. ' ' .. lease.id .. ' ' .. lease.requests .. ' ' .. tokens
+  return said .. ' ' .. back.id .. ' ' .. back.requests .. ' ' .. tokens
 end
 
--- What this worker knows of a caller. Returns the entry if it lives; then either what its lease was charged
--- (0 if no limit applies), or nil and what to say to ratelimit about leases.
+-- The rest of a lease that another one has taken the place of.
+local function take_back(entry)
+  local back = entry.back
+  entry.back = nil
+  return back
+end
+
+-- The lease that lets nothing pass any more, or that of who is not known any more.
+local function surrender(entry)
+  local back = entry.lease or entry.back
+  entry.lease, entry.back = nil, nil
+  return back
+end
+
+-- Whether fewer than so many more come until then, at the rate at which they came since the last question.
+local function ends_soon(entry, until_ms, now_ms, coming)
+  return (until_ms - now_ms) * entry.passed < coming * (now_ms - entry.since_ms)
+end
+
+-- Whether who is calling is to be asked before it is forgotten. A question for a lease would be in the way of it, so
+-- it is time as soon as two answers cannot be awaited one after the other.
+local function is_ending(entry, now_ms)
+  return entry.waited > 0 and ends_soon(entry, entry.expires_ms, now_ms, 2 * M.AHEAD * entry.waited)
+end
+
+-- What was needed since the last question, and no less than what is needed while an answer is awaited.
+local function need(entry)
+  return math.max(entry.passed, 2 * entry.waited)
+end
+
+-- How many requests the next lease is asked for, if it is time to: twice what was needed since this one was
+-- asked for if it is spent soon, as much if its time is over soon; else nil.
+local function wanted_ahead(entry, lease, tokens, now_ms)
+  local coming = M.AHEAD * entry.waited
+  if coming == 0 or entry.ahead then return nil end
+  if lease.requests < coming or (lease.tokens and lease.tokens < coming * tokens) then
+    return math.max(2 * entry.passed, need(entry))
+  end
+  return ends_soon(entry, lease.until_ms, now_ms, coming) and need(entry) or nil
+end
+
+-- What this worker knows of a caller. Returns the entry if it lives; then what its lease was charged (0 if no
+-- limit applies) or nil; then what to say to ratelimit about leases, if the request is to ask. No entry: extauth
+-- is asked as well.
 function M.take(lane, key, id, facts, now_ms)
   local entry = lane.newer[key]
   if not entry then
@@ -118,25 +208,43 @@ function M.take(lane, key, id, facts, now_ms)
     if not entry then return nil, nil, '0' end
     put(lane, key, entry)
   end
+  entry.came = entry.came + 1
+  local is_asking = entry.asking and now_ms - entry.asked_ms < M.ASKING_MS
   if not is_live(lane, entry, now_ms) then
-    lane.newer[key], lane.older[key] = nil, nil
+    if is_changed(lane, entry) then lane.newer[key], lane.older[key] = nil, nil end
+    -- It stays to count who comes until it is known again; nothing makes it live.
+    local is_first = entry.expires_ms > 0
+    entry.expires_ms = 0
+    if not is_first or entry.unlimited then
+      if is_first and not is_asking then ask(entry, id, now_ms, 0) end
+      return nil, nil, '0'
+    end
     -- Over in time: this worker's need is what it had.
-    return nil, nil, entry.unlimited and '0' or ask(entry, id, now_ms, entry.passed)
+    return nil, nil, ask(entry, id, now_ms, entry.passed, surrender(entry))
+  end
+  entry.passed = entry.passed + 1
+  -- Busy enough that others come while it is asked who is calling: one goes ahead.
+  if not is_asking and is_ending(entry, now_ms) then
+    return nil, nil, ask(entry, id, now_ms, entry.unlimited and 0 or need(entry), take_back(entry))
   end
   if entry.unlimited then return entry, 0 end
-  entry.passed = entry.passed + 1
   local lease = entry.lease
-  if lease then
-    local tokens = lease.tokens and cost(lease, facts) or 0
-    if lease.requests >= 1 and (not lease.tokens or lease.tokens >= tokens) then
-      lease.requests = lease.requests - 1
-      if lease.tokens then lease.tokens = lease.tokens - tokens end
-      return entry, tokens
-    end
+  local tokens = lease and charge(lease, facts, now_ms)
+  if not tokens and entry.ahead then
+    lease, entry.ahead = entry.ahead, nil
+    turn(entry, lease)
+    tokens = charge(lease, facts, now_ms)
+  end
+  if tokens then
+    local wanted = not is_asking and wanted_ahead(entry, lease, tokens, now_ms)
+    if wanted then return entry, nil, ask(entry, id, now_ms, wanted, take_back(entry)) end
+    lease.requests = lease.requests - 1
+    if lease.tokens then lease.tokens = lease.tokens - tokens end
+    return entry, tokens
   end
   -- One asks; the others, until the answer is here, only for themselves.
-  if entry.asking and now_ms - entry.asked_ms < M.ASKING_MS then return entry, nil, '0' end
-  return entry, nil, ask(entry, id, now_ms, 2 * entry.passed)
+  if is_asking then return entry, nil, '0' end
+  return entry, nil, ask(entry, id, now_ms, 2 * entry.passed, surrender(entry))
 end
 
 -- Replace the tokens that `take` charged by those that were used. The lease may be another one by now.

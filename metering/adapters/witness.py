@@ -80,13 +80,12 @@ class Heard:
     def __init__(self) -> None:
         self._waiting: deque[Sighting] = deque()
 
-    def add(self, said: Sighting) -> None:
-        """Keep it, if there is room."""
-        if len(self._waiting) >= HEARD_MAX:
-            metrics.SIGHTINGS_DROPPED.inc()
-            return
-        metrics.SIGHTINGS.inc()
-        self._waiting.append(said)
+    def add(self, said: Sequence[Sighting]) -> None:
+        """Keep those that there is room for."""
+        kept = said[: max(0, HEARD_MAX - len(self._waiting))]
+        metrics.SIGHTINGS_DROPPED.inc(len(said) - len(kept))
+        metrics.SIGHTINGS.inc(len(kept))
+        self._waiting.extend(kept)
 
     def before(self, moment: datetime) -> list[Sighting]:
         """The oldest that were heard before *moment*; they stay until they are `done` with."""

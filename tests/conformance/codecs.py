@@ -24,8 +24,6 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from hypothesis import strategies as st
 
 from chassis.wire import (
-    access_log_entry_pb2,
-    access_log_pb2,
     envoy_base_pb2,
     envoy_type_pb2,
     ext_authz_pb2,
@@ -37,8 +35,7 @@ from chassis.wire import (
 FILES: Final[tuple[FileDescriptor, ...]] = tuple(
     module.DESCRIPTOR
     for module in (
-        access_log_entry_pb2, access_log_pb2, envoy_base_pb2, envoy_type_pb2, ext_authz_pb2, ext_proc_pb2,
-        ratelimit_descriptor_pb2, ratelimit_pb2,
+        envoy_base_pb2, envoy_type_pb2, ext_authz_pb2, ext_proc_pb2, ratelimit_descriptor_pb2, ratelimit_pb2,
     )
 )  # fmt: skip
 

@@ -24,17 +24,21 @@ class Lane:
 
     def remember(
         self, key: str = "k", *, lease: tuple[int, int | None] | None = None, limited: bool = False, sequence: int = 0,
-        until: int = UNTIL, **identity: str,
+        until: int = UNTIL, now: int = 0, request_id: str = "first", **identity: str,
     ) -> Any:
         """Remember an admission: without limits, or with a lease, or (limited) without one."""
         who = {name.encode(): value.encode() for name, value in (IDENTITY | identity).items()}
         unlimited = lease is None and not limited
-        held = None if lease is None else self.lease(*lease)
-        return self.lua[b"remember"](self.state, key.encode(), runtime().table_from(who), unlimited, held, until, sequence, 0)
+        held = None if lease is None else self.lease(*lease, now=now)
+        return self.lua[b"remember"](
+            self.state, key.encode(), runtime().table_from(who), unlimited, held, until, sequence, now, request_id.encode()
+        )
 
-    def lease(self, requests: int, tokens: int | None, *, name: str = "L", output: int = 512, prompt_bytes: int = 5) -> Any:
-        """A lease, by a request whose prompt was 2 tokens."""
-        return self.lua[b"lease"](name.encode(), requests, tokens, 2, output, prompt_bytes)
+    def lease(
+        self, requests: int, tokens: int | None, *, name: str = "L", output: int = 512, prompt_bytes: int = 5, now: int = 0
+    ) -> Any:
+        """A lease, by a request whose prompt was 2 tokens, asked for at *now*."""
+        return self.lua[b"lease"](name.encode(), requests, tokens, 2, output, prompt_bytes, now)
 
     def lent(self, request_id: str, lease: Any, key: str = "k") -> Any:
         """The answer to a request that asked for a lease."""
@@ -155,9 +159,131 @@ def test_a_caller_without_a_lease_is_known_and_asked_for(lane: Lane) -> None:
     asking = int(lane.lua[b"ASKING_MS"])
     known, charged, said, request_id = lane.take(now=asking)
     assert (True, None, "4") == (known, charged, said)
-    assert lane.lent("request-1", lane.lease(5, 100)) is None
+    assert lane.lent("request-2", lane.lease(5, 100)) is None
     assert lane.lent(request_id, lane.lease(5, 100)) is not None
     assert lane.passes()
+
+
+def test_a_late_answer_brings_its_lease_although_another_one_was_sent_to_ask(lane: Lane) -> None:
+    """A model that is slower than somebody else's asking is waited for; each answer counts once."""
+    lane.remember(limited=True, until=60_000)
+    first = lane.take(now=0)[3]
+    second = lane.take(now=int(lane.lua[b"ASKING_MS"]))[3]
+
+    assert lane.lent(first, lane.lease(1, None, name="M")) is not None
+    assert lane.lent(first, lane.lease(9, None, name="M")) is None
+    assert lane.passes(now=1500)
+    assert lane.lent(second, None) is None
+    assert not lane.passes(now=1500)
+
+
+def test_questions_whose_answers_never_come_are_bounded(lane: Lane) -> None:
+    """Callers who left: beyond the bound all are forgotten, and whoever asks next is known again."""
+    lane.remember(limited=True, until=10**9)
+    most, every = int(lane.lua[b"SENT_MAX"]), int(lane.lua[b"ASKING_MS"])
+    ids = [lane.take(now=number * every)[3] for number in range(most + 1)]
+
+    assert lane.lent(ids[0], lane.lease(5, None)) is None
+    assert lane.lent(ids[-1], lane.lease(5, None)) is not None
+
+
+def slow(lane: Lane, *, waited: int, lease: tuple[int, int | None], until: int = UNTIL, now: int = 0) -> None:
+    """A caller of whom *waited* came while the lease was awaited that is there *now*."""
+    lane.remember(limited=True, until=until)
+    request_id = lane.take(now=now)[3]
+    for _ in range(waited):
+        lane.take(now=now)
+    assert lane.lent(request_id, lane.lease(*lease, name="M", now=now)) is not None
+
+
+def test_one_asks_ahead_while_the_others_still_pass(lane: Lane) -> None:
+    """Once fewer are left than come while an answer is awaited, and half as many again; the lease stays to be spent."""
+    slow(lane, waited=4, lease=(8, None))
+    assert [0, 0, 0] == [lane.take()[1] for _ in range(3)]
+
+    known, charged, said, request_id = lane.take()
+
+    assert (True, None) == (known, charged)
+    assert said == "16"
+    assert [0] * 5 == [lane.take()[1] for _ in range(5)]
+    assert (None, "0") == lane.take()[1:3]
+    assert lane.lent(request_id, lane.lease(20, None, name="N")) is not None
+    assert lane.passes()
+
+
+def test_nobody_asks_ahead_where_nobody_came_meanwhile(lane: Lane) -> None:
+    """A caller of one request at a time spends its lease to the end, and gives it back with the next question."""
+    slow(lane, waited=0, lease=(3, None))
+
+    assert [0, 0, 0] == [lane.take()[1] for _ in range(3)]
+    assert lane.take()[2] == "8 M 0 0"
+
+
+def test_the_lease_that_was_asked_for_ahead_waits_until_the_one_before_is_spent_and_pays_its_debt(lane: Lane) -> None:
+    """To the last token."""
+    slow(lane, waited=2, lease=(4, 100))
+    charged = lane.take(output=30)[1]
+    *_, said, request_id = lane.take(output=30)
+    assert said == "8"
+    lane.lent(request_id, lane.lease(9, 200, name="N"))
+    lane.lua[b"settle"](lane.state, b"k", charged, 150)
+
+    assert 140 == lane.take(output=140)[1]
+    assert "4 N 8 10" == lane.take(output=11)[2]
+
+
+def test_what_a_lease_before_has_left_is_given_back_with_the_next_question_ahead(lane: Lane) -> None:
+    """Its requests were too few, or too small, for one that came."""
+    slow(lane, waited=2, lease=(4, 100))
+    lane.take(output=30)
+    request_id = lane.take(output=30)[3]
+    lane.take(output=30)
+    lane.take(output=30)
+    lane.lent(request_id, lane.lease(4, 1000, name="N"))
+    assert 300 == lane.take(output=300)[1]
+
+    assert "8 M 1 10" == lane.take(output=300)[2]
+
+
+def test_a_lease_is_not_spent_after_its_own_time(lane: Lane) -> None:
+    """However long the caller is known: ratelimit counts it as spent soon after."""
+    length = int(lane.lua[b"LEASE_MS"])
+    lane.remember(lease=(9, None), until=60_000)
+
+    assert lane.passes(now=length - 1)
+    assert lane.take(now=length)[2] == "4 L 8 0"
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_busy_caller_is_asked_for_ahead_and_known_without_a_gap(lane: Lane, limited: bool) -> None:
+    """One goes to extauth while the others pass; its answer makes the caller known for longer, not before its end only."""
+    lane.remember(limited=limited)
+    for _ in range(10):
+        lane.take(now=UNTIL)
+    lane.remember(limited=limited, now=UNTIL, until=2 * UNTIL, request_id="request-1")
+
+    asked = [number for number in range(UNTIL, 2 * UNTIL, 100) if not lane.knows(now=number)]
+
+    assert len(asked) >= 1
+    assert asked[0] < 2 * UNTIL - 1000
+    lane.remember(limited=limited, now=2 * UNTIL - 100, until=3 * UNTIL - 1000, request_id="late")
+    assert lane.knows(now=2 * UNTIL)
+
+
+@pytest.mark.parametrize("changed_at", [11, 12])
+def test_renewed_by_an_answer_of_before_a_change_it_is_forgotten_with_it(lane: Lane, changed_at: int) -> None:
+    """What is remembered is as of the decision that lasts longest, whatever was heard meanwhile."""
+    news = News(sequence=10)
+    lane.hear(news)
+    lane.remember(sequence=10)
+    for _ in range(changed_at - 11):
+        news.change("umbrella")
+    news.change("acme")
+    lane.hear(news)
+
+    lane.remember(sequence=10, until=2 * UNTIL)
+
+    assert not lane.knows()
 
 
 def test_an_answer_without_a_lease_lets_the_next_one_ask(lane: Lane) -> None:
@@ -169,16 +295,17 @@ def test_an_answer_without_a_lease_lets_the_next_one_ask(lane: Lane) -> None:
         lane.lent(request_id, None)
 
 
-def test_what_lives_is_not_replaced(lane: Lane) -> None:
-    """Two first requests at once: the second answer must not throw the first one's lease away, nor lengthen its time."""
-    lane.remember(lease=(5, 100), until=1000)
+def test_the_lease_of_what_lives_is_not_replaced(lane: Lane) -> None:
+    """Two first requests at once: the second answer must not throw the first one's lease away; who lasts longest counts."""
+    lane.remember(lease=(5, 100), until=2000)
 
-    lane.remember(limited=True)
-    lane.remember(lease=(9, 100))
+    lane.remember(limited=True, until=1000)
+    lane.remember(lease=(9, 100), until=3000)
 
-    assert [True] * 5 == [lane.passes() for _ in range(5)]
+    assert [True] * 14 == [lane.passes() for _ in range(14)]
     assert not lane.passes()
-    assert not lane.knows(now=1000)
+    assert lane.knows(now=2999)
+    assert not lane.knows(now=3000)
 
 
 def test_an_entry_whose_time_is_over_gives_its_lease_back(lane: Lane) -> None:

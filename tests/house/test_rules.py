@@ -183,7 +183,7 @@ BOUNDS: dict[str, tuple[str, dict[str, str], list[float], list[float]]] = {
     "PeajeWitnessDeaf": ("peaje_metering_sightings_dropped_total", {}, [*([0.0] * 20), *([1.0] * 10)], [7.0] * 30),
 }
 #: Series that an expression adds to another: Prometheus has both from the start.
-_BESIDE = {"PeajeScriptFails": "envoy_http_lua_gate_errors", "PeajeWitnessDeaf": "envoy_access_logs_grpc_access_log_logs_dropped"}
+_BESIDE = {"PeajeScriptFails": "envoy_http_lua_gate_errors", "PeajeWitnessDeaf": "envoy_access_logs_open_telemetry_access_log_logs_dropped"}
 _HISTOGRAMS = {"rows": ("peaje_collector_row_delay_seconds", "5.0"), "pulses": ("peaje_listener_heard_seconds", "1.0")}
 
 

@@ -45,12 +45,15 @@ def test_what_is_missing_is_named(measured: str) -> None:
         put("# Scale\n", {"inputs": ""})
 
 
-@pytest.mark.parametrize(("workers", "load"), [(1, 0.1), (10, 0.5), (100, 0.5), (1000, 0.1)])
-def test_the_closed_form_is_what_the_simulation_shows(workers: int, load: float) -> None:
+@pytest.mark.parametrize(
+    ("workers", "load", "first_byte"), [(1, 0.1, 0.2), (10, 0.5, 0.2), (100, 0.5, 0.2), (1000, 0.1, 0.2), (1, 0.1, 1.0), (10, 0.1, 1.0)]
+)
+def test_the_closed_form_is_what_the_simulation_shows(workers: int, load: float, first_byte: float) -> None:
     """To a tenth of the requests, from twenty a second at a worker to one in fifty seconds."""
-    seen = play(Scenario(workers=workers, per_minute=12_000, load=load, used=0.0, requests=int(3000 * load)))
+    requests = int(3000 * load * max(1, 2 * first_byte))
+    seen = play(Scenario(workers=workers, per_minute=12_000, load=load, used=0.0, requests=requests, first_byte_us=int(first_byte * 1e6)))
 
-    said = asked_share(load * 200 / workers, first_byte_seconds=0.2, questions=QUESTIONS_A_LIFE)
+    said = asked_share(load * 200 / workers, first_byte_seconds=first_byte, questions=QUESTIONS_A_LIFE)
     assert said == pytest.approx(seen.asked_each, abs=0.1)
 
 

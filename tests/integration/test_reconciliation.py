@@ -35,8 +35,7 @@ def seen(number: int, *, tenant: str = "acme", output: int = 5, **changes: Any) 
 def reconcile(url: str, *sightings: Sighting, heard: Heard | None = None) -> Heard:
     """Compare until nothing is left that can be."""
     heard = heard or Heard()
-    for one in sightings:
-        heard.add(one)
+    heard.add(sightings)
     reconciliation = Reconciliation(url=url, heard=heard, clock=lambda: LATER, every_seconds=1)
     with psycopg.connect(url, autocommit=True, options="-c timezone=UTC") as connection:
         while reconciliation.step(connection, LATER):

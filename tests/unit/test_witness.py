@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import Any
 
 import pytest
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as wire
 
-from chassis.wire import access_log_pb2 as wire
 from metering.adapters import witness
 from metering.adapters.witness import Heard
 from metering.core.journal import Malformed
@@ -23,39 +21,48 @@ SEEN = Sighting(
 )
 
 
-def said(**changes: Any) -> Sighting:
-    facts: dict[str, Any] = {
-        "request_id": request_id(1), "identity": {"tenant": "acme"}, "request": {"started_at": stamp(NOON)},
-        "usage": {"seen": "final", "input": 3.0, "output": 5.0}, "heard_at": NOON,
-    } | changes
-    return sighting(facts.pop("request_id"), **facts)
+def line(
+    number: int = 1, *, started_at: str = stamp(NOON), usage: str = "final 3 5", meter: str = "- openai.chat -", tenant: str = "acme"
+) -> str:
+    """What Envoy says of an exchange."""
+    return f"{request_id(number)} {started_at} {usage} {meter} {tenant}"
 
 
-def test_an_entry_is_read_with_the_numbers_of_its_metadata() -> None:
-    """Metadata has doubles only."""
-    assert said() == SEEN
+def said(text: str) -> Sighting:
+    return sighting(text, heard_at=NOON)
+
+
+@pytest.mark.parametrize("usage", ["final 3 5", "running 3 5", "final 3.0 5e0"])
+def test_a_line_is_read_with_the_numbers_of_its_metadata(usage: str) -> None:
+    """Metadata has doubles only, which Envoy writes as it writes JSON."""
+    assert said(line(usage=usage)) == SEEN
+
+
+def test_usage_that_names_one_count_only_says_zero_of_the_other() -> None:
+    """As the journal reads it: an embedding has no output."""
+    assert (3, 0) == (said(line(usage="final 3 -")).input_tokens, said(line(usage="final 3 -")).output_tokens)
 
 
 @pytest.mark.parametrize(
     "usage",
-    [{}, {"seen": "none", "frames": 4}, {"seen": "final", "input": -1, "output": 1.5}, {"seen": "running", "input": "x", "output": 1e12}],
+    ["- - -", "none - -", "none 3 5", "final -1 1.5", "running x 1e+12", "final nan inf"],
 )
-def test_usage_that_is_none_says_nothing(usage: dict[str, Any]) -> None:
+def test_usage_that_is_none_says_nothing(usage: str) -> None:
     """The ledger may have clamped or estimated it: that is no disagreement."""
-    assert (None, None) == (said(usage=usage).input_tokens, said(usage=usage).output_tokens)
+    assert (None, None) == (said(line(usage=usage)).input_tokens, said(line(usage=usage)).output_tokens)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "text",
     [
-        {"request_id": "mine"}, {"identity": {}}, {"request": {}}, {"request": {"started_at": "soon"}},
-        {"request": {"started_at": 7.0}}, {"request": {"started_at": "9" * 20 + ".0"}},
+        "", "mine 1.0 final 3 5 - openai.chat - acme", line(tenant="-"), line(started_at="-"), line(started_at="soon"), line(started_at="9" * 20 + ".0"),
+        line(started_at="1e5"), line().rpartition(" ")[0], line(meter="2 openai.images many"),
     ],
 )
-def test_an_entry_that_is_no_exchange_of_ours_is_malformed(changes: dict[str, Any]) -> None:
-    """Never another exception: the stream goes on."""
+def test_a_line_that_is_no_exchange_of_ours_is_malformed(text: str) -> None:
+    """Never another exception: the other lines count."""
     with pytest.raises(Malformed):
-        said(**changes)
+        said(text)
 
 
 def booked(tenant: str = "acme", input_tokens: int = 3, output_tokens: int = 5, quantity: int = 0, outcome: str = "ok") -> Row:
@@ -90,10 +97,7 @@ def test_each_way_to_differ_has_a_name(row: Row | None, expected: Kind | None) -
 )
 def test_what_else_was_metered_is_compared_as_tokens_are(quantity: int, outcome: str, expected: Kind | None) -> None:
     """Two images that the witness saw are two images on the bill."""
-    seen = said(
-        request={"started_at": stamp(NOON), "dialect": "openai.images", "quantity": "2"},
-        usage={"seen": "none", "quantity": 2.0},
-    )
+    seen = said(line(usage="none - -", meter="2 openai.images 2"))
 
     assert 2 == seen.quantity
     assert expected == compare(seen, booked(input_tokens=0, output_tokens=0, quantity=quantity, outcome=outcome))
@@ -102,15 +106,13 @@ def test_what_else_was_metered_is_compared_as_tokens_are(quantity: int, outcome:
 @pytest.mark.parametrize(
     ("dialect", "asked", "delivered", "expected"),
     [
-        ("openai.images", "2", 3.0, 2), ("openai.speech", "12", 12.0, 12), ("rerank", "", 4.0, 4), ("rerank", "", 0.0, 0),
-        ("openai.images", "2", -1.0, None), ("openai.images", "2", 1.5, None), ("openai.images", "2", None, None), ("openai.chat", "", 7.0, 0),
+        ("openai.images", "2", "3", 2), ("openai.speech", "12", "12", 12), ("rerank", "", "4", 4), ("rerank", "-", "0", 0),
+        ("openai.images", "2", "-1", None), ("openai.images", "2", "1.5", None), ("openai.images", "2", "-", None), ("openai.chat", "", "7", 0),
     ],
 )
-def test_what_was_metered_is_read_as_the_ledger_does(dialect: str, asked: str, delivered: float | None, expected: int | None) -> None:
+def test_what_was_metered_is_read_as_the_ledger_does(dialect: str, asked: str, delivered: str, expected: int | None) -> None:
     """No more than was asked for; a count that cannot be says nothing."""
-    request = {"started_at": stamp(NOON), "dialect": dialect, "quantity": asked}
-
-    assert expected == said(request=request, usage={"seen": "none", "quantity": delivered}).quantity
+    assert expected == said(line(usage="none - -", meter=f"{delivered} {dialect} {asked}")).quantity
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
@@ -118,8 +120,8 @@ def test_what_waits_is_bounded_and_what_has_no_room_is_left_out(monkeypatch: pyt
     """Postgres may be away for hours; a witness may not fill the memory."""
     monkeypatch.setattr(witness, "HEARD_MAX", 10)
     heard = Heard()
-    for _ in range(10 + beyond):
-        heard.add(SEEN)
+    heard.add([SEEN] * 4)
+    heard.add([SEEN] * (6 + beyond))
 
     assert min(10, 10 + beyond) == len(heard.before(NOON + timedelta(seconds=1)))
 
@@ -128,8 +130,7 @@ def test_a_batch_is_bounded_and_stays_until_it_is_done(monkeypatch: pytest.Monke
     """Only what was heard long enough ago; what must be asked for again goes behind the others."""
     monkeypatch.setattr(witness, "BATCH_MAX", 2)
     heard = Heard()
-    for number in range(3):
-        heard.add(said(request_id=request_id(number)))
+    heard.add([said(line(number)) for number in range(3)])
     later = NOON + timedelta(seconds=1)
 
     assert [] == heard.before(NOON)
@@ -140,31 +141,15 @@ def test_a_batch_is_bounded_and_stays_until_it_is_done(monkeypatch: pytest.Monke
     assert [request_id(2), request_id(0)] == [one.request_id for one in heard.before(later)]
 
 
-async def _messages(*messages: wire.StreamAccessLogsMessage) -> AsyncIterator[wire.StreamAccessLogsMessage]:
-    for message in messages:
-        yield message
+def test_the_servicer_keeps_each_line_and_goes_on_after_one_that_it_cannot_read() -> None:
+    """As Envoy sends them: several in a message."""
+    message, heard = wire.ExportLogsServiceRequest(), Heard()
+    scope = message.resource_logs.add().scope_logs.add()
+    for text in (line(0), line(1, tenant="-"), line(2)):
+        scope.log_records.add().body.string_value = text
 
+    asyncio.run(Witness(heard, lambda: NOON).hear(message, None))
 
-async def _hear(*messages: wire.StreamAccessLogsMessage) -> list[Sighting]:
-    heard = Heard()
-    async for _ in Witness(heard, lambda: NOON).hear(_messages(*messages), None):
-        pass
-    return heard.before(NOON + timedelta(seconds=1))
-
-
-def test_the_servicer_keeps_ends_and_goes_on_after_what_it_cannot_read() -> None:
-    """As Envoy sends them: several in a message, periodic ones among them."""
-    message = wire.StreamAccessLogsMessage()
-    for number, (is_intermediate, tenant) in enumerate([(False, "acme"), (True, "acme"), (False, ""), (False, "acme")]):
-        common = message.http_logs.log_entry.add().common_properties
-        common.stream_id, common.intermediate_log_entry = request_id(number), is_intermediate
-        spaces = common.metadata.filter_metadata
-        if tenant:
-            spaces["envoy.filters.http.ext_authz"].update({"tenant": tenant, "nested": {"x": 1}})
-        spaces["peaje.request"].update({"started_at": stamp(NOON), "dialect": "openai.images", "quantity": "2"})
-        spaces["peaje.usage"].update({"seen": "final", "input": 3, "output": 5, "quantity": 2})
-
-    kept = asyncio.run(_hear(message, wire.StreamAccessLogsMessage()))
-
-    assert [request_id(0), request_id(3)] == [one.request_id for one in kept]
-    assert ("acme", 3, 5, 2) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens, kept[0].quantity)
+    kept = heard.before(NOON + timedelta(seconds=1))
+    assert [request_id(0), request_id(2)] == [one.request_id for one in kept]
+    assert ("acme", 3, 5) == (kept[0].tenant_id, kept[0].input_tokens, kept[0].output_tokens)

@@ -107,3 +107,30 @@ def _listening(port: int) -> Callable[[], bool]:
         return reader, writer
 
     return ask
+
+
+async def _at_rate(rate: float, requests: int, stall: float) -> tuple[list[float], float]:
+    """Latencies of *requests* at *rate* over one connection, to a server that stalls before its first answer only."""
+    stalls = [stall]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"x-end: 1\r\n\r\n"):
+            await asyncio.sleep(stalls.pop() if stalls else 0)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    load = Load(port=server.sockets[0].getsockname()[1], path="/", headers={"x-end": "1"}, body=b"", requests=requests,
+                connections=1, rate=rate)  # fmt: skip
+    result = await run(load)
+    server.close()
+    return result.latencies, result.seconds
+
+
+def test_at_a_fixed_rate_requests_wait_for_their_moment_and_a_stall_is_part_of_those_behind_it() -> None:
+    """Ten at fifty a second take no less than what lies between the first and the last; all behind a stall are late."""
+    latencies, seconds = asyncio.run(_at_rate(50, 10, 0.3))
+
+    assert seconds >= 9 / 50
+    # The stall outlasts the moments of all ten: each was kept waiting for what was left of it.
+    assert 10 == sum(latency >= 0.3 - 9 / 50 - 0.001 for latency in latencies)
+    assert latencies[-1] >= 0.3

@@ -9,10 +9,10 @@ from bench.lending import Scenario, play, rush
 from ratelimit.core.limits import Unit
 
 
-@pytest.mark.parametrize(("workers", "seed"), [(1, 1), (30, 2), (1000, 1)])
-def test_no_request_passes_beyond_the_limit_and_little_is_left_unused(workers: int, seed: int) -> None:
+@pytest.mark.parametrize(("workers", "seed", "first_byte"), [(1, 1, 0.2), (30, 2, 0.2), (1000, 1, 0.2), (1, 3, 3.0), (30, 4, 6.0)])
+def test_no_request_passes_beyond_the_limit_and_little_is_left_unused(workers: int, seed: int, first_byte: float) -> None:
     """A rush while leases are out: whoever is refused finds less than half of the bucket left, which is what may be lent."""
-    seen = play(rush(workers=workers, seed=seed))
+    seen = play(rush(workers=workers, seed=seed, first_byte_us=int(first_byte * 1e6)))
 
     assert seen.passed < seen.offered
     assert seen.over[Unit.REQUESTS] <= 0
@@ -20,10 +20,10 @@ def test_no_request_passes_beyond_the_limit_and_little_is_left_unused(workers: i
     assert seen.unspent_max <= 0.5
 
 
-@pytest.mark.parametrize("workers", [1, 1000])
-def test_tokens_overshoot_by_what_was_under_way_at_the_most(workers: int) -> None:
+@pytest.mark.parametrize(("workers", "first_byte"), [(1, 0.2), (1000, 0.2), (1, 3.0)])
+def test_tokens_overshoot_by_what_was_under_way_at_the_most(workers: int, first_byte: float) -> None:
     """The published bound: the sum over requests under way, or over and not told yet, of what they used beyond their charge."""
-    seen = play(rush(workers=workers, seed=1, tokens_each=300))
+    seen = play(rush(workers=workers, seed=1, tokens_each=300, first_byte_us=int(first_byte * 1e6)))
 
     assert seen.passed < seen.offered
     assert seen.over_bound <= 0
@@ -38,6 +38,14 @@ def test_far_from_the_limit_few_ask_and_near_it_all_do() -> None:
     assert far.asked_each < 0.2
     assert 0.8 < spread.asked_each < 1.0
     assert near.asked == near.offered
+
+
+@pytest.mark.parametrize(("first_byte", "asked"), [(0.2, 0.06), (1.0, 0.06), (3.0, 0.2)])
+def test_while_a_slow_first_byte_is_awaited_one_asks_for_all(first_byte: float, asked: float) -> None:
+    """Twenty a second at one worker: without it 11 %, 47 % and 77 % of them would ask."""
+    seen = play(Scenario(workers=1, per_minute=12_000, load=0.1, used=0.0, requests=1200, first_byte_us=int(first_byte * 1e6)))
+
+    assert seen.asked_each < asked
 
 
 def test_a_scenario_is_played_the_same_each_time() -> None:
