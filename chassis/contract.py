@@ -104,6 +104,22 @@ PREFIX_HEADER: Final = "x-peaje-prefix"
 ENGINE_MODEL_HEADER: Final = "x-peaje-engine-model"
 POOL_HEADER: Final = "x-peaje-pool"
 
+# --- Endpoint picker (Gateway API Inference Extension, proposal 004): the protocol's own names ---------------
+
+#: The filter in envoy.yaml that asks it; each route to a pool with one says whom.
+PICKER_FILTER: Final = "picker"
+#: Its answer: one server or several, in the order in which they are tried.
+NS_PICKED: Final = "envoy.lb"
+PICKED_ENDPOINT: Final = "x-gateway-destination-endpoint"
+PICKED_KEYS: Final = (PICKED_ENDPOINT,)
+
+# --- Load reports (ORCA) -------------------------------------------------------------------------------------
+
+#: Asks an engine to report its load with its answer, in this format.
+LOAD_FORMAT_HEADER: Final = "endpoint-load-metrics-format"
+#: The report: for Envoy, never for callers.
+LOAD_HEADER: Final = "endpoint-load-metrics"
+
 # --- Keys inside the identity namespace (extauth's answer) ------------------------
 
 ID_TENANT: Final = "tenant"

@@ -28,7 +28,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from chassis.errors import Invalid
 from chassis.files import read_text_bounded
-from chassis.served import ENGINES, ONLY_POOL, Affinity, Endpoint, Model, Pool, PriceHint, Retry
+from chassis.served import (
+    ENGINES,
+    ONLY_POOL,
+    Affinity,
+    Balance,
+    Endpoint,
+    EndpointPicker,
+    Model,
+    Pool,
+    PriceHint,
+    Retry,
+    WhenAway,
+)
 
 #: Of the file. A thousand models with a hundred servers each are less.
 BYTES_MAX: Final = 4 << 20
@@ -201,6 +213,15 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class _Picker(_Entry):
+    address: Annotated[str, AfterValidator(_endpoint)]
+    when_away: Literal["open", "close"] = "open"
+
+    def meant(self) -> EndpointPicker:
+        """The picker that is meant."""
+        return EndpointPicker(address=_read_endpoint(self.address), when_away=WhenAway(self.when_away))
+
+
 class _Servers(_Entry):
     """What a pool says of its servers."""
 
@@ -211,6 +232,8 @@ class _Servers(_Entry):
     requests_max: _Count | None = None
     slow_start_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
     health_path: Annotated[str, Field(pattern=_PATH)] | None = None
+    balance: Literal["least_request", "orca"] = "least_request"
+    endpoint_picker: _Picker | None = None
 
     @model_validator(mode="after")
     def _check(self) -> _Servers:
@@ -220,6 +243,8 @@ class _Servers(_Entry):
         # One pool is one Envoy cluster, and a cluster either speaks TLS or does not.
         if len({endpoint.scheme for endpoint in read}) > 1:
             raise ValueError("endpoints must be all http or all https")
+        if self.endpoint_picker is not None and self.balance == "orca":
+            raise ValueError("choose by endpoint_picker or by balance: orca, not both")
         return self
 
     def pool(self, name: str, weight: int) -> Pool:
@@ -234,6 +259,8 @@ class _Servers(_Entry):
             requests_max=self.requests_max,
             slow_start_seconds=self.slow_start_seconds,
             health_path=self.health_path,
+            balance=Balance(self.balance),
+            endpoint_picker=None if self.endpoint_picker is None else self.endpoint_picker.meant(),
         )
 
 
@@ -246,6 +273,8 @@ class _NamedPool(_Servers):
     def _check_fallback(self) -> _NamedPool:
         if self.fallback and "weight" in self.model_fields_set:
             raise ValueError("a fallback pool has no weight: it gets all requests, and only when the others are dead")
+        if self.fallback and self.endpoint_picker is not None:
+            raise ValueError("a fallback pool has no endpoint_picker: who answers is known only after pickers were asked")
         return self
 
 
@@ -297,6 +326,14 @@ class _Served(_Entry):
                 cached=None if hint.cached is None else Decimal(hint.cached), currency=hint.currency,
             ),
         )  # fmt: skip
+
+
+    @model_validator(mode="after")
+    def _check_who_chooses(self) -> _Served:
+        chosen = any(pool.endpoint_picker is not None or pool.balance is Balance.ORCA for pool in self._pools())
+        if chosen and self.affinity is not None:
+            raise ValueError("affinity chooses the server, and so would endpoint_picker or balance: orca; not both")
+        return self
 
 
 class _Pooled(_Served):

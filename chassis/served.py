@@ -27,6 +27,24 @@ class Retry(enum.Enum):
     UNANSWERED = "unanswered"
 
 
+class Balance(enum.Enum):
+    """What chooses among the servers of a pool."""
+
+    #: The one with fewer requests under way of two at random.
+    LEAST_REQUEST = "least_request"
+    #: Turns, as many as each server has room for by the load that it reports with its answers (ORCA).
+    ORCA = "orca"
+
+
+class WhenAway(enum.Enum):
+    """What becomes of a request whose endpoint picker does not answer."""
+
+    #: The pool's own balancing chooses.
+    OPEN = "open"
+    #: It is refused.
+    CLOSE = "close"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """Where a model server listens."""
@@ -34,6 +52,14 @@ class Endpoint:
     scheme: str
     host: str
     port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointPicker:
+    """Who is asked, for each request, which server of a pool it goes to (Gateway API Inference Extension)."""
+
+    address: Endpoint
+    when_away: WhenAway = WhenAway.OPEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +81,9 @@ class Pool:
     slow_start_seconds: int = 30
     #: None: what the engine's kind has.
     health_path: str | None = None
+    balance: Balance = Balance.LEAST_REQUEST
+    #: None: Envoy chooses by itself.
+    endpoint_picker: EndpointPicker | None = None
 
     @property
     def is_fallback(self) -> bool:

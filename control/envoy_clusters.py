@@ -10,14 +10,11 @@ filters that read it there are the same on a pool and on a chain.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
-import os
-import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import betterproto2
 from envoy_data_plane.envoy.config.cluster import v3 as cluster
@@ -33,8 +30,6 @@ from envoy_data_plane.envoy.extensions.filters.http.lua import v3 as lua
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec import v3 as codec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as manager
 from envoy_data_plane.envoy.extensions.http.injected_credentials.generic import v3 as generic
-from envoy_data_plane.envoy.extensions.load_balancing_policies.common import v3 as balancing
-from envoy_data_plane.envoy.extensions.load_balancing_policies.maglev import v3 as maglev
 from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
 from envoy_data_plane.envoy.extensions.upstreams.http import v3 as http
 from envoy_data_plane.envoy.type import v3 as kind
@@ -46,22 +41,26 @@ from envoy_data_plane.xds.type.matcher import v3 as xds
 from chassis import contract
 from chassis.errors import Invalid
 from chassis.secrets import read_private
-from chassis.served import Endpoint, Model, Pool
+from chassis.served import Balance, Endpoint, Model, Pool
+from control.envoy_choice import balance, picker_cluster
+from control.envoy_parts import (
+    CONNECT_TIMEOUT,
+    HTTP_OPTIONS,
+    POOL_MAX,
+    breakers,
+    host_name,
+    is_address,
+    outliers,
+    pack,
+    socket_address,
+    tls_socket,
+)
 
-#: A server on the same network that takes longer to accept is not there.
-CONNECT_TIMEOUT: Final = timedelta(seconds=1)
 #: An idle connection is closed before the server closes it (uvicorn, and so vLLM: after 5 s);
 #: otherwise a request now and then meets a connection that is just going away.
 KEEP_ALIVE: Final = timedelta(seconds=4)
 #: Bytes held per connection before the other side is slowed down.
 CONNECTION_BUFFER_BYTES: Final = 1 << 20
-#: Envoy's own default of 1024 would refuse requests that limits have admitted. Admission is
-#: ratelimit's decision, so this is far above it and only bounds a runaway.
-POOL_MAX: Final = 10000
-#: Second attempts at a time, in percent of the requests under way, and so many in any case: a pool that
-#: fails is not asked twice as often as one that works.
-RETRY_BUDGET_PERCENT: Final = 20.0
-RETRIES_ALWAYS: Final = 10
 
 #: What an engine of each kind answers when it can serve; "openai" stands for any server, of which only the
 #: port is known. Dynamo's frontend is up without a worker, so its list must name the model.
@@ -80,20 +79,11 @@ HEALTH_ANSWER_BYTES: Final = 1 << 16
 #: Percent by which healthy servers count for more than they are. So far above 100 that one of them is all:
 #: the next pool of a chain is for a pool that is dead, not for one that is short of servers.
 _ONE_IS_ENOUGH: Final = 1_000_000
-#: A server may have so many percent of the average load before what belongs to it goes to its neighbour.
-_AFFINITY_LOAD_PERCENT: Final = 150
 
-_HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 #: Where Envoy finds its filters, from the state directory.
 _POOL_SCRIPT: Final = "envoy/pool.lua"
+_LOAD_SCRIPT: Final = "envoy/load.lua"
 CREDENTIALS_DIRECTORY: Final = "credentials"
-#: Where systems keep the certificates that they trust, when Python's own place is empty.
-_TRUSTED_CERTIFICATES: Final = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-)
-
 
 #: What Envoy is told of each credential, by its file.
 Secrets = Mapping[Path, tls.Secret]
@@ -117,8 +107,9 @@ def chain(model: Model, pool: Pool) -> tuple[Pool, ...]:
 
 
 def model_clusters(model: Model, secrets: Secrets) -> list[cluster.Cluster]:
-    """Build the pools of one model, and the chains that begin with each that has a weight."""
+    """Build the pools of one model, the chains that begin with each that has a weight, and who is asked to choose."""
     built = [_pool_cluster(model, pool, secrets) for pool in model.pools]
+    built += [picker_cluster(model, pool) for pool in model.pools if pool.endpoint_picker is not None]
     if len(model.pools) > 1:
         built += [_chain_cluster(model, pool, secrets) for pool in model.pools if not pool.is_fallback]
     return built
@@ -140,13 +131,8 @@ def credentials(models: Iterable[Model], home: Path) -> Secrets:
     return found
 
 
-def pack(message: betterproto2.Message) -> protobuf.Any:
-    """Wrap *message* with its type, as extensions are configured."""
-    return protobuf.Any.pack(message)
-
-
 def _pool_cluster(model: Model, pool: Pool, secrets: Secrets) -> cluster.Cluster:
-    is_static = all(_is_address(server.host) for server in pool.endpoints)
+    is_static = all(is_address(server.host) for server in pool.endpoints)
     facts = {
         contract.POOL_NAME: pool_name(model, pool),
         contract.POOL_ENGINE: pool.engine,
@@ -160,9 +146,9 @@ def _pool_cluster(model: Model, pool: Pool, secrets: Secrets) -> cluster.Cluster
         # A server that also has an IPv6 name often listens on IPv4 only (localhost, for one).
         dns_lookup_family=cluster.ClusterDnsLookupFamily.V4_PREFERRED,
         per_connection_buffer_limit_bytes=CONNECTION_BUFFER_BYTES,
-        circuit_breakers=_breakers(pool.requests_max or POOL_MAX),
+        circuit_breakers=breakers(pool.requests_max or POOL_MAX),
         health_checks=[_health_check(model, pool)],
-        outlier_detection=_outliers(),
+        outlier_detection=outliers(percent_max=99),  # never the last one: whether that is dead its health check says
         # Without a healthy server the chain goes on, or the caller hears it at once.
         common_lb_config=cluster.ClusterCommonLbConfig(healthy_panic_threshold=kind.Percent(value=0)),
         upstream_connection_options=cluster.UpstreamConnectionOptions(
@@ -170,13 +156,13 @@ def _pool_cluster(model: Model, pool: Pool, secrets: Secrets) -> cluster.Cluster
             tcp_keepalive=core.TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=10)
         ),
         typed_extension_protocol_options=_http_options(model, (pool,), secrets),
-        transport_socket=_tls_socket() if pool.endpoints[0].scheme == "https" else None,
+        transport_socket=tls_socket("http/1.1") if pool.endpoints[0].scheme == "https" else None,
         load_assignment=endpoint.ClusterLoadAssignment(
             cluster_name=pool_name(model, pool),
             policy=endpoint.ClusterLoadAssignmentPolicy(overprovisioning_factor=_ONE_IS_ENOUGH),
             endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=[_server(server, facts) for server in pool.endpoints])],
         ),
-        **_balance(model, pool),
+        **balance(model, pool),
     )
 
 
@@ -191,7 +177,7 @@ def _chain_cluster(model: Model, first: Pool, secrets: Secrets) -> cluster.Clust
             name="envoy.clusters.aggregate",
             typed_config=pack(aggregate.ClusterConfig(clusters=[pool_name(model, pool) for pool in pools])),
         ),
-        circuit_breakers=_breakers(POOL_MAX),
+        circuit_breakers=breakers(POOL_MAX),
         # Envoy runs the filters of the cluster that a route names, not of the one that the server is from.
         typed_extension_protocol_options=_http_options(model, pools, secrets),
     )
@@ -205,21 +191,6 @@ def _stat_name(name: str) -> str:
     ('pool/main/llama-3_1-8b', '')
     """
     return name.replace(".", "_") if "." in name else ""
-
-
-def _breakers(requests_max: int) -> cluster.CircuitBreakers:
-    return cluster.CircuitBreakers(
-        thresholds=[
-            cluster.CircuitBreakersThresholds(
-                max_connections=POOL_MAX,
-                max_pending_requests=POOL_MAX,
-                max_requests=requests_max,
-                retry_budget=cluster.CircuitBreakersThresholdsRetryBudget(
-                    budget_percent=kind.Percent(value=RETRY_BUDGET_PERCENT), min_retry_concurrency=RETRIES_ALWAYS
-                ),
-            )
-        ]
-    )
 
 
 def _health_check(model: Model, pool: Pool) -> core.HealthCheck:
@@ -245,51 +216,13 @@ def _health_check(model: Model, pool: Pool) -> core.HealthCheck:
     return check
 
 
-def _outliers() -> cluster.OutlierDetection:
-    # Connections that fail, and gateways on the way that say so. An engine's own 500 puts nobody out: a caller who
-    # knows what makes one could put out all.
-    return cluster.OutlierDetection(
-        split_external_local_origin_errors=True,
-        consecutive_local_origin_failure=2,
-        consecutive_gateway_failure=5,
-        enforcing_consecutive_gateway_failure=100,
-        enforcing_consecutive_5xx=0,
-        enforcing_success_rate=0,
-        enforcing_local_origin_success_rate=0,
-        interval=timedelta(seconds=1),
-        # A good health check brings it back before.
-        base_ejection_time=timedelta(seconds=5),
-        max_ejection_time=timedelta(seconds=30),
-        max_ejection_percent=99,  # never the last one: whether that is dead its health check says
-    )
-
-
-def _balance(model: Model, pool: Pool) -> dict[str, Any]:
-    """What chooses the server: what the request belongs to, or which has the least to do."""
-    if model.affinity is not None:
-        # Bounded: what many prompts begin with must not be one server's alone.
-        hashing = balancing.ConsistentHashingLbConfig(hash_balance_factor=_AFFINITY_LOAD_PERCENT)
-        policy = core.TypedExtensionConfig(
-            name="envoy.load_balancing_policies.maglev", typed_config=pack(maglev.Maglev(consistent_hashing_lb_config=hashing))
-        )
-        chosen = cluster.LoadBalancingPolicyPolicy(typed_extension_config=policy)
-        return {"load_balancing_policy": cluster.LoadBalancingPolicy(policies=[chosen])}
-    warming = timedelta(seconds=pool.slow_start_seconds)
-    # Generations differ a hundredfold in length: taking turns would queue behind the long ones.
-    slow_start = cluster.ClusterSlowStartConfig(slow_start_window=warming) if warming else None
-    return {
-        "lb_policy": cluster.ClusterLbPolicy.LEAST_REQUEST,
-        "least_request_lb_config": cluster.ClusterLeastRequestLbConfig(slow_start_config=slow_start),
-    }
-
-
 def _http_options(model: Model, pools: Sequence[Pool], secrets: Secrets) -> dict[str, protobuf.Any]:
     options = http.HttpProtocolOptions(
         common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=KEEP_ALIVE),
         explicit_http_config=http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
         http_filters=_filters(model, pools, secrets),
     )
-    return {_HTTP_OPTIONS: pack(options)}
+    return {HTTP_OPTIONS: pack(options)}
 
 
 def _filters(model: Model, pools: Sequence[Pool], secrets: Secrets) -> list[manager.HttpFilter]:
@@ -305,11 +238,16 @@ def _filters(model: Model, pools: Sequence[Pool], secrets: Secrets) -> list[mana
         added[contract.ENGINE_MODEL_HEADER] = _of_server(contract.POOL_MODEL)
     if closed:
         added[contract.POOL_HEADER] = _of_server(contract.POOL_NAME)
+    reporting = any(pool.balance is Balance.ORCA for pool in pools)
     hidden = [contract.POOL_HEADER] if closed else []
     if model.affinity is not None and model.affinity.prefix_bytes:
         hidden.append(contract.PREFIX_HEADER)
 
     filters: list[manager.HttpFilter] = []
+    if reporting:
+        # Engines report their load to those who ask (vLLM, for one).
+        added[contract.LOAD_FORMAT_HEADER] = "TEXT"
+        filters.append(_filter("load", lua.Lua(default_source_code=core.DataSource(filename=_LOAD_SCRIPT), stat_prefix="load")))
     if added:
         filters.append(_mutations("server", [_set(name, value) for name, value in added.items()]))
     filters += [_credential(model, pool, secrets) for pool in closed]
@@ -397,45 +335,13 @@ def _credential(model: Model, pool: Pool, secrets: Secrets) -> manager.HttpFilte
 
 
 def _server(server: Endpoint, facts: dict[str, str]) -> endpoint.LbEndpoint:
-    # Becomes the Host header, where an IPv6 address is written in brackets.
-    hostname = f"[{server.host}]" if ":" in server.host else server.host
+    hostname = host_name(server)
     return endpoint.LbEndpoint(
         endpoint=endpoint.Endpoint(
             hostname=hostname,
-            address=core.Address(socket_address=core.SocketAddress(address=server.host, port_value=server.port)),
+            address=socket_address(server),
             health_check_config=endpoint.EndpointHealthCheckConfig(hostname=hostname),
         ),
         # In each journal record: which engine answered decides what its frames are worth.
         metadata=core.Metadata(filter_metadata={contract.POOL_NAMESPACE: protobuf.Struct.from_dict(facts)}),
     )
-
-
-def _tls_socket() -> core.TransportSocket:
-    context = tls.UpstreamTlsContext(
-        # Each server is asked for, and must prove, the name that the document gives it.
-        auto_host_sni=True,
-        auto_sni_san_validation=True,
-        common_tls_context=tls.CommonTlsContext(
-            alpn_protocols=["http/1.1"],
-            validation_context=tls.CertificateValidationContext(
-                trusted_ca=core.DataSource(filename=_trusted_certificates())
-            ),
-        ),
-    )
-    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=pack(context))
-
-
-def _trusted_certificates() -> str:
-    places: Iterable[str | None] = (os.environ.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile, *_TRUSTED_CERTIFICATES)
-    for place in places:
-        if place and Path(place).is_file():
-            return place
-    raise Invalid("No trusted certificates were found for https.", mend="Name a file of them in SSL_CERT_FILE.")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -33,8 +33,10 @@ from envoy_data_plane.google import protobuf
 from chassis import contract
 from chassis.errors import Unavailable
 from chassis.models import ModelCatalogue
-from chassis.served import Model, Retry
-from control.envoy_clusters import CREDENTIALS_DIRECTORY, credentials, model_clusters, pack, target_name
+from chassis.served import Balance, Model, Pool, Retry
+from control.envoy_choice import asking
+from control.envoy_clusters import CREDENTIALS_DIRECTORY, credentials, model_clusters, target_name
+from control.envoy_parts import pack
 
 CLUSTERS_FILE: Final = "clusters.yaml"
 ROUTES_FILE: Final = "routes.yaml"
@@ -155,6 +157,7 @@ def _respelled(value: Any) -> Any:
 
 
 def _forward(path: str, dialect: str, model: Model) -> route.Route:
+    weighted = _weighted(model)
     return route.Route(
         name=dialect,
         match=_named(path, model.name),
@@ -170,6 +173,8 @@ def _forward(path: str, dialect: str, model: Model) -> route.Route:
         ),
         request_headers_to_remove=list(NOT_FORWARDED),
         request_headers_to_add=[_fairness_id()],
+        response_headers_to_remove=[contract.LOAD_HEADER] if any(pool.balance is Balance.ORCA for pool in model.pools) else [],
+        typed_per_filter_config=asking(model, weighted[0]) if len(weighted) == 1 else {},
     )
 
 
@@ -205,13 +210,22 @@ def _facts(model: Model, more: dict[str, Any] | None = None) -> core.Metadata:
 
 
 def _target(model: Model) -> dict[str, Any]:
-    weighted = [pool for pool in model.pools if not pool.is_fallback]
+    weighted = _weighted(model)
     if len(weighted) == 1:
         return {"cluster": target_name(model, weighted[0])}
-    clusters = [route.WeightedClusterClusterWeight(name=target_name(model, pool), weight=pool.weight) for pool in weighted]
+    clusters = [
+        route.WeightedClusterClusterWeight(
+            name=target_name(model, pool), weight=pool.weight, typed_per_filter_config=asking(model, pool)
+        )
+        for pool in weighted
+    ]
     # What belongs together stays in one pool as well.
     together = model.affinity is not None
     return {"weighted_clusters": route.WeightedCluster(clusters=clusters, use_hash_policy=True if together else None)}
+
+
+def _weighted(model: Model) -> list[Pool]:
+    return [pool for pool in model.pools if not pool.is_fallback]
 
 
 def _hashed_by(model: Model) -> list[route.RouteActionHashPolicy]:

@@ -36,13 +36,14 @@ local DIALECTS = {
   ['/v1/audio/speech'] = 'openai.speech',
 }
 
--- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025).
-local UNMETERED = { '^/v1/audio/', '^/v1/images/' }
-local UNMETERED_MESSAGE = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
+-- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025, 0036).
+local FORM = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
+local SESSION = 'Not served here: a WebSocket has no end of an answer, and what it uses could not be metered.'
+local UNMETERED = { ['^/v1/audio/'] = FORM, ['^/v1/images/'] = FORM, ['^/v1/realtime'] = SESSION }
 
 local function unknown(path)
-  for _, pattern in ipairs(UNMETERED) do
-    if string.find(path, pattern) then return UNMETERED_MESSAGE end
+  for pattern, reason in pairs(UNMETERED) do
+    if string.find(path, pattern) then return reason end
   end
   return 'Unknown path.'
 end
@@ -53,18 +54,20 @@ local function refuse(handle, dialect, denial)
   handle:respond(headers, body)
 end
 
+-- What is as in most requests is not said, for each set costs as much as reading a small request does: no stream,
+-- nothing said of usage, of output and of choices, nothing to shape.
 local function publish(handle, facts)
   local metadata = handle:streamInfo():dynamicMetadata()
   metadata:set(NAMESPACE, 'started_at', facts.started_at)
   metadata:set(NAMESPACE, 'dialect', facts.dialect)
   metadata:set(NAMESPACE, 'model', facts.model)
-  metadata:set(NAMESPACE, 'stream', facts.stream)
-  metadata:set(NAMESPACE, 'wants_usage', facts.wants_usage)
-  metadata:set(NAMESPACE, 'shape', facts.shape)
   -- Rate limit descriptors carry strings only.
   metadata:set(NAMESPACE, 'prompt_bytes', tostring(facts.prompt_bytes))
-  metadata:set(NAMESPACE, 'output_tokens_max', tostring(facts.output_tokens_max))
-  metadata:set(NAMESPACE, 'choices', tostring(facts.choices))
+  if facts.stream then metadata:set(NAMESPACE, 'stream', true) end
+  if facts.wants_usage ~= 'no' then metadata:set(NAMESPACE, 'wants_usage', facts.wants_usage) end
+  if facts.shape ~= 'no' then metadata:set(NAMESPACE, 'shape', facts.shape) end
+  if facts.output_tokens_max > 0 then metadata:set(NAMESPACE, 'output_tokens_max', tostring(facts.output_tokens_max)) end
+  if facts.choices > 1 then metadata:set(NAMESPACE, 'choices', tostring(facts.choices)) end
   if facts.quantity then metadata:set(NAMESPACE, 'quantity', tostring(facts.quantity)) end
 end
 

@@ -155,6 +155,7 @@ class Supervisor:
     def _hear_asked(self) -> None:
         asked = state.take_asked(self._places)
         life = self._lives.get(asked.get("part", ""))
+        self._asking = [task for task in self._asking if not task.done()]
         if life is not None:
             self._asking.append(asyncio.create_task(self._answer(life, asked)))
 
@@ -179,12 +180,11 @@ class Supervisor:
         life.settled.clear()
         await self._stop(life)
         self._end_group(life)
-        try:
-            await self._start(life)
-        except Trouble as trouble:
-            self._events.put_nowait(trouble)  # as if it had died: without it nothing goes on
-            raise
-        life.settled.set()
+        # From here on it is as if it had died: what goes wrong is answered as a death is.
+        life.restarting = asyncio.create_task(self._restart(life))
+        await asyncio.wait({life.restarting})
+        if life.state is not LifeState.READY:
+            raise Trouble(f"{name} did not come back at once: it is {life.state}.", mend="./peaje status shows what becomes of it.")
 
     async def _hand_over(self, life: Life) -> None:
         part, old = life.part, life.process

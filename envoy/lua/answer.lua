@@ -83,7 +83,7 @@ function M.read(handle, request, metadata)
     if METERS[request.dialect] == 'images' then metadata:set(USAGE, 'quantity', tonumber(request.quantity)) end
     return 0
   end
-  local reader = usage.reader(kind, HIDES[request.dialect] and request.wants_usage or 'running', METERS[request.dialect])
+  local reader = usage.reader(kind, HIDES[request.dialect] and (request.wants_usage or 'no') or 'running', METERS[request.dialect])
   if kind == 'events' and reader.hides then headers:remove('content-length') end
   follow(handle, reader, { seen = 'none', total = not request.express and 0 or nil })
   return usage.total(reader)

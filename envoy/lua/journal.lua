@@ -6,6 +6,8 @@
 -- a request, the journal knows whose it is. The file is the workers' own: appends of one write each do
 -- not interleave, and Envoy flushes its log in slices, in whose middle a record of ours could land.
 
+local find = string.find
+
 local M = {}
 
 local PATH = 'journal/starts.jsonl'
@@ -32,22 +34,27 @@ local function opened(now)
   return file
 end
 
+local UNSAFE = '[%c"\\\127-\255]'
+
 local function quoted(text)
-  return '"' .. string.gsub(tostring(text), '[%c"\\\127-\255]', function(c)
-    return string.format('\\u%04x', string.byte(c))
-  end) .. '"'
+  text = tostring(text)
+  -- Most are ids and numbers.
+  if not find(text, UNSAFE) then return '"' .. text .. '"' end
+  return '"' .. string.gsub(text, UNSAFE, function(c) return string.format('\\u%04x', string.byte(c)) end) .. '"'
 end
 
 local function object(fields, names)
-  local parts = {}
-  for _, name in ipairs(names) do
+  local text, comma = '{"', ''
+  for i = 1, #names do
+    local name = names[i]
     local value = fields[name]
     if value ~= nil then
-      local text = (type(value) == 'boolean' or type(value) == 'number') and tostring(value) or quoted(value)
-      parts[#parts + 1] = '"' .. name .. '":' .. text
+      local kind = type(value)
+      value = (kind == 'boolean' or kind == 'number') and tostring(value) or quoted(value)
+      text, comma = text .. comma .. name .. '":' .. value, ',"'
     end
   end
-  return '{' .. table.concat(parts, ',') .. '}'
+  return comma == '' and '{}' or text .. '}'
 end
 
 local IDENTITY = { 'tenant', 'project', 'key_id' }

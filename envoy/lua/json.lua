@@ -19,6 +19,7 @@ M.KEY_BYTES_MAX = 1000
 
 local QUOTE, BACKSLASH, OPEN_BRACKET, OPEN_BRACE, CLOSE_BRACE = 34, 92, 91, 123, 125
 local COLON, COMMA = 58, 44
+local SPACE, TAB, NEWLINE, RETURN = 32, 9, 10, 13
 
 local ESCAPES = {
   ['"'] = '"', ['\\'] = '\\', ['/'] = '/',
@@ -29,6 +30,21 @@ local function utf8_of(code)
   if code < 0x80 then return char(code) end
   if code < 0x800 then return char(0xC0 + math.floor(code / 64), 0x80 + code % 64) end
   return char(0xE0 + math.floor(code / 4096), 0x80 + math.floor(code / 64) % 64, 0x80 + code % 64)
+end
+
+-- Position and byte of the first thing at or after i that is not space; nil at the end. A pattern for every gap would
+-- cost more than all else here: most are of no space, or of one.
+local function skip(s, i)
+  local c = byte(s, i)
+  if c == SPACE then
+    i = i + 1
+    c = byte(s, i)
+  end
+  if c == SPACE or c == TAB or c == RETURN or c == NEWLINE then
+    i = find(s, '[^ \t\r\n]', i + 1)
+    c = i and byte(s, i)
+  end
+  return c and i, c
 end
 
 -- Index of the quote that closes the string opening at i, or nil.
@@ -63,8 +79,7 @@ local function nested_end(s, i)
   end
 end
 
-local function value_end(s, i)
-  local c = byte(s, i)
+local function value_end(s, i, c)
   if c == QUOTE then return string_end(s, i) end
   if c == OPEN_BRACE or c == OPEN_BRACKET then return nested_end(s, i) end
   local j = find(s, '[%s,}%]]', i)
@@ -72,10 +87,9 @@ local function value_end(s, i)
   return j - 1
 end
 
--- The text of a JSON string given with its quotes, or nil when an escape is invalid.
-function M.text(quoted)
-  if byte(quoted, 1) ~= QUOTE then return nil end
-  local inner = sub(quoted, 2, -2)
+-- The text of the JSON string whose quotes are at first and last, or nil when an escape is invalid.
+local function text_at(s, first, last)
+  local inner = sub(s, first + 1, last - 1)
   if not find(inner, '\\', 1, true) then return inner end
   local valid = true
   inner = string.gsub(inner, '\\(.)(%x?%x?%x?%x?)', function(kind, hex)
@@ -90,35 +104,41 @@ function M.text(quoted)
   return valid and inner or nil
 end
 
+-- The text of a JSON string given with its quotes, or nil when it is none or an escape is invalid.
+function M.text(quoted)
+  if byte(quoted, 1) ~= QUOTE then return nil end
+  return text_at(quoted, 1, #quoted)
+end
+
 -- Members of the object that opens at `from` (default: the first byte that is not space).
 -- Returns { key = { first, last, key_first } } with byte positions of each value and the
 -- position of its key's quote, and the position of the closing brace; or nil and a reason.
 function M.members(s, from)
-  local i = find(s, '[^ \t\r\n]', from or 1)
-  if not i or byte(s, i) ~= OPEN_BRACE then return nil, 'not an object' end
+  local i, c = skip(s, from or 1)
+  if c ~= OPEN_BRACE then return nil, 'not an object' end
   local members, count = {}, 0
-  i = find(s, '[^ \t\r\n]', i + 1)
-  if i and byte(s, i) == CLOSE_BRACE then return members, i end
+  i, c = skip(s, i + 1)
+  if c == CLOSE_BRACE then return members, i end
   while i do
-    if byte(s, i) ~= QUOTE then return nil, 'a key must be a string' end
+    if c ~= QUOTE then return nil, 'a key must be a string' end
     local key_last = string_end(s, i)
     if not key_last then return nil, 'an unfinished string' end
     count = count + 1
     if count > M.MEMBERS_MAX or key_last - i - 1 > M.KEY_BYTES_MAX then return nil, 'too many or too long keys' end
-    local key = M.text(sub(s, i, key_last))
+    local key = text_at(s, i, key_last)
     if not key then return nil, 'an invalid escape in a key' end
     if members[key] then return nil, 'a duplicate key' end
-    local colon = find(s, '[^ \t\r\n]', key_last + 1)
-    if not colon or byte(s, colon) ~= COLON then return nil, 'a key without a value' end
-    local first = find(s, '[^ \t\r\n]', colon + 1)
-    local last = first and value_end(s, first)
+    local colon, first, last
+    colon, c = skip(s, key_last + 1)
+    if c ~= COLON then return nil, 'a key without a value' end
+    first, c = skip(s, colon + 1)
+    last = first and value_end(s, first, c)
     if not last then return nil, 'an unfinished or too deeply nested value' end
     members[key] = { first, last, i }
-    i = find(s, '[^ \t\r\n]', last + 1)
-    local c = i and byte(s, i)
+    i, c = skip(s, last + 1)
     if c == CLOSE_BRACE then return members, i end
     if c ~= COMMA then return nil, 'a missing comma' end
-    i = find(s, '[^ \t\r\n]', i + 1)
+    i, c = skip(s, i + 1)
   end
   return nil, 'an unfinished object'
 end
@@ -127,7 +147,7 @@ end
 function M.document(s)
   local members, last = M.members(s)
   if not members then return nil, last end
-  if find(s, '[^ \t\r\n]', last + 1) then return nil, 'text after the object' end
+  if skip(s, last + 1) then return nil, 'text after the object' end
   return members
 end
 
@@ -136,20 +156,19 @@ end
 -- at a first number: token ids are one prompt, however many they are.
 function M.array(s, first, last, most)
   if byte(s, first) ~= OPEN_BRACKET then return nil end
-  local i = find(s, '[^ \t\r\n]', first + 1)
+  local i, c = skip(s, first + 1)
   if i == last then return 0, nil end
-  local c = byte(s, i)
   local kind = c == QUOTE and 'string' or c == OPEN_BRACKET and 'array' or c == OPEN_BRACE and 'object' or 'number'
   if kind == 'number' then return 1, kind end
   local count = 0
   while i and i < last do
-    local element_last = value_end(s, i)
+    local element_last = value_end(s, i, c)
     if not element_last then return nil end
     count = count + 1
-    i = find(s, '[^ \t\r\n]', element_last + 1)
+    i, c = skip(s, element_last + 1)
     if i == last or count > most then return count, kind end
-    if not i or byte(s, i) ~= COMMA then return nil end
-    i = find(s, '[^ \t\r\n]', i + 1)
+    if c ~= COMMA then return nil end
+    i, c = skip(s, i + 1)
   end
   return nil
 end

@@ -87,10 +87,12 @@ local function output_limit(body, members, dialect)
   return limit or 0
 end
 
+local CHOICES = { 'n', 'best_of' }
+
 -- How many completions the caller asks for: n (or best_of) for each prompt.
 local function choices(body, members, dialect)
   local count = 1
-  for _, name in ipairs({ 'n', 'best_of' }) do
+  for _, name in ipairs(CHOICES) do
     local text = value(body, members, name)
     if text then
       local number = whole_number(text, M.CHOICES_MAX)

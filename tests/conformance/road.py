@@ -114,6 +114,12 @@ def prefix_of(body: bytes, dialect: str, most: int) -> str:
     return str(text(module("affinity")[b"prefix"](body, facts[b"prompt_at"], most)))
 
 
+def complete(report: str | None) -> str | None:
+    """What load.lua makes of a load report; None where it leaves it alone."""
+    made: bytes | None = module("report")[b"complete"](None if report is None else report.encode())
+    return None if made is None else made.decode()
+
+
 def rename(body: bytes, name: str) -> bytes | None:
     """Name the model of a body as its server does, None where it already does."""
     renamed: bytes | None = module("shape")[b"rename"](body, name.encode())

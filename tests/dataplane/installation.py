@@ -312,7 +312,7 @@ def running(
             assert count == 1, name
             bootstrap.write_text(text)
     patience = {"PEAJE_ENVOY_SOURCE": str(source), "PEAJE_RATELIMIT_STORE_TIMEOUT_SECONDS": "0.5"}
-    arguments: Sequence[str] = ("up", "--detach", "--restarts", "50", *options)
+    arguments: Sequence[str] = ("up", "--detach", "--restarts", "500", *options)
     started = subprocess.run(
         [PEAJE, *arguments], env=installation.environment | patience | (environment or {}), capture_output=True, text=True,
         timeout=600, stdin=subprocess.DEVNULL, check=False,

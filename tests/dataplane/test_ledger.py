@@ -185,7 +185,8 @@ def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_t
         assert "signed" == small.cli("reconcile", "sign", str(row["exception_id"]), "--note", "the disk was full")["state"]
     listed = small.cli("reconcile", "list")
     assert 0 == listed["counts"]["open"]
-    assert listed["witness"]["agreed"] > len(listed["exceptions"])
+    # What came before and after, however few tests ran before this one.
+    assert listed["witness"]["agreed"] >= 2
     assert small.cli("ledger", "verify")["ok"]
 
 

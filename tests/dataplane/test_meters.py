@@ -156,6 +156,25 @@ def test_a_form_is_told_why_it_is_not_served(road: Installation, tenant: Tenant,
     assert before == len(road.truth())
 
 
+@pytest.mark.parametrize("path", ["/v1/realtime?model=tiny", "/v1/realtime/sessions"])
+def test_a_websocket_is_told_why_it_is_not_served(road: Installation, tenant: Tenant, path: str) -> None:
+    """As an answer of HTTP: nothing is upgraded, no engine hears of it."""
+    before = len(road.truth())
+
+    answer = httpx.get(
+        f"{road.url}{path}", timeout=60,
+        headers={
+            "authorization": f"Bearer {tenant.key}", "connection": "upgrade", "upgrade": "websocket",
+            "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==", "sec-websocket-version": "13",
+        },
+    )  # fmt: skip
+
+    error = answer.json()["error"]
+    assert (404, "not_found") == (answer.status_code, error["code"])
+    assert "a WebSocket has no end of an answer" in error["message"]
+    assert before == len(road.truth())
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no documents": (RERANK, {"model": "tiny", "query": "q", "documents": []}, "documents"),
     "no query": (RERANK, {"model": "tiny", "documents": ["a"]}, "query"),

@@ -21,12 +21,14 @@ import httpx
 import pytest
 import yaml
 
+from chassis.contract import EXPRESS_ENVIRONMENT
 from chassis.errors import Invalid
 from control.apply import Desk, apply, diff
 from control.envoy_admin import Admin
 from control.laptop.binaries import find_envoy
 from control.laptop.places import Places
 from tests.dataplane.installation import REPOSITORY, Installation, Tenant, chat, free_ports, running
+from tests.picker import picking
 from tests.waiting import until
 
 #: How seldom a correct canary may fail its test.
@@ -410,6 +412,56 @@ def test_an_alias_is_renamed_and_moved_live_while_streams_go_on(site: Site) -> N
     assert {("first", "pool/main/first"), ("second", "pool/main/second")} == set(answered)
     listed = httpx.get(f"{site.road.url}/v1/models", headers={"authorization": f"Bearer {tenant.key}"}).json()
     assert ["second", "fast"] == [one["id"] for one in listed["data"]]
+
+
+def test_a_picker_chooses_on_both_lanes_and_what_it_refuses_costs_nothing(site: Site) -> None:
+    """Each request is picked for, also one that nobody else is asked about; its body is as the caller and the tap left it."""
+    [port] = free_ports(1)
+    with picking(port) as picker:
+        site.serving({"name": "tiny", "pools": [pool(site, "main", "a", "b", endpoint_picker={"address": picker.address})]})
+        tenant = site.road.new_tenant("picked")
+        before = {name: len(site.engines[name].truth()) for name in "ab"}
+        picker.names = site.endpoint("b")
+        asked = site.road.asked_extauth()
+
+        answers = ask_many(site, tenant, "tiny", 40)
+        asked = site.road.asked_extauth() - asked
+        picker.refuses = 429
+        refused = [site.road.post(tenant, path, json=chat(model="tiny", max_tokens=9)) for path in ("/v1/chat/completions", "/v1/messages")]
+
+        assert {200} == {answer.status_code for answer in answers}
+        assert (0, 40) == tuple(len(site.engines[name].truth()) - before[name] for name in "ab")
+        assert 42 == len(picker.asked)
+        assert os.environ.get(EXPRESS_ENVIRONMENT) == "off" or asked < 40
+        assert [(429, "1", "upstream_unavailable")] * 2 == [(one.status_code, one.headers["retry-after"], one.json()["error"]["code"]) for one in refused]
+        found = rows(site, tenant, 42)
+        assert Counter({(200, "pool/main/tiny"): 40, (429, None): 2}) == Counter((row["status"], row["upstream"]) for row in found)
+        assert {0} == {row["input_tokens"] + row["output_tokens"] for row in found if row["status"] == 429}
+
+
+def test_a_stream_outlives_changes_of_all_that_it_began_with(site: Site) -> None:
+    """Its route, its pool, its server, its model's name: one row of the model that it asked for, whole to its last token."""
+    model = {"name": "long", "pools": [pool(site, "main", "a", "b")]}
+    site.serving(model)
+    tenant = site.road.new_tenant("long")
+    streams = [Stream.begin(site, tenant, "long", tokens=250, chunk_ms=80) for _ in range(4)]
+    kept = {"name": "kept", "pools": [pool(site, "main", "c")]}
+    changes: list[list[dict[str, Any]]] = [
+        [kept],
+        [model | {"pools": [pool(site, "main", "a", "b", requests_max=7, slow_start_seconds=0)]}],
+        [model | {"aliases": ["longer"], "pools": [pool(site, "other", "c")]}, kept],
+        [model | {"retry": "unanswered", "pools": [pool(site, "main", "b"), pool(site, "canary", "c", model="tiny-next")]}],
+    ]
+
+    made = 0
+    while not any(stream.is_whole for stream in streams):
+        site.serving(*changes[made % len(changes)])
+        made += 1
+
+    assert [(None, True)] * 4 == [(stream.end().error, stream.is_whole) for stream in streams]
+    assert made > len(changes)  # the last one may have come after their end
+    found = rows(site, tenant, 4)
+    assert [("long", "pool/main/long", "ok", 250)] * 4 == [(row["model"], row["upstream"], row["outcome"], row["output_tokens"]) for row in found]
 
 
 def test_what_is_wrong_is_refused_with_its_line_and_changes_nothing(site: Site) -> None:

@@ -22,6 +22,7 @@ import yaml
 NOT_ENVOYS: Final[dict[str, str]] = {
     "MODELS_PATH": "control reads it and writes what Envoy reads instead: clusters.yaml and routes.yaml",
     "MODELS_READ_PATH": "services write it and control reads it",
+    "LOAD_FORMAT_HEADER": "set by what control writes: clusters.yaml",
     "POOL_HEADER": "set, read and removed by what control writes: clusters.yaml",
     "IDENTITY_PATH": "extauth reads it; Envoy asks extauth",
     "SERVICE_ACCOUNT_AUDIENCE": "said in tokens, which Envoy does not read",
@@ -36,7 +37,7 @@ NOT_ENVOYS: Final[dict[str, str]] = {
     "ERROR_CODES": "most are said by a service; see unsaid_codes",
 }
 #: Namespaces that Lua fills, all of their keys.
-_WRITTEN_BY_LUA: Final = {"NS_REQUEST": "REQUEST_KEYS", "NS_USAGE": "USAGE_KEYS"}
+_WRITTEN_BY_LUA: Final = {"NS_REQUEST": "REQUEST_KEYS", "NS_USAGE": "USAGE_KEYS", "NS_PICKED": "PICKED_KEYS"}
 #: Namespaces that a service's answer fills, and on the express lane, by this script alone, what it remembers of one.
 _REMEMBERED: Final = {"NS_IDENTITY": "ID_", "NS_ADMISSION": "ADM_"}
 _REMEMBERED_BY: Final = "express.lua"

@@ -54,7 +54,7 @@ def test_an_excuse_is_for_a_name_that_exists() -> None:
     ("name", "value", "expected"),
     [
         ("NEW_HEADER", "x-peaje-new", "envoy/ does not spell NEW_HEADER: x-peaje-new"),
-        ("CLUSTER_EXTAUTH", "authority", "envoy/ does not spell CLUSTER_EXTAUTH: authority"),
+        ("CLUSTER_EXTAUTH", "authorizer", "envoy/ does not spell CLUSTER_EXTAUTH: authorizer"),
         ("SOCKETS", {"extauth": "run/other.sock"}, "envoy/ does not spell SOCKETS: run/other.sock"),
         ("EPOCH_ENVIRONMENT", "PEAJE_EPOCH", "envoy/ does not spell EPOCH_ENVIRONMENT: PEAJE_EPOCH"),
         ("REQUEST_KEYS", (*contract.REQUEST_KEYS, "temperature"), "no script writes peaje.request:temperature"),

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,39 +15,26 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chassis.errors import Invalid, PeajeError
+from chassis.errors import Invalid
 from control.envoy_resources import publish
-from control.laptop.binaries import find_envoy
+from tests.integration.behind_envoy import running_envoy
+from tests.waiting import until
 
-BOOTSTRAP = """
-node: {id: test, cluster: test}
-dynamic_resources:
-  cds_config: {resource_api_version: V3, path_config_source: {path: envoy/clusters.yaml, watched_directory: {path: envoy}}}
-static_resources:
-  listeners:
-  - name: tenants
-    address: {socket_address: {address: 127.0.0.1, port_value: %d}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: tenants
-          rds:
-            route_config_name: tenants
-            config_source: {resource_api_version: V3, path_config_source: {path: envoy/routes.yaml, watched_directory: {path: envoy}}}
-          http_filters:
-          - name: gate
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua
-              default_source_code:
-                inline_string: |
-                  function envoy_on_request(handle)
-                    handle:streamInfo():dynamicMetadata():set('peaje.request', 'model', handle:headers():get('x-test-model') or '')
-                    handle:clearRouteCache()
-                  end
-          - {name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-"""
+#: Names the model by a header, in place of the gate, which reads it from the body.
+NAMES_THE_MODEL = {
+    "name": "gate",
+    "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua",
+        "default_source_code": {
+            "inline_string": """
+              function envoy_on_request(handle)
+                handle:streamInfo():dynamicMetadata():set('peaje.request', 'model', handle:headers():get('x-test-model') or '')
+                handle:clearRouteCache()
+              end
+            """
+        },
+    },
+}
 
 
 @dataclass
@@ -115,10 +100,6 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    try:
-        envoy = find_envoy(os.environ)
-    except PeajeError as exc:
-        pytest.skip(str(exc))
     home = tmp_path_factory.mktemp("road")
     (home / "envoy").mkdir()
     tiny, big = Server("tiny"), Server("big")
@@ -129,28 +110,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
         f"- {{name: 'org/big:7b', engine: vllm, endpoints: ['http://localhost:{big.port}']}}\n"
     )
     publish(models, home / "envoy")
-    port = free_port()
-    (home / "bootstrap.yaml").write_text(BOOTSTRAP % port)
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [envoy, "-c", "bootstrap.yaml", "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning"],
-            cwd=home, stdout=log, stderr=log,
-        )  # fmt: skip
-    road = Road(url=f"http://127.0.0.1:{port}", models=models, directory=home / "envoy", tiny=tiny, big=big)
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                assert 404 == httpx.get(road.url + "/nothing", timeout=2).status_code
-                break
-            except httpx.TransportError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail((home / "log").read_text()[-3000:])
-                time.sleep(0.05)
-        yield road
+        with running_envoy(home, [NAMES_THE_MODEL]) as (url, _):
+            yield Road(url=url, models=models, directory=home / "envoy", tiny=tiny, big=big)
     finally:
-        process.terminate()
-        process.wait(timeout=20)
         for server in servers:
             server.shutdown()
             server.server_close()
@@ -206,9 +169,7 @@ def test_a_new_model_is_served_without_a_restart_and_a_bad_document_changes_noth
     road.models.write_text(before + f"- {{name: fresh, engine: trtllm, endpoints: ['127.0.0.1:{road.big.port}']}}\n")
     publish(road.models, road.directory)
 
-    deadline = time.monotonic() + 10
-    while road.ask("/v1/completions", "fresh").status_code != 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: road.ask("/v1/completions", "fresh").status_code == 200)
     assert "big" == road.ask("/v1/completions", "fresh").text
 
     files = {path.name: path.read_text() for path in road.directory.iterdir()}
@@ -222,9 +183,7 @@ def test_a_server_that_is_not_there_is_503_not_a_hang(road: Road) -> None:
     """Connect failures are retried once and then said."""
     road.models.write_text(f"models:\n- {{name: gone, engine: vllm, endpoints: ['127.0.0.1:{free_port()}']}}\n")
     publish(road.models, road.directory)
-    deadline = time.monotonic() + 10
-    while road.ask("/v1/completions", "gone").status_code == 404 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: road.ask("/v1/completions", "gone").status_code != 404)
 
     started = time.monotonic()
     assert 503 == road.ask("/v1/completions", "gone").status_code

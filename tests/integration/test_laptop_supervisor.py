@@ -514,3 +514,30 @@ def test_stopping_while_two_serve_ends_the_heir_before_the_one_it_asks(place: Pl
 
     assert (0, []) == (status, listener.troubles)
     assert ["a up", "a1 up", "a1 down", "a down"] == order(place)
+
+
+def test_a_part_that_dies_when_it_is_restarted_is_started_again_like_any_that_dies(place: Places) -> None:
+    """Whoever asked hears that it did not come back at once."""
+    refused: list[str] = []
+    dies_once = f'[ -e asked ] && [ ! -e died ] && {{ : >died; exit 3; }}; {_STAYS}'
+
+    async def ask(subject: Supervisor) -> None:
+        await until(lambda: subject._phase == state.RUNNING)
+        Path("asked").touch()
+        try:
+            await subject.restart("a")
+        except Trouble as trouble:
+            refused.extend(trouble.lines())
+        await until(lambda: ["a up", "a down", "a up"] == order(place) and Path("a.ready").exists())
+        subject.request_stop()
+
+    asking: list[asyncio.Task[None]] = []
+
+    async def admit(subject: Supervisor) -> None:
+        asking.append(asyncio.create_task(ask(subject)))
+
+    status, listener = run(place, part("a", dies_once), admit=admit, restarts_max=1)
+
+    assert 0 == status
+    assert "did not come back at once" in refused[0]
+    assert "a died with exit status 3" in listener.troubles[0][0]

@@ -4,185 +4,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from chassis.errors import Invalid, PeajeError
+from chassis.errors import Invalid
 from chassis.models import ModelCatalogue
-from control.apply import Desk, apply, judge
-from control.envoy_admin import Admin
-from control.envoy_resources import publish, render_all
-from control.laptop.binaries import find_envoy
-from control.laptop.envoy import find_source
-from control.laptop.places import Places
-from tests.dataplane.installation import free_ports
+from control.apply import judge
+from control.envoy_resources import render_all
+from tests.integration.behind_envoy import Road, road_behind
 from tests.waiting import until
 
-BOOTSTRAP = """
-node: {id: test, cluster: test}
-admin: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}
-dynamic_resources:
-  cds_config: {resource_api_version: V3, path_config_source: {path: envoy/clusters.yaml, watched_directory: {path: envoy}}}
-static_resources:
-  clusters: []
-  listeners:
-  - name: tenants
-    address: {socket_address: {address: 127.0.0.1, port_value: %d}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: tenants
-          early_header_mutation_extensions:
-          - name: strip
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation
-              mutations: [{remove_on_match: {key_matcher: {prefix: x-peaje-, ignore_case: true}}}]
-          rds:
-            route_config_name: tenants
-            config_source: {resource_api_version: V3, path_config_source: {path: envoy/routes.yaml, watched_directory: {path: envoy}}}
-          http_filters:
-          - name: gate
-            typed_config:
-              "@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua
-              default_source_code: {filename: envoy/gate.lua}
-          - {name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-"""
 SECRET = "upstream-0123456789-abcdefghijklmnopq"
-
-
-class _Listening(ThreadingHTTPServer):
-    daemon_threads = True
-    #: Its port is taken again by the test that brings it back.
-    allow_reuse_address = True
-
-
-@dataclass
-class Server:
-    """A model server that says who it is, remembers what it was sent, and can be held up or switched off."""
-
-    name: str
-    port: int
-    seen: list[tuple[dict[str, str], Any]] = field(default_factory=list)
-    goes_on: threading.Event = field(default_factory=threading.Event)
-    _server: _Listening | None = None
-
-    def start(self) -> None:
-        """Listen."""
-        outer = self
-        self.goes_on.set()
-
-        class Handler(BaseHTTPRequestHandler):
-            # One request a connection: a server that is switched off has none left.
-            def do_GET(self) -> None:
-                self._answer(b"{}")
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.seen.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                outer.goes_on.wait(timeout=30)
-                self._answer(outer.name.encode())
-
-            def _answer(self, body: bytes) -> None:
-                self.send_response(200)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = _Listening(("127.0.0.1", self.port), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        """Listen no more."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-
-@dataclass
-class Road:
-    """A running Envoy, and the servers behind it."""
-
-    url: str
-    desk: Desk
-    servers: tuple[Server, Server, Server]
-
-    def serve(self, *models: dict[str, Any]) -> None:
-        """Put these models into force."""
-        document = self.desk.places.home / "next.yaml"
-        document.write_text(yaml.safe_dump({"models": list(models)}))
-        apply(self.desk, document)
-        for server in self.servers:
-            server.seen.clear()
-
-    def ask(self, model: str, prompt: str = "hi", **more: Any) -> httpx.Response:
-        """One request of a caller with a key of ours."""
-        headers = {"authorization": "Bearer callers-own"} | more.pop("headers", {})
-        return httpx.post(f"{self.url}/v1/completions", headers=headers, json={"model": model, "prompt": prompt, **more}, timeout=30)
-
-    def pool(self, name: str, *servers: int, **more: Any) -> dict[str, Any]:
-        """A pool of these servers, whose `/health` is well while they listen."""
-        return {"name": name, "engine": "vllm", "endpoints": [f"127.0.0.1:{self.servers[one].port}" for one in servers], **more}
 
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     """Envoy with the gate and the router, nobody who is asked."""
-    try:
-        envoy = find_envoy(os.environ)
-    except PeajeError as exc:
-        pytest.skip(str(exc))
-    home = tmp_path_factory.mktemp("pools")
-    for name in ("run", "secrets", "journal"):
-        (home / name).mkdir()
-    for path in (source := find_source(os.environ)).rglob("*.lua"):
-        target = home / "envoy" / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(path.read_text())
-    port, admin_port, *ports = free_ports(5)
-    servers = (Server("first", ports[0]), Server("second", ports[1]), Server("third", ports[2]))
-    for server in servers:
-        server.start()
-    (home / "envoy/envoy.yaml").write_text(BOOTSTRAP % (admin_port, port))
-    (home / "envoy/models.yaml").write_text(f'models: [{{name: none, engine: vllm, endpoints: ["127.0.0.1:{ports[0]}"]}}]\n')
-    publish(home / "envoy/models.yaml", home / "envoy")
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [envoy, "-c", "envoy/envoy.yaml", "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning"],
-            cwd=home, stdout=log, stderr=log,
-        )  # fmt: skip
-    road = Road(f"http://127.0.0.1:{port}", Desk(places=Places(home), envoy=envoy, admin=Admin(f"http://127.0.0.1:{admin_port}")), servers)
-    try:
-        until(lambda: _is_up(road.url), (home / "log").read_text)
+    with road_behind(tmp_path_factory.mktemp("pools")) as road:
         yield road
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-        for server in servers:
-            server.stop()
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/nothing", timeout=2).status_code == 404
-    except httpx.HTTPError:
-        return False
 
 
 def test_an_alias_is_its_model_and_each_server_has_its_own_name_for_it(road: Road) -> None:
@@ -295,3 +140,31 @@ def test_envoy_judges_what_its_own_check_never_opens(road: Road, file: str, old:
     judge(road.desk.envoy, road.desk.places, rendered)
     with pytest.raises(Invalid, match=r"^Envoy refuses what the models document means: "):
         judge(road.desk.envoy, road.desk.places, replace(rendered, **{file: getattr(rendered, file).replace(old, new)}))
+
+
+def test_servers_get_as_much_as_they_say_they_have_room_for(road: Road) -> None:
+    """By load reports, vLLM's and whole ones: who is three times as full gets a third; callers read none of it."""
+    road.serve({"name": "m", "pools": [road.pool("main", 0, 1, balance="orca", slow_start_seconds=0)]})
+    reports = ("TEXT named_metrics.num_requests_waiting=0, named_metrics.kv_cache_usage_perc=%s", "TEXT application_utilization=%s, rps_fractional=10")
+
+    shares = []
+    for report in reports:
+        for full, other in ((0, 1), (1, 0)):
+            road.servers[full].headers["endpoint-load-metrics"] = report % 0.9
+            road.servers[other].headers["endpoint-load-metrics"] = report % 0.3
+            until(lambda: _share(road, full) <= 0.32)
+            shares.append(_share(road, full))
+
+    assert min(shares) > 0.15
+    answer = road.ask("m")
+    assert "endpoint-load-metrics" not in answer.headers
+    asked = {headers.get("endpoint-load-metrics-format") for server in road.servers[:2] for headers, _ in server.seen}
+    assert {"TEXT"} == asked
+    for server in road.servers:
+        server.headers.clear()
+
+
+def _share(road: Road, server: int) -> float:
+    """What part of forty requests this server answers."""
+    answers = [road.ask("m").text for _ in range(40)]
+    return answers.count(road.servers[server].name) / len(answers)

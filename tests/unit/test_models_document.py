@@ -17,7 +17,7 @@ from chassis.marks import digest, lagging
 from chassis.models import ModelCatalogue
 from chassis.models_document import Faulty, load, read
 from chassis.secrets import write_private
-from chassis.served import Affinity, Endpoint, Model, Pool, PriceHint, Retry
+from chassis.served import Affinity, Balance, Endpoint, EndpointPicker, Model, Pool, PriceHint, Retry, WhenAway
 from tests.waiting import until
 
 WHOLE = """
@@ -116,6 +116,14 @@ WRONG = {
     f"- {{name: a, {ALONE}, retry: always}}": "x:2: models[0].retry: must be 'unsent' or 'unanswered'",
     f"- {{name: a, {ALONE}, requests_max: 0}}": "x:2: models[0].requests_max: must be greater than or equal to 1",
     f"- {{name: a, {ALONE}, health_path: health}}": "x:2: models[0].health_path: must be a path that begins with /",
+    f"- {{name: a, {ALONE}, balance: orcas}}": "x:2: models[0].balance: must be 'least_request' or 'orca'",
+    f"- {{name: a, {ALONE}, endpoint_picker: {{}}}}": "x:2: models[0].endpoint_picker.address: required",
+    f"- {{name: a, {ALONE}, endpoint_picker: {{address: epp}}}}": "x:2: models[0].endpoint_picker.address: an endpoint is host:port or http(s)://host[:port]",
+    f"- {{name: a, {ALONE}, endpoint_picker: {{address: 'epp:1', when_away: shut}}}}": "x:2: models[0].endpoint_picker.when_away: must be 'open' or 'close'",
+    f"- {{name: a, {ALONE}, balance: orca, endpoint_picker: {{address: 'epp:1'}}}}": "x:2: models[0]: choose by endpoint_picker or by balance: orca, not both",
+    f"- {{name: a, {ALONE}, balance: orca, affinity: {{header: x-a}}}}": "x:2: models[0]: affinity chooses the server, and so would endpoint_picker or balance: orca; not both",
+    f"- name: a\n  affinity: {{header: x-a}}\n  pools:\n  - {POOL % ', endpoint_picker: {address: epp:1}'}": "x:2: models[0]: affinity chooses the server, and so would endpoint_picker or balance: orca; not both",
+    f"- name: a\n  pools:\n  - {POOL % ', fallback: true, endpoint_picker: {address: epp:1}'}": "x:4: models[0].pools[0]: a fallback pool has no endpoint_picker: who answers is known only after pickers were asked",
     f'- {{name: a, {ALONE}, price_hint: {{input: "1e3", output: "1"}}}}': 'x:2: models[0].price_hint.input: must be an amount in quotes, as "0.15"',
     f"- {{name: a, engine: vllm, pools: [{POOL % ''}]}}": "x:2: models[0].engine: unknown field",
     f"- name: a\n  pools:\n  - {POOL % ', weight: 0'}": "x:4: models[0].pools[0].weight: must be greater than or equal to 1",
@@ -213,6 +221,19 @@ def test_a_document_is_watched_from_then_on(tmp_path: Path, monkeypatch: pytest.
     write_private(path, f"models:\n- {{name: b, {ALONE}}}\n")
 
     until(lambda: watched.current().names == ["b"])
+
+
+def test_who_chooses_the_server_is_read() -> None:
+    """Envoy by itself, unless the document says otherwise; a picker that is away does not stop a request."""
+    [by_itself], [by_load], [by_picker] = (
+        read(f"models:\n- {{name: a, {ALONE}{more}}}\n", source="x")[0].pools
+        for more in ("", ", balance: orca", ", endpoint_picker: {address: 'https://epp.example:9002'}")
+    )
+
+    assert (Balance.LEAST_REQUEST, None) == (by_itself.balance, by_itself.endpoint_picker)
+    assert Balance.ORCA is by_load.balance
+    picker = EndpointPicker(address=Endpoint(scheme="https", host="epp.example", port=9002), when_away=WhenAway.OPEN)
+    assert picker == by_picker.endpoint_picker
 
 
 def test_no_value_is_repeated_in_a_fault() -> None:
