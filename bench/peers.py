@@ -49,7 +49,8 @@ def litellm(venv: Path | None) -> Peer:
         # JSON is YAML.
         model = {"model": "openai/tiny", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "none"}
         config = directory / "litellm.yaml"
-        config.write_text(json.dumps({"model_list": [{"model_name": "tiny", "litellm_params": model}]}))
+        settings = {"dangerously_permit_weak_or_unset_master_key": True}
+        config.write_text(json.dumps({"model_list": [{"model_name": "tiny", "litellm_params": model}], "general_settings": settings}))
         return [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
 
     return Peer(name="LiteLLM", command=command, missing=missing)
