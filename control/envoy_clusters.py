@@ -53,6 +53,7 @@ from control.envoy_parts import (
     outliers,
     pack,
     socket_address,
+    stat_name,
     tls_socket,
 )
 
@@ -140,7 +141,7 @@ def _pool_cluster(model: Model, pool: Pool, secrets: Secrets) -> cluster.Cluster
     }
     return cluster.Cluster(
         name=pool_name(model, pool),
-        alt_stat_name=_stat_name(pool_name(model, pool)),
+        alt_stat_name=stat_name(pool_name(model, pool)),
         type=cluster.ClusterDiscoveryType.STATIC if is_static else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=CONNECT_TIMEOUT,
         # A server that also has an IPv6 name often listens on IPv4 only (localhost, for one).
@@ -170,7 +171,7 @@ def _chain_cluster(model: Model, first: Pool, secrets: Secrets) -> cluster.Clust
     pools = chain(model, first)
     return cluster.Cluster(
         name=target_name(model, first),
-        alt_stat_name=_stat_name(target_name(model, first)),
+        alt_stat_name=stat_name(target_name(model, first)),
         connect_timeout=CONNECT_TIMEOUT,
         lb_policy=cluster.ClusterLbPolicy.CLUSTER_PROVIDED,
         cluster_type=cluster.ClusterCustomClusterType(
@@ -181,16 +182,6 @@ def _chain_cluster(model: Model, first: Pool, secrets: Secrets) -> cluster.Clust
         # Envoy runs the filters of the cluster that a route names, not of the one that the server is from.
         typed_extension_protocol_options=_http_options(model, pools, secrets),
     )
-
-
-def _stat_name(name: str) -> str:
-    """
-    What counts of a cluster are called by, where its name will not do: Envoy takes what follows a dot for the count's own name.
-
-    >>> _stat_name("pool/main/llama-3.1-8b"), _stat_name("pool/main/tiny")
-    ('pool/main/llama-3_1-8b', '')
-    """
-    return name.replace(".", "_") if "." in name else ""
 
 
 def _health_check(model: Model, pool: Pool) -> core.HealthCheck:

@@ -45,6 +45,16 @@ def pack(message: betterproto2.Message) -> protobuf.Any:
     return protobuf.Any.pack(message)
 
 
+def stat_name(name: str) -> str:
+    """
+    What counts of a cluster are called by, where its name will not do: Envoy takes what follows a dot for the count's own name.
+
+    >>> stat_name("pool/main/llama-3.1-8b"), stat_name("pool/main/tiny")
+    ('pool/main/llama-3_1-8b', '')
+    """
+    return name.replace(".", "_") if "." in name else ""
+
+
 def breakers(requests_max: int) -> cluster.CircuitBreakers:
     """Refuse what is more than *requests_max* under way, and second attempts beyond their budget."""
     return cluster.CircuitBreakers(

@@ -35,7 +35,7 @@ PENDING_MAX: Final = 500
 JUDGED_WITHIN: Final = timedelta(minutes=15)
 _JUDGE_EVERY_SECONDS: Final = 5.0
 _USED: Final[LiteralString] = """
-select request_id, input_tokens, output_tokens, cached_tokens, quantity from usage_event
+select request_id, input_tokens, output_tokens, cached_tokens, quantity, reasoning_tokens from usage_event
 where started_at > %s and request_id = any(%s)
 """
 #: An exchange may have begun so long before the refusal that it was in the way of: no reservation is older.
@@ -108,7 +108,7 @@ class Doubts:
             return
         ids = sorted({hold.request_id for one in self._pending for obstacle in one.obstacles for hold in obstacle.holds})
         rows = fetch_all(self._pool, _USED, (now - JUDGED_WITHIN - _HELD_SINCE, ids)) if ids else []
-        used = {row[0]: Usage(input=row[1], output=row[2], cached=row[3], quantity=row[4]) for row in rows}
+        used = {row[0]: Usage(input=row[1], output=row[2], cached=row[3], quantity=row[4], reasoning=row[5]) for row in rows}
         still = []
         for one in self._pending:
             judgement = judge(one.obstacles, used) or (Judgement.UNKNOWN if now - one.at > JUDGED_WITHIN else None)

@@ -158,20 +158,20 @@ def test_a_form_is_told_why_it_is_not_served(road: Installation, tenant: Tenant,
 
 @pytest.mark.parametrize("path", ["/v1/realtime?model=tiny", "/v1/realtime/sessions"])
 def test_a_websocket_is_told_why_it_is_not_served(road: Installation, tenant: Tenant, path: str) -> None:
-    """As an answer of HTTP: nothing is upgraded, no engine hears of it."""
+    """With an upgrade or without one, as an answer of HTTP: nothing is upgraded, no engine hears of it."""
     before = len(road.truth())
+    upgrade = {
+        "connection": "upgrade", "upgrade": "websocket", "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==", "sec-websocket-version": "13",
+    }  # fmt: skip
 
-    answer = httpx.get(
-        f"{road.url}{path}", timeout=60,
-        headers={
-            "authorization": f"Bearer {tenant.key}", "connection": "upgrade", "upgrade": "websocket",
-            "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==", "sec-websocket-version": "13",
-        },
-    )  # fmt: skip
+    answers = [
+        httpx.get(f"{road.url}{path}", timeout=60, headers={"authorization": f"Bearer {tenant.key}"} | more) for more in (upgrade, {})
+    ]
 
-    error = answer.json()["error"]
-    assert (404, "not_found") == (answer.status_code, error["code"])
-    assert "a WebSocket has no end of an answer" in error["message"]
+    assert [404, 404] == [answer.status_code for answer in answers]
+    for error in (answer.json()["error"] for answer in answers):
+        assert "not_found" == error["code"]
+        assert "a WebSocket has no end of an answer" in error["message"]
     assert before == len(road.truth())
 
 
