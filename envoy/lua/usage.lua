@@ -98,13 +98,18 @@ local function plain_usage(data)
   return nil
 end
 
+-- The whole number after `name` (with its quotes and colon), which stands at or after `at`; nil if none does.
+local function plain_count(data, name, at)
+  local _, last = find(data, name, at, true)
+  return last and tonumber(match(data, '^(%d+)[,}]', last + 1))
+end
+
 -- Counts of the usual usage object, read without a parser; nil where anything about it is unusual.
 local function plain_counts(data, at)
   if find(data, '"reasoning_tokens"', at, true) then return nil end
-  local input = tonumber(match(data, '"prompt_tokens":(%d+)[,}]', at))
-  local output = tonumber(match(data, '"completion_tokens":(%d+)[,}]', at))
+  local input, output = plain_count(data, '"prompt_tokens":', at), plain_count(data, '"completion_tokens":', at)
   if not input or not output or input > COUNT_MAX or output > COUNT_MAX then return nil end
-  return input, output, tonumber(match(data, '"cached_tokens":(%d+)[,}]', at))
+  return input, output, plain_count(data, '"cached_tokens":', at)
 end
 
 -- The usual running frame of an engine: true if it was one, and its new text.
@@ -115,7 +120,9 @@ local function read_running(self, data)
   local input, output, cached = plain_counts(data, at)
   local counts = self.counts
   if not input or output < (counts.output or 0) or input < (counts.input or 0) then return false end
-  if find(data, '"choices":[]', 1, true) or find(data, '"finish_reason":"', 1, true) then return false end
+  -- No choice, or the last frame of one. By how the members end: bytes that are rarer than quotes are found sooner, and a
+  -- frame that is taken for one of these by mistake is only read by the parser.
+  if find(data, ':[]', 1, true) or find(data, 'finish_reason":"', 1, true) then return false end
   counts.input, counts.output, counts.cached = input, output, cached or counts.cached
   if self.seen == 'none' then self.seen = 'running' end
   self.readings, self.frames = self.readings + 1, self.frames + 1
@@ -140,14 +147,14 @@ end
 
 -- Read one event's data. Returns: nil to leave it as it is, false to drop it, or its new text.
 local function read_event(self, data)
+  if self.hides then
+    local was_running, instead = read_running(self, data)
+    if was_running then return instead end
+  end
   if not find(data, '"usage"', 1, true) then
     -- Nothing that follows the terminator is read, so it passes, whether it comes with it or later.
     if data == '[DONE]' then self.passing = true elseif carries(data) then self.frames = self.frames + 1 end
     return nil
-  end
-  if self.hides then
-    local was_running, instead = read_running(self, data)
-    if was_running then return instead end
   end
   local members = json.document(data)
   if not members then
@@ -191,6 +198,10 @@ end
 
 -- The data of one event: its data lines joined by newlines, or nil when it has none.
 local function data_of(event)
+  -- The usual event is one line: no pattern, which would step through all of it.
+  if sub(event, 1, 6) == 'data: ' and find(event, '\n', 1, true) == #event - 1 and not find(event, '\r', 1, true) then
+    return trimmed(sub(event, 7, -3)), true
+  end
   local single = match(event, '^data: ?([^\r\n]*)[\r\n]*$')
   if single then return trimmed(single), true end
   local lines = {}
