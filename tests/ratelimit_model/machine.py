@@ -58,6 +58,8 @@ class Lives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = BEGIN_US
+        #: The latest that it was before it went back, by which what was taken then ends; and how far back it may go.
+        self.latest, self.earliest = BEGIN_US, BEGIN_US - LEASE_US
         self.model = Model()
         self.number = 0
         self.open: set[str] = set()
@@ -145,13 +147,15 @@ class Lives(RuleBasedStateMachine):
     def jump_back(self, us: int) -> None:
         """As a store's clock may, at a failover; not behind the end of a lease that was seen to be over."""
         over = [ends for leases in self.model.held.values() for _, ends in leases.values() if ends <= self.now]
-        self.now = max(self.now - us, *over, BEGIN_US - LEASE_US)
+        self.latest = max(self.latest, self.now)
+        self.now = max(self.now - us, *over, self.earliest)
 
     @rule()
     def pass_a_lease(self) -> None:
         """Whatever was not settled by now is given back."""
         ends = [ends for leases in self.model.held.values() for _, ends in leases.values()]
-        self.now = max(self.now + LEASE_US, *ends, 0)
+        self.now = max(max(self.now, self.latest) + LEASE_US, *ends, 0)
+        self.earliest = self.now
         self.expire()
         self.open.clear()
         self.model.taken.clear()
