@@ -96,7 +96,7 @@ def walk(newcomer: Newcomer, *, engine: str) -> None:
     with newcomer.timed("edit a limit -> its effect (./peaje limits set, a 429)"):
         newcomer.run("./peaje", "limits", "set", "--tenant", "newcomer", "--rpm", "1")
         wait(lambda: newcomer.ask().status_code == 429, "the limit acts")
-    newcomer.run("./peaje", "limits", "set", "--tenant", "newcomer", "--rpm", "none")
+    newcomer.run("./peaje", "limits", "delete", "--tenant", "newcomer")
     wait(lambda: newcomer.ask().status_code == 200, "the limit is gone")
     document = newcomer.checkout / ".peaje/envoy/models.yaml"
     text = document.read_text()
