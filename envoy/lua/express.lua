@@ -127,7 +127,11 @@ function M.tell(handle, request)
     if told[name] then headers:add(name, told[name]) end
   end
   if told.requests then headers:add('x-ratelimit-remaining-requests', tostring(told.requests + lease.requests + ahead.requests)) end
-  if told.tokens then headers:add('x-ratelimit-remaining-tokens', tostring(math.max(0, told.tokens + lease.tokens + ahead.tokens))) end
+  if told.tokens then
+    -- A limit on tokens may be younger than either lease, which then holds none of it.
+    local lent = (lease.tokens or 0) + (ahead.tokens or 0)
+    headers:add('x-ratelimit-remaining-tokens', tostring(math.max(0, told.tokens + lent)))
+  end
 end
 
 -- The answer is over: what it used replaces what it was charged.
