@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,15 +48,21 @@ class Killed(Exception):
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[int]]]:
-    """Give a function that has the statement of that number, from now on, die before it is sent; None: none does."""
+    """
+    Give a function that has the statement of that number, from now on, die before it is sent; None: none does.
+
+    Only the test's own thread counts: a listener of an earlier test lives for ever and has statements too.
+    """
     count = [0]
     limit: list[int | None] = [None]
+    here = threading.get_ident()
 
     def counted(method: Any) -> Any:
         def call(cursor: Any, *arguments: Any, **named: Any) -> Any:
-            count[0] += 1
-            if count[0] == limit[0]:
-                raise Killed
+            if threading.get_ident() == here:
+                count[0] += 1
+                if count[0] == limit[0]:
+                    raise Killed
             return method(cursor, *arguments, **named)
 
         return call
