@@ -114,7 +114,8 @@ class Lender:
                 self._lent[counter.name] = self._lent.get(counter.name, 0) + hits
         levels = [self.debt(counter, now_us) for counter in asked.counters]
         return outcome(
-            asked, taken.verdict, levels, now_us, output=taken.output, waits=[0.0] * len(levels), over=taken.over, leased=leased
+            asked, taken.verdict, levels, now_us, output=taken.output, waits=[0.0] * len(levels), over=taken.over,
+            lent=lease.requests if lease is not None and leased else 0,
         )
 
     def settle(self, request_id: str, report: Report, now_us: int) -> None:
@@ -267,7 +268,7 @@ class _Run:
             now=datetime.fromtimestamp(now_us / 1e6, tz=UTC),
         )  # fmt: skip
         wished = wish(said)
-        lease = offer(asked, wished.requests)
+        lease = offer(asked, wished.requests, now_us=now_us)
         answer = self._lender.take(asked, now_us, lease=lease, back=wished.back)
         given = lease if answer.leased else None
         if answer.admitted:

@@ -29,6 +29,7 @@ from chassis.errors import Unavailable
 from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.doubts import Doubts
+from ratelimit.adapters.loans import Loans
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.demand import Counter
 from ratelimit.core.limits import Limit, LimitTable, OnStoreError, Period, Pool, Share, Unit
@@ -101,7 +102,9 @@ class Desk:
         self.servicer = Servicer(
             source, StoredCounters(self.store), LocalCounters(share=1.0), self.breaker,  # type: ignore[arg-type]
             clock=utc_now, output_cap=16_384, slice_tokens=256, draft_headers=False,
-            doubts=Doubts(StoredCounters(self.store), None),  # type: ignore[arg-type] - nobody is refused here
+            # Nobody is refused or lent to here.
+            doubts=Doubts(StoredCounters(self.store), None),  # type: ignore[arg-type]
+            loans=Loans(StoredCounters(self.store), None),  # type: ignore[arg-type]
         )  # fmt: skip
         self._number = 0
 

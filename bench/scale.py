@@ -76,7 +76,7 @@ class Load:
     #: How long a stream lasts, each second of which is a record in the journal.
     stream_seconds: float = 10.0
     first_byte_seconds: float = 0.2
-    #: Of the requests, those whose callers have a quota or are near a limit: asked each time.
+    #: Of the requests, those whose callers have a limit on concurrency or are near another: asked each time.
     near_share: float = 0.05
     #: The n-th busiest tenant has 1/n of the busiest one's requests.
     zipf: float = 1.0
@@ -204,7 +204,7 @@ def inputs_table(costs: Costs, load: Load) -> str:
         "a limit, when ratelimit reads them all": f"{costs.limit_read:.1f} µs",
         "assumed: small requests, streams, large prompts": ", ".join(f"{share:.0%}" for share in load.mix),
         "assumed: a stream lasts, its first byte comes after": f"{load.stream_seconds:g} s, {load.first_byte_seconds:g} s",
-        "assumed: asked each time (quotas, near a limit)": f"{load.near_share:.0%} of the requests",
+        "assumed: asked each time (concurrency, near a limit)": f"{load.near_share:.0%} of the requests",
         "assumed: the n-th tenant has 1/n of the first one's requests; a core is used to": f"{load.used_share:.0%}",
     }
     return _table(("measured or assumed", "figure"), list(rows.items()))

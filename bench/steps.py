@@ -25,7 +25,7 @@ class Caller(Enum):
 
     UNLIMITED = "no limits"
     FAR = "far from limits"
-    QUOTA = "a quota"
+    ASKED = "a limit on concurrency"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ STEPS: Final = (
         uses=_RECORDED | {"metering"},
     ),
     Step(
-        name="asked each time: a quota", logs=frozenset({"journal", "witness"}), without=frozenset(), caller=Caller.QUOTA,
+        name="asked each time: a limit on concurrency", logs=frozenset({"journal", "witness"}), without=frozenset(), caller=Caller.ASKED,
         uses=_RECORDED | {"metering"},
     ),
 )  # fmt: skip

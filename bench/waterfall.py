@@ -308,11 +308,11 @@ def make_callers(road: Installation, key_count: int) -> dict[Caller, tuple[str, 
     tenants = {
         Caller.UNLIMITED: road.new_tenant("bench-unlimited"),
         Caller.FAR: road.new_tenant("bench-far", **_ROOMY),
-        Caller.QUOTA: road.new_tenant("bench-quota", **_ROOMY),
+        Caller.ASKED: road.new_tenant("bench-asked", **_ROOMY),
     }
-    # A quota is never lent.
-    limits = {"monthly_tokens": 10**12}
-    road.control("PUT", f"/v1/tenants/{tenants[Caller.QUOTA].tenant_id}/limits", json=limits).raise_for_status()
+    # Who is under way is never lent, and a quota is.
+    for caller, limits in {Caller.FAR: {"monthly_tokens": 10**12}, Caller.ASKED: {"concurrency": 10**6}}.items():
+        road.control("PUT", f"/v1/tenants/{tenants[caller].tenant_id}/limits", json=limits).raise_for_status()
     time.sleep(1.0)  # the promise is a second
     return {
         caller: _with_keys(road, tenant, key_count, first=place * key_count) for place, (caller, tenant) in enumerate(tenants.items())

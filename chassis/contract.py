@@ -156,6 +156,11 @@ ADM_LEASE_TOKENS: Final = "lease_tokens"
 #: What to charge a lease with: prompt tokens of this very request, output tokens per choice at the most.
 ADM_LEASE_INPUT: Final = "lease_input"
 ADM_LEASE_OUTPUT: Final = "lease_output"
+#: Of a lease of quotas: the most that a request which passes on it may have, bytes of prompt and output tokens of all
+#: choices, and what the model server is held to for each choice. Absent: it is not bounded by that.
+ADM_LEASE_PROMPT_BYTES: Final = "lease_prompt_bytes"
+ADM_LEASE_OUTPUT_MAX: Final = "lease_output_max"
+ADM_LEASE_CAP: Final = "lease_cap"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 

@@ -25,6 +25,7 @@ from ratelimit.adapters import metrics, tokenizers
 from ratelimit.adapters.counters import STORE_TIMEOUT_SECONDS, ClusterCounters, StoredCounters, connect
 from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
+from ratelimit.adapters.loans import Loans, repay_for_ever
 from ratelimit.adapters.local import Breaker, LocalCounters, probe_until_back
 from ratelimit.adapters.outside import Outside, look_for_ever
 from ratelimit.adapters.rule_counters import RuleCounters
@@ -130,6 +131,8 @@ def main() -> None:
     threading.Thread(target=look_for_ever, args=(outside, utc_now), name="outside", daemon=True).start()
     doubts = Doubts(stored, pool)
     threading.Thread(target=doubts.watch_for_ever, args=(utc_now,), name="doubts", daemon=True).start()
+    loans = Loans(stored, pool)
+    threading.Thread(target=repay_for_ever, args=(loans, utc_now, limits.current.with_quotas), name="loans", daemon=True).start()
     servicer = Servicer(
         limits,
         stored,
@@ -141,6 +144,7 @@ def main() -> None:
         slice_tokens=settings.slice_tokens,
         draft_headers=settings.draft_headers,
         doubts=doubts,
+        loans=loans,
     )
     generic = GenericServicer(lambda: rules.current, RuleCounters(store), breaker, settings.generic)
     serve_unary(

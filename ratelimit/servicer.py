@@ -27,6 +27,7 @@ from ratelimit.adapters import metrics
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, Unseeded
 from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
+from ratelimit.adapters.loans import Loans
 from ratelimit.adapters.local import Breaker, LocalCounters
 from ratelimit.core import answer
 from ratelimit.core.decide import Outcome, Renewal, Verdict
@@ -66,6 +67,7 @@ class Servicer:
         slice_tokens: int,
         draft_headers: bool,
         doubts: Doubts,
+        loans: Loans,
     ) -> None:
         self._limits = limits
         self._stored = stored
@@ -77,6 +79,7 @@ class Servicer:
         self._slice_tokens = slice_tokens
         self._draft_headers = draft_headers
         self._doubts = doubts
+        self._loans = loans
 
     def should_rate_limit(
         self, request: wire.RateLimitRequest, context: grpc.ServicerContext
@@ -101,6 +104,7 @@ class Servicer:
         raise Invalid("unknown phase")
 
     def _admit(self, ask: Ask, wished: Wish) -> wire.RateLimitResponse:
+        now = self._clock()
         asked = demand(
             ask,
             self._limits.current.match(ask),
@@ -108,7 +112,7 @@ class Servicer:
             price=self._limits.price(model=ask.model, tenant_id=ask.tenant_id),
             output_cap=self._output_cap,
             slice_tokens=self._slice_tokens,
-            now=self._clock(),
+            now=now,
             share=self._limits.share(model=ask.model, tenant_id=ask.tenant_id),
         )
         if not asked.counters:
@@ -117,7 +121,7 @@ class Servicer:
             metrics.UNLIMITED.inc()
             return response
         # The draft's headers tell of every limit: only an answer of this service has them.
-        lease = None if self._draft_headers else offer(asked, wished.requests)
+        lease = None if self._draft_headers else offer(asked, wished.requests, now_us=int(now.timestamp() * 1_000_000))
         try:
             outcome = self._take(asked, lease, wished.back)
         except Unavailable:
@@ -131,7 +135,9 @@ class Servicer:
         if outcome.admitted:
             response = _admitted(answer.headers(outcome.readings) | headers, asked, outcome)
             if lease is not None and outcome.leased:
-                _lend(response, lease, asked, choices=max(ask.choices, 1))
+                _lend(response, lease.of(outcome.lent), asked, choices=max(ask.choices, 1))
+                if lease.each:
+                    self._loans.given(ask.tenant_id)
             return response
         metrics.refused(answer.longest_wait(outcome.readings))
         self._doubts.refused(tenant_id=ask.tenant_id, request_id=ask.request_id, readings=outcome.readings)
@@ -331,8 +337,13 @@ def _admitted(headers: Mapping[str, str], asked: Demand, outcome: Outcome | None
 def _lend(response: wire.RateLimitResponse, lease: Lease, asked: Demand, *, choices: int) -> None:
     fields = response.dynamic_metadata.fields
     fields[contract.ADM_LEASE_REQUESTS].number_value = lease.requests
-    if any(counter.unit is Unit.TOKENS for counter in asked.counters):
+    if any(counter.kind is Kind.BUCKET and counter.unit is Unit.TOKENS for counter in asked.counters):
         fields[contract.ADM_LEASE_TOKENS].number_value = lease.tokens
+    if lease.each and asked.bounds is not None:
+        fields[contract.ADM_LEASE_PROMPT_BYTES].number_value = asked.bounds.prompt_bytes
+        if asked.bounds.cap is not None:
+            fields[contract.ADM_LEASE_OUTPUT_MAX].number_value = asked.bounds.usage.output
+            fields[contract.ADM_LEASE_CAP].number_value = asked.bounds.cap
     fields[contract.ADM_LEASE_INPUT].number_value = asked.lean.input
     fields[contract.ADM_LEASE_OUTPUT].number_value = asked.lean.output // choices
 

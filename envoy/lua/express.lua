@@ -76,10 +76,15 @@ function M.try(handle, facts, credential, request_id, now_ms, body, text)
   recognise(metadata, entry, request_id)
   metadata:set(ADMISSION, 'admitted', true)
   metadata:set(USAGE, 'seen', 'none')
-  if entry.lease then keep(request_id, { key = key, charged = charged, entry = entry }) end
-  if not record.start(handle, request_id, entry, facts, { admitted = true }) then return end
-  if record.needs_shape(facts) then
-    record.shape(body, text, facts, handle:metadata():get('running_usage'))
+  local lease = entry.lease
+  if lease then keep(request_id, { key = key, charged = charged, entry = entry }) end
+  -- What was spent of a quota's lease is found in the ledger by this.
+  local lent = lease and lease.bounds and lease.id
+  if lent then metadata:set(ADMISSION, 'lease', lent) end
+  if not record.start(handle, request_id, entry, facts, { admitted = true, lease = lent or nil }) then return end
+  local cap = lent and lane.cap(lease.bounds, facts)
+  if record.needs_shape(facts, cap) then
+    record.shape(body, text, facts, handle:metadata():get('running_usage'), cap)
   end
   -- Last: a script that fails before this leaves a request that ratelimit is asked about.
   metadata:set(REQUEST, 'express', request_id)
@@ -97,6 +102,11 @@ local function told_by(headers)
   return told
 end
 
+local function bounds_of(admission)
+  local prompt_bytes = admission.lease_prompt_bytes
+  return prompt_bytes and { prompt_bytes = prompt_bytes, output = admission.lease_output_max, cap = admission.lease_cap }
+end
+
 -- The answer has begun: remember what was answered for this request, if it may be.
 function M.remember(handle, request, metadata)
   local asked = request.asked and kept(request.asked)
@@ -104,7 +114,7 @@ function M.remember(handle, request, metadata)
   local identity, admission = metadata:get(IDENTITY), metadata:get(ADMISSION) or {}
   local lease = admission.lease_requests and lane.lease(
     request.asked, admission.lease_requests, admission.lease_tokens, admission.lease_input, admission.lease_output,
-    asked.prompt_bytes, asked.now_ms)
+    asked.prompt_bytes, asked.now_ms, bounds_of(admission))
   local entry
   if asked.known then
     entry = lane.lent(cache, asked.key, request.asked, lease)

@@ -61,12 +61,27 @@ local function cost(lease, facts)
 end
 
 -- What ratelimit lends: requests, tokens (nil: no limit counts them), what it reserved for the request that
--- asked, by which later ones are charged, and when it was asked.
-function M.lease(id, requests, tokens, input, output, prompt_bytes, asked_ms)
+-- asked, by which later ones are charged, and when it was asked. bounds: of quotas, what a request on it may be at the
+-- most { prompt_bytes, output of all choices, cap of each choice }; output and cap nil: no quota goes by them.
+function M.lease(id, requests, tokens, input, output, prompt_bytes, asked_ms, bounds)
   return {
-    id = id, requests = requests, tokens = tokens, output = output,
-    bytes_per_token = prompt_bytes / math.max(input, 1), until_ms = asked_ms + M.LEASE_MS,
+    id = id, requests = requests, tokens = tokens, output = output, bounds = bounds,
+    bytes_per_token = prompt_bytes / math.max(input, 1), asked_ms = asked_ms, until_ms = asked_ms + M.LEASE_MS,
   }
+end
+
+-- Output tokens of a choice that the model server has to be held to, if a request passes on a lease with these bounds;
+-- nil: it names no more itself.
+function M.cap(bounds, facts)
+  local cap, named = bounds.cap, facts.output_tokens_max
+  return cap and (named == 0 or named > cap) and cap or nil
+end
+
+-- Whether a request is no larger than what each one on the lease is held at.
+local function is_within(bounds, facts)
+  if facts.prompt_bytes > bounds.prompt_bytes then return false end
+  local each = M.cap(bounds, facts) or facts.output_tokens_max
+  return not bounds.cap or each * math.max(facts.choices, 1) <= bounds.output
 end
 
 local function is_live(lane, entry, now_ms)
@@ -75,7 +90,9 @@ end
 
 -- What a lease charges for a request; nil: it does not let it pass.
 local function charge(lease, facts, now_ms)
-  if lease.requests < 1 or now_ms >= lease.until_ms then return nil end
+  -- A clock that went back makes no lease longer: what is not told of a quota in time is counted as not spent.
+  if lease.requests < 1 or now_ms >= lease.until_ms or now_ms < lease.asked_ms then return nil end
+  if lease.bounds and not is_within(lease.bounds, facts) then return nil end
   local tokens = lease.tokens and cost(lease, facts) or 0
   if lease.tokens and lease.tokens < tokens then return nil end
   return tokens

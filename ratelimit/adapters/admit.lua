@@ -6,16 +6,21 @@
 --          in estimated input tokens, q how much of what else is metered, o output tokens of all choices together
 --          {least, lean, full}, w how many times over the full ask has to fit into a hard counter to be taken, c counters; and of what Envoy's
 --          workers spend by themselves: b a lease that is given back (i its id, n requests and t tokens that
---          are left), g one that is asked for (i, n, t, d its length in microseconds)
+--          are left), g one that is asked for (i, n, t each token, d its length in microseconds; of quotas: e what a
+--          request on it takes of each counter, r its own reservation, x the index of those, w the reservation's text,
+--          h for how long it is held)
 -- ARGV[2]  JSON: counter name -> used, from the ledger, for quotas that the store knows nothing of
--- Answer: {verdict, now, 1 if the lease was given, else 0, output tokens granted, then per counter its level, what
+-- Answer: {verdict, now, requests of the lease that was given, else 0, output tokens granted, then per counter its level, what
 --         of that is held, 1 if it had room, else 0, and for a fair share the wait}
 --         verdict 0 refused, 1 full, 2 lean, -1 a quota is not known and no seed was given
 local demand, seeds = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local now = clock()
-local levels, helds, rooms, waits, given = {}, {}, {}, {}, 0
+local levels, helds, lents, rooms, waits, given = {}, {}, {}, {}, {}, 0
 
 local function in_unit(counter, lease) return counter.u == 'requests' and lease.n or lease.t end
+
+-- A lease holds at most this part of what is left of a quota, and is of no use below so many requests.
+local PART, LEAST = 20, 2
 
 -- What was spent of a lease stays, as of now; a lease that is not there was ended or given back before.
 if demand.b then
@@ -44,7 +49,7 @@ for i, counter in ipairs(demand.c) do
   elseif counter.k == 'backlog' then
     levels[i], waits[i] = backlog_of(counter, demand.t, now)
   else
-    levels[i], helds[i] = quota_of(counter, now)
+    levels[i], helds[i], lents[i] = quota_of(counter, now)
     if not levels[i] then
       local seed = seeds[counter.n]
       if not seed then return { -1, whole(now), 0 } end
@@ -86,21 +91,63 @@ local function answer(verdict, output)
   return said
 end
 
+-- Requests that a lease may have by what is left of the quotas, and whether all leases together leave half of it.
+local function lendable(wanted)
+  local n = wanted
+  for i, counter in ipairs(demand.c) do
+    if is_hard(counter) and demand.g.e[i] > 0 then
+      n = math.min(n, math.floor(math.max(0, counter.a - levels[i]) / PART / demand.g.e[i]))
+    end
+  end
+  if n < wanted and n < LEAST then return 0 end
+  for i, counter in ipairs(demand.c) do
+    if is_hard(counter) and (lents[i] + n * demand.g.e[i]) * 2 > counter.a - levels[i] + lents[i] then return 0 end
+  end
+  return n
+end
+
+-- Held at its worst until the ledger says what it was spent on: it has a reservation of its own.
+local function hold(n)
+  local taken = ''
+  for i, counter in ipairs(demand.c) do
+    if counter.k == 'quota' then
+      local hits = n * demand.g.e[i]
+      taken = taken .. '1'
+      levels[i], helds[i] = levels[i] + hits, (helds[i] or 0) + hits
+      redis.call('HINCRBY', counter.n, 'held', whole(hits))
+      redis.call('HINCRBY', counter.n, 'lent', whole(hits))
+      redis.call('ZADD', counter.n .. ':held', whole(now + demand.g.h), member(hits, lent_name(demand.g.i)))
+      keep(counter, counter.n)
+      keep(counter, counter.n .. ':held')
+    end
+  end
+  redis.call('SET', demand.g.r, '2' .. taken .. '=' .. whole(n) .. ',0' .. demand.g.w, 'PX', whole(demand.g.h / 1000))
+  redis.call('ZADD', demand.g.x, whole(now), demand.g.i)
+  redis.call('PEXPIRE', demand.g.x, whole(demand.g.h / 1000 + 1000))
+end
+
 -- Far from every limit: after it, at least half of each bucket is left to those who ask.
 local function lease()
+  local n = demand.g.n
+  if demand.g.e then n = lendable(n) end
+  if n < 1 then return 0 end
+  local part = { n = n, t = n * demand.g.t }
   for i, counter in ipairs(demand.c) do
-    if (levels[i] + in_unit(counter, demand.g) * counter.p) * 2 > counter.b * counter.p then return 0 end
+    if counter.k == 'bucket' and (levels[i] + in_unit(counter, part) * counter.p) * 2 > counter.b * counter.p then return 0 end
   end
   for i, counter in ipairs(demand.c) do
-    local hits = in_unit(counter, demand.g)
-    levels[i] = levels[i] + hits * counter.p
-    leased[counter.n] = leased[counter.n] + hits * counter.p
-    redis.call('HINCRBY', counter.n, 'leased', whole(hits))
-    redis.call('HSET', counter.n, 'l:' .. demand.g.i, whole(hits))
-    redis.call('ZADD', counter.n .. ':leases', whole(now + demand.g.d), demand.g.i)
-    put_debt(counter, levels[i], now)
+    if counter.k == 'bucket' then
+      local hits = in_unit(counter, part)
+      levels[i] = levels[i] + hits * counter.p
+      leased[counter.n] = leased[counter.n] + hits * counter.p
+      redis.call('HINCRBY', counter.n, 'leased', whole(hits))
+      redis.call('HSET', counter.n, 'l:' .. demand.g.i, whole(hits))
+      redis.call('ZADD', counter.n .. ':leases', whole(now + demand.g.d), demand.g.i)
+      put_debt(counter, levels[i], now)
+    end
   end
-  return 1
+  if demand.g.e then hold(n) end
+  return n
 end
 
 -- Asked again (a call that was repeated): the same answer, and nothing more is taken.

@@ -1,14 +1,16 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Shared by admit.lua, renew.lua and settle.lua, which follow it: how counters and reservations are stored.
+-- Shared by admit.lua, renew.lua, settle.lua and repay.lua, which follow it: how counters and reservations are stored.
 -- The arithmetic is that of ratelimit/core (bucket.py, decide.py); tests run the two side by side.
 -- Redis 7.0 features only. The store's own time is the only clock, in microseconds.
 --
 --   bucket   hash {debt, at, leased, and "l:ID" -> hits of each lease} and, beside it, the sorted set
 --            NAME:leases of lease ids by end
---   quota    hash {used, held} and, beside it, the sorted set NAME:held of "hits:request" by end
+--   quota    hash {used, held, lent: the part of held that workers of Envoy have} and, beside it, the sorted set
+--            NAME:held of "hits:request" by end
 --   leases   sorted set of request by end
 --   reservation   text: verdict, then per counter 1 if it was taken from, then of a lean one "=" the output
---                 and "," the input tokens that are held, then the demand as it came
+--                 and "," the input tokens that are held, then the demand as it came; of a lease of quotas the
+--                 requests in place of the output, and of each counter what one of them takes
 --
 -- A counter in a demand: k kind, n name, u unit, e effect, a amount, p period in microseconds,
 -- b burst, f and l the hits of the full and the lean ask, x when the store may forget it (ms since
@@ -94,19 +96,25 @@ local function keep(counter, key)
   end
 end
 
--- Used and held of a quota together, and held alone; nil if the store knows nothing of it.
+-- A lease of quotas among the holders of one.
+local LENT = '+lent'
+local function lent_name(id) return id .. LENT end
+
+-- Used and held of a quota together, held alone, and what of that is lent; nil if the store knows nothing of it.
 local function quota_of(counter, now)
-  local stored = redis.call('HMGET', counter.n, 'used', 'held')
+  local stored = redis.call('HMGET', counter.n, 'used', 'held', 'lent')
   if not stored[1] then return nil end
-  local held = tonumber(stored[2] or '0')
+  local held, lent = tonumber(stored[2] or '0'), tonumber(stored[3] or '0')
   local leases = counter.n .. ':held'
   local over = redis.call('ZRANGEBYSCORE', leases, '-inf', whole(now), 'LIMIT', 0, PURGED_MAX)
   for _, member in ipairs(over) do
-    held = held - tonumber(string.match(member, '^%d+'))
+    local hits = tonumber(string.match(member, '^%d+'))
+    held = held - hits
+    if string.sub(member, -#LENT) == LENT then lent = lent - hits end
     redis.call('ZREM', leases, member)
   end
-  if #over > 0 then redis.call('HSET', counter.n, 'held', whole(held)) end
-  return tonumber(stored[1]) + held, held
+  if #over > 0 then redis.call('HSET', counter.n, 'held', whole(held), 'lent', whole(lent)) end
+  return tonumber(stored[1]) + held, held, lent
 end
 
 local function leases_of(counter, now)

@@ -24,7 +24,7 @@ from chassis.errors import Unavailable
 from ratelimit.core.decide import DONE_US, LEASE_US, Outcome, Renewal, Verdict, outcome
 from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.doubt import Hold
-from ratelimit.core.lease import LENGTH_US, Lease
+from ratelimit.core.lease import HELD_US, LENGTH_US, Lease
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Price, Report, Usage, hits
 
@@ -58,6 +58,15 @@ class Settled:
     excess_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loan:
+    """A lease of quotas that is not repaid: the life of the Envoy that has it, and what each quota counts."""
+
+    epoch: str
+    #: Counter name to its unit and, of a budget, its currency ("" if it has none).
+    units: Mapping[str, tuple[Unit, str]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Script:
     text: str
@@ -83,8 +92,8 @@ class StoredCounters:
         self._store = store
         shared = "".join((_SCRIPTS / name).read_text() for name in ("counters.lua", "fairshare.lua"))
         self._raise = _script((_SCRIPTS / "raise.lua").read_text())
-        self._admit, self._renew, self._settle = (
-            _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle")
+        self._admit, self._renew, self._settle, self._repay = (
+            _script(shared + (_SCRIPTS / f"{name}.lua").read_text()) for name in ("admit", "renew", "settle", "repay")
         )
 
     def take(
@@ -110,14 +119,17 @@ class StoredCounters:
     def _take(
         self, demand: Demand, seeds: Mapping[str, int], *, place: str, lease: Lease | None = None, back: Lease | None = None
     ) -> Outcome:
-        answer = self._call(self._admit, _keys(demand, place), [_document(demand, lease, back), orjson.dumps(dict(seeds))])
+        keys = _keys(demand, place)
+        if lease is not None and lease.each:
+            keys += [lent_key(place, lease.lease_id), lent_index_key(place)]
+        answer = self._call(self._admit, keys, [_document(demand, place, lease, back), orjson.dumps(dict(seeds))])
         if answer[0] == _UNSEEDED:
             raise Unseeded
         values, held = [float(level) for level in answer[4::4]], [int(part) for part in answer[5::4]]
         rooms, waits = answer[6::4], [float(wait) for wait in answer[7::4]]
         over = frozenset(c.name for c, room in zip(demand.counters, rooms, strict=True) if not room)
         return outcome(
-            demand, Verdict(answer[0]), values, int(answer[1]), leased=bool(answer[2]), output=int(answer[3]), held=held,
+            demand, Verdict(answer[0]), values, int(answer[1]), lent=int(answer[2]), output=int(answer[3]), held=held,
             waits=waits, over=over,
         )  # fmt: skip
 
@@ -131,6 +143,28 @@ class StoredCounters:
         keys = [reservation_key(place, request_id), open_key(place)]
         settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning])
         return Settled(excess_tokens=int(excess)) if settled else None
+
+    def lent_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
+        """Leases of a tenant's quotas that were given before *moment_us* and are not repaid, oldest first, with when they were."""
+        try:
+            found: Any = self._store.zrangebyscore(lent_index_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return [(lease_id.decode(), int(given_us)) for lease_id, given_us in found]
+
+    def lent(self, tenant_id: str, lease_ids: Sequence[str]) -> dict[str, Loan]:
+        """What is to be known of each of these leases to repay it; none for what is repaid."""
+        try:
+            found: Any = self._store.mget([lent_key(tenant_id, lease_id) for lease_id in lease_ids])
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return {lease_id: _loan(stored) for lease_id, stored in zip(lease_ids, found, strict=True) if stored}
+
+    def repay(self, tenant_id: str, lease_id: str, used: Mapping[str, int]) -> bool:
+        """Replace what a lease holds of each quota by what was *used* of it; False if it was repaid before."""
+        # As text: a number that large would be rounded on its way.
+        said = orjson.dumps({name: str(hits) for name, hits in used.items()})
+        return int(self._call(self._repay, [lent_key(tenant_id, lease_id), lent_index_key(tenant_id)], [lease_id, said])) > 0
 
     def raise_used(self, name: str, spent: int) -> bool:
         """Let a quota that the store knows have at least *spent* used; whether it had less."""
@@ -236,6 +270,16 @@ def reservation_key(place: str, request_id: str) -> str:
     return f"peaje:{{{place}}}:held:{request_id}"
 
 
+def lent_key(place: str, lease_id: str) -> str:
+    """Where a lease of quotas waits to be repaid."""
+    return f"peaje:{{{place}}}:lent:{lease_id}"
+
+
+def lent_index_key(place: str) -> str:
+    """The index of a place's leases that are not repaid, by when they were given."""
+    return f"peaje:{{{place}}}:lent"
+
+
 def open_key(place: str) -> str:
     """The index of a place's open reservations, by when they were made."""
     return f"peaje:{{{place}}}:open"
@@ -289,7 +333,12 @@ def _keys(demand: Demand, place: str) -> list[str]:
     return keys
 
 
-def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
+def _loan(reservation: bytes) -> Loan:
+    document = orjson.loads(reservation[reservation.index(b"{") :])
+    return Loan(epoch=document["e"], units={c["n"]: (Unit(c["u"]), c["cu"]) for c in document["c"]})
+
+
+def _document(demand: Demand, place: str, lease: Lease | None, back: Lease | None) -> bytes:
     # Without a hard limit both asks hold the usual.
     full = demand.full if demand.is_capped else demand.lean
     document: dict[str, Any] = {
@@ -300,10 +349,26 @@ def _document(demand: Demand, lease: Lease | None, back: Lease | None) -> bytes:
         "c": [_counter_document(counter) for counter in demand.counters],
     }  # fmt: skip
     if lease is not None:
-        document["g"] = {"i": lease.lease_id, "n": lease.requests, "t": lease.tokens, "d": LENGTH_US}
+        document["g"] = {"i": lease.lease_id, "n": lease.requests, "t": lease.tokens // lease.requests, "d": LENGTH_US}
+        if lease.each:
+            document["g"] |= {
+                "e": lease.each, "h": HELD_US, "w": _loan_document(demand, lease),
+                "r": lent_key(place, lease.lease_id), "x": lent_index_key(place),
+            }  # fmt: skip
     if back is not None:
         document["b"] = {"i": back.lease_id, "n": back.requests, "t": back.tokens}
     return orjson.dumps(document)
+
+
+def _loan_document(demand: Demand, lease: Lease) -> str:
+    quotas = [
+        {
+            "n": counter.name, "u": counter.unit.value, "f": hits,
+            "cu": counter.price.currency if counter.price is not None else "",
+        }
+        for counter, hits in zip(demand.counters, lease.each, strict=True) if counter.kind is Kind.QUOTA
+    ]  # fmt: skip
+    return orjson.dumps({"r": lease.lease_id, "e": demand.epoch, "c": quotas}).decode()
 
 
 def _counter_document(counter: Counter) -> dict[str, Any]:

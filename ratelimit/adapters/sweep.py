@@ -12,7 +12,7 @@ under way stays. Any number of processes may sweep.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -115,10 +115,23 @@ class Sweep:
         if not request_ids:
             return {}
         epochs = self._counters.epochs(tenant_id, request_ids)
-        known = dict(fetch_all(self._pool, _READ_UNTIL, (sorted(set(epochs.values())),)))
-        [(of_all,)] = fetch_all(self._pool, _ALL_READ_UNTIL, ())
-        found = {request_id: known.get(epoch) if epoch else of_all for request_id, epoch in epochs.items()}
-        return {request_id: moment for request_id, moment in found.items() if moment is not None}
+        lives = read_until_by_life(self._pool, epochs.values())
+        return {request_id: lives[epoch] for request_id, epoch in epochs.items() if epoch in lives}
+
+
+def read_until_by_life(pool: ReadPool, epochs: Iterable[str]) -> dict[str, datetime]:
+    """
+    Up to when the journal of each of these Envoy lives has been read; nothing of one that nobody has read yet.
+
+    For what does not know its Envoy ("") that is the journal which is furthest behind.
+    """
+    asked = sorted(set(epochs))
+    if not asked:
+        return {}
+    known = dict(fetch_all(pool, _READ_UNTIL, (asked,)))
+    if "" in asked:
+        [(known[""],)] = fetch_all(pool, _ALL_READ_UNTIL, ())
+    return {epoch: moment for epoch, moment in known.items() if moment is not None}
 
 
 def sweep_for_ever(sweep: Sweep, clock: Callable[[], datetime]) -> None:

@@ -120,13 +120,18 @@ class Outcome:
     output: int = 0
     #: Names of counters that had no room but do not refuse.
     over: frozenset[str] = frozenset()
-    #: Whether the lease that was asked for was taken as well.
-    leased: bool = False
+    #: Requests of the lease that was asked for, which were taken as well; 0: it was not.
+    lent: int = 0
 
     @property
     def admitted(self) -> bool:
         """Whether the request passes."""
         return self.verdict is not Verdict.REFUSED
+
+    @property
+    def leased(self) -> bool:
+        """Whether there is a lease."""
+        return self.lent > 0
 
 
 def take(memory: Memory, demand: Demand, now_us: int) -> Outcome:
@@ -274,7 +279,7 @@ def outcome(
     output: int = 0,
     waits: Sequence[float],
     over: frozenset[str] = frozenset(),
-    leased: bool = False,
+    lent: int = 0,
 ) -> Outcome:
     """
     The outcome with the readings at *values*; to one that was refused, they say how long to wait for the least.
@@ -286,7 +291,7 @@ def outcome(
     for counter, value, part, wait in zip(demand.counters, values, held or [0] * len(values), waits, strict=True):
         least = asked(demand, counter, Verdict.LEAN, demand.output_least) if refused else 0
         readings.append(read(counter, value, held=part, hits=least, now_us=now_us, wait_us=wait))
-    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over, leased=leased)
+    return Outcome(verdict=verdict, readings=tuple(readings), output=output, over=over, lent=lent)
 
 
 def seeded(memory: Memory, used: Mapping[str, int]) -> None:

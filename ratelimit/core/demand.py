@@ -36,6 +36,10 @@ WHOLE_SHARE: Final = 4
 #: A pool is full when its backlog is what it does in so long: it evens out bursts, and is a wait that
 #: nobody notices beside that of a generation.
 BACKLOG_SECONDS: Final = 5
+#: Bytes of prompt and output tokens of a choice that a request on a lease may have in any case: what is lent is counted in
+#: the largest requests that may pass on it, so one that is small must not make all others ask.
+LENT_PROMPT_BYTES_LEAST: Final = 4096
+LENT_OUTPUT_TOKENS_LEAST: Final = 256
 #: What an output cap bounds.
 _OUTPUT_UNITS: Final = (Unit.TOKENS, Unit.OUTPUT_TOKENS, Unit.MONEY)
 
@@ -98,6 +102,16 @@ class Counter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a request may be at the most that passes on a lease of quotas, and what that uses at worst."""
+
+    prompt_bytes: int
+    #: Output tokens of one choice that the model server is held to, whatever the caller names; None: to nothing.
+    cap: int | None
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """All that one request asks, to be taken whole or not at all."""
 
@@ -115,6 +129,8 @@ class Demand:
     is_sliced: bool = False
     #: The life of the Envoy that asked: whose journal tells of the request, should nobody settle it.
     epoch: str = ""
+    #: Of later requests like this one, should its quotas be lent; None where there is no quota, or they are not.
+    bounds: Bounds | None = None
     #: Whether there is anything to settle when the exchange ends.
     settles: bool = field(init=False)
 
@@ -188,7 +204,24 @@ def demand(
         is_capped=is_capped,
         is_sliced=is_sliced,
         epoch=ask.epoch,
+        bounds=_bounds(ask, limits, estimates, cap=output_cap if is_capped else None, worst=worst),
     )
+
+
+def _bounds(ask: Ask, limits: Iterable[Limit], estimates: Estimates, *, cap: int | None, worst: int) -> Bounds | None:
+    """The next powers of two: requests that differ a little are lent to alike."""
+    # What else is metered is asked for each request.
+    if ask.quantity or not any(limit.is_quota for limit in limits):
+        return None
+    prompt_bytes = max(LENT_PROMPT_BYTES_LEAST, _power_of_two(2 * ask.prompt_bytes))
+    if ask.output_tokens_max and cap is not None:
+        worst = min(cap, max(LENT_OUTPUT_TOKENS_LEAST, _power_of_two(worst)))
+    usage = Usage(input=estimates.prompt_tokens(model=ask.model, prompt_bytes=prompt_bytes), output=worst * max(ask.choices, 1))
+    return Bounds(prompt_bytes=prompt_bytes, cap=cap, usage=usage)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
 
 
 def counter(limit: Limit, *, now: datetime) -> Counter:
@@ -255,7 +288,7 @@ def _counter(
 
 def _is_hard(limit: Limit) -> bool:
     """A quota or budget that may not be overshot; buckets settle as a debt."""
-    return limit.period not in LENGTHS_US and limit.effect is Effect.REFUSE and limit.unit is not Unit.CONCURRENCY
+    return limit.is_quota and limit.effect is Effect.REFUSE
 
 
 def _microseconds(moment: datetime) -> int:

@@ -95,6 +95,11 @@ class Limit:
         named = (("project", self.project_id), ("key", self.key_id), ("model", self.model))
         return " and ".join(word for word, value in named if value is not None) or "tenant"
 
+    @property
+    def is_quota(self) -> bool:
+        """Whether it counts over a calendar window; others are buckets or what is under way."""
+        return self.period not in LENGTHS_US and self.unit is not Unit.CONCURRENCY
+
     def binds(self, ask: Ask) -> bool:
         """Whether *ask*, of this limit's tenant, is within its scope."""
         return (
@@ -170,6 +175,10 @@ class LimitTable:
         """Tenants that have a limit, in order."""
         # Listed before it is sorted: a list of its keys is made at once, whoever replaces meanwhile.
         return sorted(list(self._by_tenant))  # noqa: C414
+
+    def with_quotas(self) -> list[str]:
+        """Tenants that have a limit over a calendar window."""
+        return [tenant_id for tenant_id in self.tenants if any(limit.is_quota for limit in self.of(tenant_id))]
 
     def __len__(self) -> int:
         return sum(map(len, list(self._by_tenant.values())))

@@ -35,20 +35,24 @@ class Lane:
         )
 
     def lease(
-        self, requests: int, tokens: int | None, *, name: str = "L", output: int = 512, prompt_bytes: int = 5, now: int = 0
+        self, requests: int, tokens: int | None, *, name: str = "L", output: int = 512, prompt_bytes: int = 5, now: int = 0,
+        bounds: dict[str, int] | None = None,
     ) -> Any:
-        """A lease, by a request whose prompt was 2 tokens, asked for at *now*."""
-        return self.lua[b"lease"](name.encode(), requests, tokens, 2, output, prompt_bytes, now)
+        """A lease, by a request whose prompt was 2 tokens, asked for at *now*; of quotas if it has bounds."""
+        table = None if bounds is None else runtime().table_from({name.encode(): value for name, value in bounds.items()})
+        return self.lua[b"lease"](name.encode(), requests, tokens, 2, output, prompt_bytes, now, table)
 
     def lent(self, request_id: str, lease: Any, key: str = "k") -> Any:
         """The answer to a request that asked for a lease."""
         return self.lua[b"lent"](self.state, key.encode(), request_id.encode(), lease)
 
-    def take(self, key: str = "k", *, output: int = 1, now: int = 0, prompt_bytes: int = 0) -> tuple[bool, int | None, str | None, str]:
+    def take(
+        self, key: str = "k", *, output: int = 1, now: int = 0, prompt_bytes: int = 0, choices: int = 1
+    ) -> tuple[bool, int | None, str | None, str]:
         """Give whether the caller is known, what the lease was charged (None: ask), what to say, and the request's id."""
         self.asks += 1
         request_id = f"request-{self.asks}"
-        facts = {b"prompt_bytes": prompt_bytes, b"output_tokens_max": output, b"choices": 1}
+        facts = {b"prompt_bytes": prompt_bytes, b"output_tokens_max": output, b"choices": choices}
         entry, charged, said = (*self.lua[b"take"](self.state, key.encode(), request_id.encode(), runtime().table_from(facts), now), None)[:3]
         return entry is not None, charged, said and said.decode(), request_id
 
@@ -148,6 +152,48 @@ def test_what_settles_while_there_is_no_lease_goes_to_the_next_one(lane: Lane) -
     assert not lane.passes(output=71)
     lane.lent(f"request-{lane.asks}", lane.lease(5, 100, name="N"))
     assert lane.passes(output=100)
+
+
+@pytest.mark.parametrize(
+    ("request_", "passes"),
+    [
+        ({"prompt_bytes": 4096, "output": 64}, True), ({"prompt_bytes": 4097, "output": 64}, False), ({"output": 65}, False),
+        ({"output": 32, "choices": 2}, True), ({"output": 33, "choices": 2}, False), ({"output": 0}, False),
+    ],
+)  # fmt: skip
+def test_on_a_lease_of_quotas_no_request_is_larger_than_it_is_held_at(lane: Lane, request_: dict[str, int], passes: bool) -> None:
+    """Bytes of prompt, output of all choices; who names no output may have as much as the cap."""
+    lane.remember(limited=True)
+    lane.take()
+    lane.lent("request-1", lane.lease(9, None, bounds={"prompt_bytes": 4096, "output": 64, "cap": 16_384}))
+
+    assert passes == lane.passes(**request_)
+
+
+def test_where_no_quota_counts_output_any_passes(lane: Lane) -> None:
+    """A quota of requests, or of input tokens alone."""
+    lane.remember(limited=True)
+    lane.take()
+    lane.lent("request-1", lane.lease(9, None, bounds={"prompt_bytes": 4096}))
+
+    assert [True, True] == [lane.passes(output=output) for output in (0, 1_000_000)]
+
+
+@pytest.mark.parametrize(("named", "cap"), [(0, 100), (100, None), (101, 100), (99, None)])
+def test_who_names_no_less_is_held_to_the_cap(lane: Lane, named: int, cap: int | None) -> None:
+    """The model server has to be told; a caller who names no more than the cap says it himself."""
+    bounds, facts = (runtime().table_from(it) for it in ({b"cap": 100}, {b"output_tokens_max": named}))
+
+    assert cap == lane.lua[b"cap"](bounds, facts)
+    assert lane.lua[b"cap"](runtime().table_from({}), facts) is None
+
+
+def test_a_clock_that_went_back_makes_no_lease_longer(lane: Lane) -> None:
+    """A lease is of no use before it was asked for."""
+    lane.remember(lease=(9, None), now=1000)
+
+    assert lane.passes(now=1000)
+    assert not lane.passes(now=999)
 
 
 def test_a_caller_without_a_lease_is_known_and_asked_for(lane: Lane) -> None:

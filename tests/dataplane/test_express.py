@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import redis
 
 from chassis.contract import EXPRESS_ENVIRONMENT
 from tests.dataplane.installation import Installation, Tenant, chat
+from tests.dataplane.test_limits import SETTLED_SECONDS, valkey
 
 #: What extauth lets Envoy remember at the most.
 REMEMBERED_SECONDS = 5.0
@@ -158,6 +160,45 @@ def test_a_caller_far_from_its_limits_is_lent_to(road: Installation, tenant: Ten
     assert all(9_000 < requests < 10_000 for requests in left)
     assert all("x-ratelimit-remaining-tokens" in answer.headers for answer in answers)
     assert {answer.headers["x-request-id"] for answer in answers} <= {row["request_id"] for row in road.rows(tenant, 101)}
+
+
+@pytest.mark.express
+def test_a_caller_far_from_its_budgets_is_lent_to_and_the_ledger_repays(road: Installation, tenant: Tenant) -> None:
+    """A month's requests, tokens and money: few questions, and in the end each has used what the rows say, to the nano-unit."""
+    road.control(
+        "POST", "/v1/prices", json={"model": "tiny", "input": "3", "output": "7", "tenant": tenant.tenant_id}
+    ).raise_for_status()
+    limits = {"monthly_requests": 10**6, "monthly_tokens": 10**9, "monthly_budget": "100000.00"}
+    road.control("PUT", f"/v1/tenants/{tenant.tenant_id}/limits", json=limits).raise_for_status()
+    time.sleep(1.0)  # the promise is one second
+    with httpx.Client(headers={"authorization": f"Bearer {tenant.key}"}, timeout=30) as client:
+        posted = settle_news(client, road)
+        before = calls(road, "ratelimit")
+        answers = [post(client, road, max_tokens=None if number % 2 else 9, stream=number % 3 == 0) for number in range(90)]
+
+        assert {200} == {answer.status_code for answer in answers}
+        assert calls(road, "ratelimit") - before < 60
+        held = [int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers]
+        assert all(10**9 // 2 < left < 10**9 for left in held)
+        # One that leaves in the middle is billed what it was given, and so much is used.
+        with client.stream("POST", f"{road.url}/v1/chat/completions", json=chat(stream=True, max_tokens=50)) as cut:
+            next(cut.iter_bytes())
+    rows = road.rows(tenant, posted + 91)
+    assert posted + 91 == len(rows)
+    expected = sorted([len(rows), sum(it["input_tokens"] + it["output_tokens"] for it in rows), sum(it["amount_nano"] for it in rows)])
+
+    store = valkey(road)
+    deadline = time.monotonic() + SETTLED_SECONDS
+    while expected != (used := _levels(store, tenant, "used")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert expected == used
+    assert [0, 0, 0] == _levels(store, tenant, "held") == _levels(store, tenant, "lent")
+
+
+def _levels(store: redis.Redis, caller: Tenant, field: str) -> list[int]:
+    """That field of each quota and budget of a tenant, in order of size."""
+    names = [name for name in store.scan_iter(f"peaje:{{{caller.tenant_id}}}:*", _type="HASH") if store.hexists(name, "used")]
+    return sorted(int(store.hget(name, field) or 0) for name in names)
 
 
 def test_leases_of_several_workers_never_overdraw_a_limit(road: Installation, tenant: Tenant) -> None:

@@ -53,6 +53,8 @@ class Store:
         # Keys end by the store's clock, whatever the scripts' says: on a busy machine too soon.
         text = self.counters._admit.text.replace("redis.call('PEXPIRE',", "tostring(")
         self.counters._admit = adapter._script(text)
+        text = self.counters._settle.text.replace("redis.call('PEXPIRE',", "tostring(")
+        self.counters._settle = adapter._script(text)
 
     def take(self, asked: Demand, **leases: Lease | None) -> Outcome:
         """Ask now."""
@@ -280,7 +282,7 @@ def test_no_bucket_is_overdrawn_whenever_leases_are_spent(counter_store: str) ->
 def test_what_is_offered(fields: dict[str, Any], wanted: int, requests: int | None) -> None:
     """A twentieth of each bucket at the most; nothing where something else than requests and tokens is counted."""
     unit = fields.pop("unit", Unit.REQUESTS)
-    lease = offer(demand("t", 1, counter("t", unit, **fields)), wanted)
+    lease = offer(demand("t", 1, counter("t", unit, **fields)), wanted, now_us=BEGIN_US)
 
     assert requests == (lease and lease.requests)
     assert lease is None or lease.tokens == lease.requests * _EACH

@@ -19,6 +19,7 @@ from chassis.wire import ratelimit_pb2 as wire
 from ratelimit.adapters.counters import StoredCounters, StoreRefused, connect
 from ratelimit.adapters.doubts import Doubts
 from ratelimit.adapters.limits_source import LimitsSource
+from ratelimit.adapters.loans import Loans
 from ratelimit.adapters.local import FAILURES_TO_OPEN, Breaker, LocalCounters
 from ratelimit.core.decide import Verdict
 from ratelimit.core.demand import Counter, Demand, Kind
@@ -209,9 +210,10 @@ class Desk:
         self.pool = read_pool(self.postgres_url, name="test", connections=1)
         self.breaker = Breaker(clock=lambda: 0.0, opened=self._opened)
         self.doubts = Doubts(StoredCounters(self.store), self.pool)
+        self.loans = Loans(StoredCounters(self.store), self.pool)
         self.servicer = Servicer(
             LimitsSource(self.pool), StoredCounters(self.store), LocalCounters(share=0.5), self.breaker, Estimates(),
-            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True, doubts=self.doubts,
+            clock=lambda: NOW, output_cap=100, slice_tokens=20, draft_headers=True, doubts=self.doubts, loans=self.loans,
         )  # fmt: skip
         return self
 
