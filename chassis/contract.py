@@ -156,6 +156,8 @@ ADM_LEASE_TOKENS: Final = "lease_tokens"
 #: What to charge a lease with: prompt tokens of this very request, output tokens per choice at the most.
 ADM_LEASE_INPUT: Final = "lease_input"
 ADM_LEASE_OUTPUT: Final = "lease_output"
+#: The id of the lease of quotas that a request passed on, a request id; absent otherwise. The ledger sums up by it.
+ADM_LEASE: Final = "lease"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 
