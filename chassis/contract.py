@@ -161,6 +161,8 @@ ADM_LEASE_OUTPUT: Final = "lease_output"
 ADM_LEASE_PROMPT_BYTES: Final = "lease_prompt_bytes"
 ADM_LEASE_OUTPUT_MAX: Final = "lease_output_max"
 ADM_LEASE_CAP: Final = "lease_cap"
+#: The id of the lease of quotas that a request passed on, a request id; absent otherwise. The ledger sums up by it.
+ADM_LEASE: Final = "lease"
 
 # --- Keys inside peaje.usage --------------------------------------------------------
 

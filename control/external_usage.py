@@ -84,7 +84,7 @@ def post(store: Store, act: Act, items: Sequence[Item]) -> dict[str, Any]:
         _refuse_other_numbers(connection, items, events, new)
         if new:
             connection.execute("create temp table incoming (like usage_event) on commit drop")
-            add_events(connection, [event for name, event in events.items() if name in new], act.now)
+            add_events(connection, [event for name, event in events.items() if name in new], act.now, leases={})
         done = {"added": len(new), "known": len(items) - len(new)}
         audit.append(connection, act, "usage.posted", "usage", tenant_id=None, after=done)
     return done

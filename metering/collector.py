@@ -53,6 +53,8 @@ log = structlog.get_logger()
 READY_MARK = Path("run/collector.ready")
 #: Days that a refusal can be explained.
 _REFUSALS_KEPT = timedelta(days=7)
+#: Ratelimit has asked what a lease was spent on long before.
+_LEASES_KEPT = timedelta(hours=48)
 _REOPEN_TIMEOUT_SECONDS = 2.0
 #: What one record can be to blame for. Any other refusal (a right, a missing table) concerns all of
 #: them and is waited out.
@@ -60,6 +62,8 @@ _POISON = (psycopg.DataError, psycopg.errors.CheckViolation, psycopg.errors.NotN
 GARBAGE_THRESHOLD = 100_000
 #: Seconds between looks, by a steady clock.
 _UPKEEP_EVERY = 3600.0
+#: Leases end by the second, each with a sum, and one pass drops only so many.
+_LEASES_EVERY = 60.0
 _FILES_EVERY = 5.0
 _ORPHANS_EVERY = 1.0
 #: Between looks for journals that are new, and for a reader that ended too early.
@@ -134,6 +138,7 @@ class Collector:
     marked: float | None = None
     missing: frozenset[str] = frozenset()
     _upkeep_due: Due = field(default_factory=lambda: Due(_UPKEEP_EVERY))
+    _leases_due: Due = field(default_factory=lambda: Due(_LEASES_EVERY))
     _files_due: Due = field(default_factory=lambda: Due(_FILES_EVERY))
     _orphans_due: Due = field(default_factory=lambda: Due(_ORPHANS_EVERY))
 
@@ -146,6 +151,8 @@ class Collector:
         """
         if self._upkeep_due.now(monotonic):
             self._upkeep(now)
+        if self._leases_due.now(monotonic):
+            self.ledger.forget_leases(now - _LEASES_KEPT)
         if self._files_due.now(monotonic):
             try:
                 self._look_after_files(now, monotonic)

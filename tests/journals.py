@@ -37,7 +37,9 @@ def stamp(moment: datetime) -> str:
     return f"{int(moment.timestamp())}.{moment.microsecond:06d}"
 
 
-def start(number: int, *, at: datetime = NOON, tenant: str = "acme", model: str = "tiny", epoch: str = EPOCH) -> bytes:
+def start(
+    number: int, *, at: datetime = NOON, tenant: str = "acme", model: str = "tiny", epoch: str = EPOCH, lease: str | None = None
+) -> bytes:
     """The tap's record, as the request goes to a model server."""
     return _line(
         {
@@ -47,7 +49,7 @@ def start(number: int, *, at: datetime = NOON, tenant: str = "acme", model: str 
                 "started_at": stamp(at), "dialect": "openai.chat", "model": model, "stream": True,
                 "prompt_bytes": "77", "output_tokens_max": "16", "choices": "1",
             },
-            "admission": {"admitted": True, "reserved_tokens": 0},
+            "admission": _admission(lease),
         }
     )
 
@@ -60,11 +62,11 @@ def periodic(number: int, *, output: int, after_ms: int = 1000, **facts: Any) ->
 
 def end(
     number: int, *, at: datetime = NOON, tenant: str = "acme", model: str = "tiny", epoch: str = EPOCH, input: int = 3,
-    output: int = 5, cached: int = 0, after_ms: int = 250, **changes: Any,
+    output: int = 5, cached: int = 0, after_ms: int = 250, lease: str | None = None, **changes: Any,
 ) -> bytes:
     """Envoy's last record of an exchange; *changes* replace top-level fields, None removes one."""
     fields = {
-        "admission": {"admitted": True, "reserved_tokens": 0}, "bytes_sent": 357, "details": "via_upstream",
+        "admission": _admission(lease), "bytes_sent": 357, "details": "via_upstream",
         "duration_ms": after_ms, "epoch": epoch, "flags": "-",
         "identity": {"ext_authz_duration": 9, "key_id": "k" * 12, "project": "default", "tenant": tenant},
         "path": "/v1/chat/completions",
@@ -79,14 +81,27 @@ def end(
     return _line({name: value for name, value in fields.items() if value is not None})
 
 
+def _admission(lease: str | None) -> dict[str, Any]:
+    return {"admitted": True, "reserved_tokens": 0} | ({"lease": lease} if lease else {})
+
+
+def lease_id(number: int) -> str:
+    """The id of the lease with that *number*."""
+    return str(uuid.UUID(int=1_000_000_000 + number, version=4))
+
+
 def images(number: int, quantity: int, *, at: datetime = NOON, model: str = "tiny", **facts: Any) -> bytes:
     """The last record of an exchange that made images and reported no tokens."""
     asked = {"started_at": stamp(at), "dialect": "openai.images", "model": model, "quantity": str(quantity), "prompt_bytes": "50"}
     return end(number, at=at, request=asked, usage={"seen": "none", "quantity": quantity, "total": 0}, **facts)
 
 
-def exchanges(count: int, *, at: datetime = NOON, first: int = 0, seed: int = 1) -> list[bytes]:
-    """Start and end records of *count* exchanges of three tenants, mixed as they are under load."""
+def exchanges(count: int, *, at: datetime = NOON, first: int = 0, seed: int = 1, leases: int = 0) -> list[bytes]:
+    """
+    Start and end records of *count* exchanges of three tenants, mixed as they are under load.
+
+    *leases*: how many leases of each tenant they pass on, every other one of them.
+    """
     chance = random.Random(seed)
     placed: list[tuple[float, bytes]] = []
     for number in range(first, first + count):
@@ -94,6 +109,8 @@ def exchanges(count: int, *, at: datetime = NOON, first: int = 0, seed: int = 1)
         model = chance.choice(("tiny", "large"))
         begun, lasted = chance.random(), chance.random() / 10
         facts: dict[str, Any] = {"at": at, "tenant": tenant, "model": model}
+        if leases and number % 2:
+            facts["lease"] = lease_id(number % leases + leases * ("acme", "bolt", "crux").index(tenant))
         placed.append((begun, start(number, **facts)))
         placed.append((begun + lasted, end(number, input=chance.randint(1, 900), output=chance.randint(0, 900), **facts)))
     return [line for _, line in sorted(placed)]

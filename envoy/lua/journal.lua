@@ -59,7 +59,7 @@ end
 
 local IDENTITY = { 'tenant', 'project', 'key_id' }
 local REQUEST = { 'started_at', 'dialect', 'model', 'stream', 'prompt_bytes', 'output_tokens_max', 'choices', 'quantity' }
-local ADMISSION = { 'admitted', 'reserved_tokens' }
+local ADMISSION = { 'admitted', 'reserved_tokens', 'lease' }
 
 -- Append the start record; false if it could not be written.
 function M.start(request_id, identity, request, admission, epoch)

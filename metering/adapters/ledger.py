@@ -4,6 +4,8 @@ Write a batch to Postgres: rows, amounts, hourly sums, open exchanges and the jo
 
 A crash at any moment repeats the batch, and the repeat changes nothing: rows conflict on
 (started_at, request_id), sums grow only by rows that were new.
+
+What each lease of quotas was spent on is such a sum too: ratelimit settles by it what it has lent.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from psycopg.types.json import Jsonb, set_json_dumps
 
 from metering.adapters.tail import Alarm, Piece, Place
 from metering.core.fold import Batch
-from metering.core.journal import Entry, UsageEvent, lost_event, parse
+from metering.core.journal import Entry, UsageEvent, leases_of, lost_event, parse
 from metering.core.lines import Defect
 from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.rating import RateCard, RateCards, Tier, amount_nano
@@ -29,6 +31,8 @@ from metering.core.rating import RateCard, RateCards, Tier, amount_nano
 REFUSALS_PER_BATCH_MAX: Final = 200
 #: Open exchanges that are closed in one transaction.
 _ORPHANS_PER_STEP_MAX: Final = 1000
+#: Sums of leases that are dropped in one transaction: about what a thousand busy workers leave behind in a minute.
+LEASES_PER_PASS_MAX: Final = 20_000
 _TAKEOVER_TIMEOUT: Final = "2s"
 #: Shared by every transaction that charges; whoever changes prices or closes a period takes it alone,
 #: so that a change is in no transaction's past and future at once.
@@ -117,6 +121,36 @@ select request_id::uuid, 'usage.recorded', tenant_id, started_at, jsonb_build_ob
     'input_tokens', input_tokens, 'output_tokens', output_tokens, 'cached_tokens', cached_tokens,
     'reasoning_tokens', reasoning_tokens, 'meter', meter, 'quantity', quantity, 'basis', basis, 'currency', currency, 'amount_nano', amount_nano)
 from incoming where request_id = any(%s) order by started_at, request_id
+"""
+
+#: New rows, by the leases that their requests passed on. A lease is of one tenant.
+_SUM_LEASES: Final = """
+insert into lease_use (lease_id, currency, tenant_id, request_count, input_tokens, output_tokens, cached_tokens, amount_nano,
+                       recorded_at)
+select lease_id, coalesce(currency, ''), min(tenant_id), count(*), sum(input_tokens), sum(output_tokens), sum(cached_tokens),
+       coalesce(sum(amount_nano), 0), max(recorded_at)
+from unnest(%s::text[], %s::text[]) as passed (request_id, lease_id) join incoming using (request_id)
+group by 1, 2
+-- As with the hours: two collectors lock in the same order.
+order by 1, 2
+on conflict (lease_id, currency) do update set
+    request_count = lease_use.request_count + excluded.request_count,
+    input_tokens  = lease_use.input_tokens + excluded.input_tokens,
+    output_tokens = lease_use.output_tokens + excluded.output_tokens,
+    cached_tokens = lease_use.cached_tokens + excluded.cached_tokens,
+    amount_nano   = lease_use.amount_nano + excluded.amount_nano,
+    recorded_at   = excluded.recorded_at
+"""
+
+#: Not those whose exchanges are still open: what follows of them would be summed up anew, without what was dropped.
+_FORGET_LEASES: Final = """
+with old as (
+    select lease_id, currency from lease_use l
+    where recorded_at < %s and not exists (select from open_exchange o where o.lease_id = l.lease_id)
+    order by recorded_at limit %s
+    for update skip locked
+)
+delete from lease_use l using old where (l.lease_id, l.currency) = (old.lease_id, old.currency)
 """
 
 #: Absorbed rows whose numbers differ from what stands, or that can no longer be compared: kept for a
@@ -218,7 +252,7 @@ class Ledger:
         Returns the ids of rows that were new.
         """
         with self._connection.transaction():
-            added = self._add(batch.events.values(), now)
+            added = self._add(batch.events.values(), batch.ended.values(), now)
             absorbed = [request_id for request_id in batch.events if request_id not in added]
             conflicts = list(batch.contradicting)
             if absorbed:
@@ -250,7 +284,7 @@ class Ledger:
             ).fetchall()
             entries = [parse(orjson.dumps(row[0])) for row in rows]
             if entries:
-                self._add([lost_event(entry) for entry in entries], now)
+                self._add([lost_event(entry) for entry in entries], entries, now)
         return len(rows)
 
     def mark_open(self, now: datetime) -> None:
@@ -281,6 +315,11 @@ class Ledger:
         with self._connection.transaction():
             self._connection.execute("delete from refusal where started_at < %s", (before,))
 
+    def forget_leases(self, before: datetime) -> int:
+        """Drop sums of leases to which nothing was added since *before*, oldest first and not all at once; how many."""
+        with self._connection.transaction():
+            return self._connection.execute(_FORGET_LEASES, (before, LEASES_PER_PASS_MAX)).rowcount
+
     def exceptions_open(self) -> int:
         """How many disagreements nobody has explained or signed for."""
         with self._connection.transaction():
@@ -293,9 +332,10 @@ class Ledger:
         """Close the connection; the lock goes with it."""
         self._connection.close()
 
-    def _add(self, events: Iterable[UsageEvent], now: datetime) -> set[str]:
+    def _add(self, events: Iterable[UsageEvent], entries: Iterable[Entry], now: datetime) -> set[str]:
+        """Add *events*, made of *entries*."""
         events = list(events)
-        return add_events(self._connection, events, now) if events else set()
+        return add_events(self._connection, events, now, leases=leases_of(entries)) if events else set()
 
     def _keep_conflicts(self, entries: Sequence[Entry], now: datetime) -> None:
         if entries:
@@ -360,11 +400,13 @@ class Ledger:
         )
 
 
-def add_events(connection: psycopg.Connection[Any], events: Sequence[UsageEvent], now: datetime) -> set[str]:
+def add_events(
+    connection: psycopg.Connection[Any], events: Sequence[UsageEvent], now: datetime, *, leases: Mapping[str, str]
+) -> set[str]:
     """
     Charge *events* and add them with their sums, adjustments and outbox rows; the ids of those that were new.
 
-    In the caller's transaction, whose connection has the temporary table `incoming`, like `usage_event` and empty.
+    *leases*: of the requests that passed on one, by request id. In the caller's transaction, whose connection has the temporary table `incoming`, like `usage_event` and empty.
     """
     # Before the cards are read: they cannot change until this is committed.
     connection.execute(_TAKE_CHARGING_LOCK, (CHARGING_LOCK,))
@@ -381,6 +423,9 @@ def add_events(connection: psycopg.Connection[Any], events: Sequence[UsageEvent]
         added = {row[0] for row in cursor.execute(_ADD_EVENTS).fetchall()}
         is_wanted = None in added
         added.discard(None)
+        passed = [(request_id, leases[request_id]) for request_id in added & leases.keys()]
+        if passed:
+            cursor.execute(_SUM_LEASES, tuple(map(list, zip(*passed, strict=True))))
         if added and is_wanted:
             cursor.execute("select pg_advisory_xact_lock(%s)", (OUTBOX_LOCK,))
             cursor.execute(_TELL_ROWS, (list(added),))

@@ -21,7 +21,7 @@ from psycopg.rows import tuple_row
 
 from chassis.errors import Conflict, NotFound
 from metering.adapters.ledger import add_events
-from metering.core.journal import lost_event, parse
+from metering.core.journal import leases_of, lost_event, parse
 
 #: One that was read to its end so lately may only be between two collectors.
 ALIVE_WITHIN: Final = timedelta(minutes=5)
@@ -80,7 +80,8 @@ def _close_open(connection: psycopg.Connection[Any], cursor: psycopg.Cursor[Any]
     cursor.execute("create temp table incoming (like usage_event) on commit drop")
     closed = 0
     while rows := cursor.execute(_OPEN, (journal, STEP_MAX)).fetchall():
-        add_events(connection, [lost_event(parse(orjson.dumps(entry))) for (entry,) in rows], now)
+        entries = [parse(orjson.dumps(entry)) for (entry,) in rows]
+        add_events(connection, [lost_event(entry) for entry in entries], now, leases=leases_of(entries))
         cursor.execute("truncate incoming")
         closed += len(rows)
     return closed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -82,6 +82,12 @@ class Entry(NamedTuple):
     def tenant_id(self) -> str:
         """Who pays; empty when nobody was recognised."""
         return _text(self.fields[c.J_IDENTITY], c.ID_TENANT)
+
+    @property
+    def lease_id(self) -> str | None:
+        """The lease of quotas that the request passed on; None if it passed on none, or the record names something else."""
+        lease_id = self.fields[c.J_ADMISSION].get(c.ADM_LEASE)
+        return lease_id if isinstance(lease_id, str) and is_request_id(lease_id) else None
 
 
 class Usage(NamedTuple):
@@ -201,6 +207,11 @@ def lost_event(entry: Entry) -> UsageEvent:
     """The row of an exchange whose Envoy is gone: *entry* is the last that was heard of it."""
     usage = _counted(entry, basis="checkpoint")
     return _event(entry, status=int(entry.fields.get(c.J_STATUS) or 0), outcome="lost", usage=usage)
+
+
+def leases_of(entries: Iterable[Entry]) -> dict[str, str]:
+    """The leases of *entries* by request id, of those that have one."""
+    return {entry.request_id: lease_id for entry in entries if (lease_id := entry.lease_id) is not None}
 
 
 def refused(entry: Entry) -> Refused:

@@ -40,9 +40,7 @@ _ALL_EVERY_SECONDS: Final = 60.0
 #: Beyond what the store's clock can be ahead.
 _FAR_AHEAD: Final = timedelta(days=1)
 
-_UNDER_WAY: Final[LiteralString] = """
-select distinct entry -> 'admission' ->> 'lease' from open_exchange where entry -> 'admission' ->> 'lease' = any(%s)
-"""
+_UNDER_WAY: Final = "select distinct lease_id from open_exchange where lease_id = any(%s)"
 _SPENT: Final[LiteralString] = """
 select lease_id, currency, request_count, input_tokens, output_tokens, cached_tokens, amount_nano from lease_use
 where lease_id = any(%s)

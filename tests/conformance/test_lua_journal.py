@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from lupa.luajit21 import LuaRuntime
 
+from metering.core.journal import parse
 from tests.conformance.road import ROOT
 
 _DRIVE = b"""
-function(start, count)
-  local written, identity, request, admission = 0, { tenant = "acme" }, { started_at = "1.0" }, { admitted = true }
+function(start, count, lease)
+  local written, identity, request, admission = 0, { tenant = "acme" }, { started_at = "1.0" }, { admitted = true, lease = lease }
   for number = 1, count do
-    if start("id" .. number, identity, request, admission, "epoch") then written = written + 1 end
+    if start(string.format("%08x-0000-4000-8000-000000000000", number), identity, request, admission, "epoch") then written = written + 1 end
   end
   return written
 end
@@ -33,10 +34,10 @@ class Worker:
         self._lua.globals()[b"os"][b"time"] = lambda: self.second
         self.second = 0
 
-    def starts(self, count: int, *, second: int) -> int:
+    def starts(self, count: int, *, second: int, lease: str | None = None) -> int:
         """How many of *count* start records it says that it has written."""
         self.second = second
-        return int(self._drive(self._journal[b"start"], count))
+        return int(self._drive(self._journal[b"start"], count, lease and lease.encode()))
 
 
 @pytest.mark.parametrize("before", [0, 1, 1000])
@@ -57,3 +58,17 @@ def test_a_start_that_a_full_disk_does_not_take_is_never_said_to_be_written(
     live.unlink()
     assert 100 == worker.starts(100, second=20)
     assert 100 == live.read_bytes().count(b"\n")
+
+
+@pytest.mark.parametrize("lease", ["2f6ad4a8-0c2d-4f0b-9d4e-8a7c6b5d4e3f", None])
+def test_the_lease_that_a_request_passed_on_is_read_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease: str | None
+) -> None:
+    """Where it passed on none, none is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "journal").mkdir()
+
+    assert 1 == Worker().starts(1, second=1, lease=lease)
+    line = (tmp_path / "journal/starts.jsonl").read_bytes().rstrip()
+    assert lease == parse(line).lease_id
+    assert (lease is not None) == (b"lease" in line)

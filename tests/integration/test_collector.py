@@ -23,6 +23,7 @@ from tests.journals import (
     end,
     exchanges,
     images,
+    lease_id,
     periodic,
     request_id,
     rows,
@@ -80,8 +81,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], 
 def a_bit_of_everything() -> list[bytes]:
     """Ended, open, twice, contradicting, refused and damaged records."""
     return [
-        *exchanges(20),
-        start(100), periodic(100, output=4), start(101), end(102), end(102), end(102, output=6),
+        *exchanges(20, leases=3),
+        start(100), periodic(100, output=4), start(101, lease=lease_id(1)), end(102), end(102), end(102, output=6),
+        end(105, lease=lease_id(1)), end(105, lease=lease_id(1), output=6),
         end(103, admission=None, status=429, details="limited"), b'{"type":"Sta\n',
     ]
 
@@ -90,17 +92,17 @@ def test_killed_between_any_two_statements_it_repeats_into_no_change(
     live: Path, kill_at: Callable[[int | None], list[int]], ledger_url: str
 ) -> None:
     """Every statement of every transaction is the last one once."""
-    write_apart(live, [*a_bit_of_everything(), start(104, epoch="e" * 32)])
+    write_apart(live, [*a_bit_of_everything(), start(104, epoch="e" * 32, lease=lease_id(1))])
     everything = (
         USAGE, "select * from usage_hour order by 1, 2, 3, 4, 5", DEFECTS,
         "select request_id, entry from usage_conflict order by 1, 2::text",
         "select request_id, entry from open_exchange order by 1", "select * from refusal order by 1",
         "select file_id, byte_offset from journal_position order by 1", "select * from journal_stream order by 1, 2",
-        "select journal, epoch from ended_life",
+        "select journal, epoch from ended_life", "select * from lease_use order by lease_id, currency",
     )
     tables = (
         "usage_event, usage_hour, journal_defect, usage_conflict, open_exchange, refusal, journal_position, "
-        "journal_stream, ended_life"
+        "journal_stream, ended_life, lease_use"
     )
     with psycopg.connect(ledger_url, autocommit=True) as connection:
         collect(ledger_url, live)

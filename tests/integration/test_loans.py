@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +22,14 @@ from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_quota_leases import demand, quota
 
 _TENANTS = itertools.count()
+
+
+def lease(number: int) -> str:
+    """Its id, as Envoy makes those of requests."""
+    return f"00000000-0000-4000-8000-{number:012}"
+
+
+_FIRST = lease(1)
 
 
 class Bank:
@@ -40,10 +49,10 @@ class Bank:
 
     def lend(self, number: int) -> datetime:
         """Give a lease of five requests, and settle the one that asked at nothing."""
-        asked = demand(self.tenant, number, *self.quotas)
+        asked = replace(demand(self.tenant, number, *self.quotas), request_id=lease(number))
         outcome = self.counters.take(asked, {}, lease=offer(asked, 5, now_us=0))
         assert 5 == outcome.lent
-        [(_, given_us)] = [it for it in self.counters.lent_before(self.tenant, 2**52, most=9) if it[0] == f"r{number}"]
+        [(_, given_us)] = [it for it in self.counters.lent_before(self.tenant, 2**52, most=9) if it[0] == lease(number)]
         self.loans.given(self.tenant)
         return datetime.fromtimestamp(given_us / 1e6, tz=UTC)
 
@@ -85,8 +94,8 @@ def bank(counter_store: str, ledger_url: str) -> Iterator[Bank]:
 
 def test_a_lease_is_repaid_when_its_journal_was_read_beyond_it(bank: Bank) -> None:
     """Not a moment before; then by what its rows sum up to, in all currencies but for money."""
-    bank.spend("r1", requests=2, tokens=30, nano=90)
-    bank.spend("r1", requests=1, tokens=7, nano=1000, currency="EUR")
+    bank.spend(_FIRST, requests=2, tokens=30, nano=90)
+    bank.spend(_FIRST, requests=1, tokens=7, nano=1000, currency="EUR")
     over = bank.given_at + SPENT_AFTER
     lent = bank.levels("lent")
 
@@ -111,8 +120,8 @@ def test_a_lease_that_nobody_spent_is_free_again(bank: Bank) -> None:
 def test_while_a_request_of_it_is_under_way_it_is_held(bank: Bank) -> None:
     """However long; another lease of the same caller is not in its way."""
     later = bank.lend(2) + SPENT_AFTER
-    bank.open("a-request", "r1")
-    bank.spend("r1", requests=4, tokens=40, nano=120)
+    bank.open("a-request", _FIRST)
+    bank.spend(_FIRST, requests=4, tokens=40, nano=120)
     bank.read_until(later)
 
     assert [1, 0] == [bank.loans.repay(later) for _ in range(2)]
@@ -136,7 +145,7 @@ def test_two_processes_repay_once(bank: Bank, ledger_url: str) -> None:
     """One that gave it, and one that found it when it looked at everybody."""
     other = Loans(bank.counters, read_pool(ledger_url, name="test", connections=1))
     other.given(bank.tenant)
-    bank.spend("r1", requests=3, tokens=30, nano=90)
+    bank.spend(_FIRST, requests=3, tokens=30, nano=90)
     bank.read_until(bank.given_at + SPENT_AFTER)
 
     assert {0, 1} >= {loans.repay(bank.given_at + SPENT_AFTER) for loans in (bank.loans, other)}
@@ -151,7 +160,7 @@ def test_a_damaged_counter_is_in_nobody_elses_way(bank: Bank) -> None:
     repay = bank.counters.repay
 
     def refusing(tenant_id: str, lease_id: str, used: Any) -> bool:
-        if lease_id == "r1":
+        if lease_id == _FIRST:
             raise StoreRefused("A counter is damaged.")
         return repay(tenant_id, lease_id, used)
 
@@ -163,8 +172,8 @@ def test_a_damaged_counter_is_in_nobody_elses_way(bank: Bank) -> None:
 
 def test_what_only_the_index_has_is_forgotten(bank: Bank) -> None:
     """A day later, without word from the ledger: its reservation is gone."""
-    assert {"r1": Loan} == {name: type(it) for name, it in bank.counters.lent(bank.tenant, ["r1"]).items()}
-    bank.store.delete(f"peaje:{{{bank.tenant}}}:lent:r1")
+    assert {_FIRST: Loan} == {name: type(it) for name, it in bank.counters.lent(bank.tenant, [_FIRST]).items()}
+    bank.store.delete(f"peaje:{{{bank.tenant}}}:lent:{_FIRST}")
 
     bank.loans.repay(bank.given_at + SPENT_AFTER)
 

@@ -15,7 +15,19 @@ from metering.adapters import witness_metrics as metrics
 from metering.adapters.invariants import verify
 from tests.integration.control_plane import ControlPlane
 from tests.integration.test_reconciliation import reconcile, seen
-from tests.journals import NOON, collect, collecting, end, periodic, request_id, rows, start, write, write_apart
+from tests.journals import (
+    NOON,
+    collect,
+    collecting,
+    end,
+    lease_id,
+    periodic,
+    request_id,
+    rows,
+    start,
+    write,
+    write_apart,
+)
 
 #: In a month that was over when the control plane's clock stands.
 THEN = NOON.replace(year=2025)
@@ -35,8 +47,8 @@ def plane(control: ControlPlane, postgres_url: str, live: Path) -> ControlPlane:
     control.tenant("acme")
     facts: dict[str, Any] = {"at": THEN, "input": 0, "output": 0}
     collect(postgres_url, write_apart(live, [start(1, at=THEN), end(1, **facts)]), now=control.clock())
-    gone = write_apart(live.parent.parent / "gone/journal.jsonl", [start(number, at=THEN) for number in (2, 3, 4)])
-    write(gone, [periodic(3, at=THEN, output=7), end(5, **facts)])
+    gone = write_apart(live.parent.parent / "gone/journal.jsonl", [start(number, at=THEN, lease=lease_id(number)) for number in (2, 3, 4)])
+    write(gone, [periodic(3, at=THEN, output=7, lease=lease_id(3)), end(5, **facts)])
     collect(postgres_url, gone, journal="gone", now=THEN + timedelta(minutes=1))
     return control
 
@@ -62,6 +74,9 @@ def test_a_retired_journal_holds_back_neither_a_month_nor_a_comparison(plane: Co
     assert [("lost", "checkpoint", 0), ("lost", "checkpoint", 7), ("lost", "checkpoint", 0)] == rows(
         postgres_url, "select outcome, basis, output_tokens from usage_event where request_id = any(%s) order by request_id",
         [request_id(number) for number in (2, 3, 4)],
+    )
+    assert [(lease_id(2), 0), (lease_id(3), 7), (lease_id(4), 0)] == rows(
+        postgres_url, "select lease_id, output_tokens from lease_use order by 1"
     )
     assert [] == reconcile(postgres_url, heard=heard).before(NOON + timedelta(days=1))
     closed = plane.ask("POST", "/v1/periods/2025-11/close", json={"exception": "no price"})

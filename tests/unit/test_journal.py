@@ -17,10 +17,10 @@ from metering.adapters.rotation import Rotation
 from metering.adapters.tail import BATCH_BYTES_MAX, STARTS_BYTES_MAX, Piece, Place, list_files, look, next_piece
 from metering.core import lines
 from metering.core.fold import fold
-from metering.core.journal import TEXT_LENGTH_MAX, Malformed, lost_event, parse, usage_event
+from metering.core.journal import TEXT_LENGTH_MAX, Malformed, leases_of, lost_event, parse, usage_event
 from metering.core.lives import ENDED_LIVES_MAX, Lives
 from metering.core.watermark import Level, WhenFull
-from tests.journals import end, exchanges, periodic, request_id, start, write, write_apart
+from tests.journals import end, exchanges, lease_id, periodic, request_id, start, write, write_apart
 
 
 @pytest.fixture
@@ -69,6 +69,48 @@ def test_text_is_bounded_and_holds_nothing_that_postgres_cannot() -> None:
     event = fold([entry]).events[request_id(1)]
 
     assert "a\ufffd" + "b" * (TEXT_LENGTH_MAX - 2) == event.model
+
+
+@pytest.mark.parametrize("record", [start, end, lambda *args, **facts: periodic(*args, output=1, **facts)], ids=["start", "end", "periodic"])
+def test_every_record_names_the_lease_that_its_request_passed_on(record: Callable[..., bytes]) -> None:
+    """Those of requests that were asked about name none."""
+    leased, asked = parse(record(1, lease=lease_id(7)).rstrip()), parse(record(2).rstrip())
+
+    assert (lease_id(7), None) == (leased.lease_id, asked.lease_id)
+    assert {request_id(1): lease_id(7)} == leases_of([leased, asked])
+
+
+ODD_LEASES: dict[str, Any] = {
+    "a number": 7,
+    "true": True,
+    "null": None,
+    "an object": {"id": lease_id(1)},
+    "a list": [lease_id(1)],
+    "empty": "",
+    "a word": "mine",
+    "upper case": lease_id(10).upper(),
+    "one digit less": lease_id(1)[:-1],
+    "one digit more": lease_id(1) + "0",
+    "a line end behind it": lease_id(1) + "\n",
+    "a NUL": lease_id(1)[:-1] + "\0",
+    "an essay": "0" * 100_000,
+}
+
+
+@pytest.mark.parametrize("lease", ODD_LEASES.values(), ids=ODD_LEASES)
+def test_what_is_no_lease_is_ignored_and_its_record_counts(lease: Any) -> None:
+    """A row is owed all the same."""
+    entry = parse(end(1, admission={"admitted": True, "lease": lease}).rstrip())
+
+    assert usage_event(parse(end(1).rstrip())) == usage_event(entry)
+    assert entry.lease_id is None
+
+
+def test_of_two_ends_the_lease_of_the_one_that_stands_counts() -> None:
+    """Also where they differ in nothing else."""
+    batch = fold(map(parse, [end(1, lease=lease_id(1)).rstrip(), end(1, lease=lease_id(2)).rstrip()]))
+
+    assert {request_id(1): lease_id(1)} == leases_of(batch.ended.values())
 
 
 def test_a_torn_record_is_a_defect_with_its_place_and_the_next_one_counts() -> None:
