@@ -101,13 +101,13 @@ def test_rows_without_a_price_are_summed_apart(ledger_url: str, live: Path) -> N
     """What they used counts although nobody knows what it costs."""
     give_prices(ledger_url, "tiny")
     facts: dict[str, Any] = {"lease": lease_id(1)}
-    write(live, [end(1, **facts, input=3, output=5, cached=2), end(2, **facts, model="free"), end(3, **facts, model="free")])
-
-    collect(ledger_url, live)
+    for number, cached in ((1, 2), (2, 1)):
+        write(live, [end(number, cached=cached, **facts), end(10 + number, model="free", **facts)])
+        collect(ledger_url, live)
 
     assert [
         (lease_id(1), "", "acme", 2, 6, 10, 0, 0),
-        (lease_id(1), "USD", "acme", 1, 3, 5, 2, 11),
+        (lease_id(1), "USD", "acme", 2, 6, 10, 3, 23),
     ] == rows(ledger_url, USED)  # fmt: skip
 
 
