@@ -204,19 +204,24 @@ def demand(
         is_capped=is_capped,
         is_sliced=is_sliced,
         epoch=ask.epoch,
-        bounds=_bounds(ask, limits, estimates, cap=output_cap if is_capped else None, worst=worst),
+        bounds=_bounds(ask, limits, estimates, cap=output_cap if is_capped else None, worst=worst, now=now),
     )
 
 
-def _bounds(ask: Ask, limits: Iterable[Limit], estimates: Estimates, *, cap: int | None, worst: int) -> Bounds | None:
-    """The next powers of two: requests that differ a little are lent to alike."""
+def _bounds(
+    ask: Ask, limits: Iterable[Limit], estimates: Estimates, *, cap: int | None, worst: int, now: datetime
+) -> Bounds | None:
+    """Of the largest that was asked for lately the next powers of two: requests that differ a little are lent to alike."""
     # What else is metered is asked for each request.
     if ask.quantity or not any(limit.is_quota for limit in limits):
         return None
-    prompt_bytes = max(LENT_PROMPT_BYTES_LEAST, _power_of_two(2 * ask.prompt_bytes))
-    if ask.output_tokens_max and cap is not None:
-        worst = min(cap, max(LENT_OUTPUT_TOKENS_LEAST, _power_of_two(worst)))
-    usage = Usage(input=estimates.prompt_tokens(model=ask.model, prompt_bytes=prompt_bytes), output=worst * max(ask.choices, 1))
+    prompt_bytes, output = estimates.largest(
+        tenant_id=ask.tenant_id, model=ask.model, prompt_bytes=ask.prompt_bytes, output_tokens=worst * max(ask.choices, 1), now=now
+    )
+    prompt_bytes = max(LENT_PROMPT_BYTES_LEAST, _power_of_two(2 * prompt_bytes))
+    if cap is not None:
+        output = max(LENT_OUTPUT_TOKENS_LEAST, _power_of_two(output))
+    usage = Usage(input=estimates.prompt_tokens(model=ask.model, prompt_bytes=prompt_bytes), output=output)
     return Bounds(prompt_bytes=prompt_bytes, cap=cap, usage=usage)
 
 

@@ -13,6 +13,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Final
 
 #: Bytes of request body per prompt token while nothing is learned, on the low side: English text
@@ -35,6 +36,9 @@ PROMPT_SAMPLES_MAX: Final = 1_024
 SAMPLES_MIN: Final = 32
 #: Rings kept; beyond it the one that was longest unused goes. A ring has 10 to 50 KB.
 RINGS_MAX: Final = 2_000
+#: For how long a tenant's largest request to a model counts, and of how many this is kept.
+LARGEST_FOR: Final = timedelta(seconds=60)
+LARGEST_MAX: Final = 20_000
 
 
 class _Ring:
@@ -65,6 +69,8 @@ class Estimates:
     def __init__(self) -> None:
         self._rings: OrderedDict[tuple[str, ...], _Ring] = OrderedDict()
         self._calibrated: dict[str, float] = {}
+        #: By tenant and model: since when, the largest before it, the largest since.
+        self._largest: OrderedDict[tuple[str, str], tuple[datetime, tuple[int, int], tuple[int, int]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def prompt_tokens(self, *, model: str, prompt_bytes: int) -> int:
@@ -106,6 +112,25 @@ class Estimates:
             if output_tokens > 0:
                 self._ring(("output", tenant_id, model), _OUTPUT_QUANTILE, OUTPUT_SAMPLES_MAX).add(output_tokens)
 
+    def largest(self, *, tenant_id: str, model: str, prompt_bytes: int, output_tokens: int, now: datetime) -> tuple[int, int]:
+        """
+        Bytes and output tokens of the largest requests to *model* that this tenant asked for lately, this one included.
+
+        Lately is within `LARGEST_FOR` and as long again at the most. So small and large requests that take turns are
+        lent to alike.
+        """
+        name, own = (tenant_id, model), (prompt_bytes, output_tokens)
+        with self._lock:
+            since, before, latest = self._largest.pop(name, (now, (0, 0), (0, 0)))
+            if not timedelta(0) <= now - since < LARGEST_FOR:
+                is_past = now - since >= 2 * LARGEST_FOR or now < since
+                since, before, latest = now, (0, 0) if is_past else latest, (0, 0)
+            latest = _larger(latest, own)
+            self._largest[name] = (since, before, latest)
+            if len(self._largest) > LARGEST_MAX:
+                self._largest.popitem(last=False)
+        return _larger(before, latest)
+
     def __len__(self) -> int:
         return len(self._rings)
 
@@ -125,3 +150,7 @@ class Estimates:
                 self._rings.popitem(last=False)
         self._rings.move_to_end(name)
         return ring
+
+
+def _larger(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return max(one[0], other[0]), max(one[1], other[1])

@@ -182,6 +182,66 @@ def test_a_million_models_keep_memory_bounded() -> None:
     assert estimate.RINGS_MAX == len(estimates)
 
 
+def test_the_largest_request_counts_for_a_while() -> None:
+    """For a minute at least and two at the most; bytes and tokens each for themselves, by tenant and model."""
+    estimates, begin = Estimates(), datetime(2026, 3, 1, tzinfo=UTC)
+
+    def largest(seconds: float, prompt_bytes: int, output_tokens: int, **name: str) -> tuple[int, int]:
+        names = {"tenant_id": "t", "model": "m"} | name
+        return estimates.largest(
+            **names, prompt_bytes=prompt_bytes, output_tokens=output_tokens, now=begin + timedelta(seconds=seconds)
+        )
+
+    assert [(100, 5), (100, 9)] == [largest(0, 100, 5), largest(1, 10, 9)]
+    assert [(1, 1), (1, 1)] == [largest(1, 1, 1, tenant_id="o"), largest(1, 1, 1, model="o")]
+    assert [(100, 9), (100, 9), (10, 2)] == [largest(seconds, 10, 2) for seconds in (60, 119.9, 120)]
+    assert [(1, 1), (1, 1)] == [largest(seconds, 1, 1) for seconds in (600, -600)]
+
+
+def test_of_how_many_the_largest_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was longest away is forgotten."""
+    monkeypatch.setattr(estimate, "LARGEST_MAX", 2)
+    estimates, now = Estimates(), datetime(2026, 3, 1, tzinfo=UTC)
+    for tenant_id in ("a", "b", "c"):
+        estimates.largest(tenant_id=tenant_id, model="m", prompt_bytes=9, output_tokens=9, now=now)
+
+    found = [estimates.largest(tenant_id=it, model="m", prompt_bytes=1, output_tokens=1, now=now) for it in ("c", "b", "a")]
+
+    assert [(9, 9), (9, 9), (1, 1)] == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits", "bounds"),
+    [
+        ({"prompt_bytes": 2049, "output_tokens_max": 300}, ["hard"], (8192, 16_384, 512)),
+        ({"prompt_bytes": 1, "output_tokens_max": 1}, ["hard"], (4096, 16_384, 256)),
+        ({"prompt_bytes": 1, "output_tokens_max": 0, "choices": 3}, ["hard"], (4096, 16_384, 65_536)),
+        ({"prompt_bytes": 1, "output_tokens_max": 0}, ["requests"], (4096, None, 16_384)),
+        ({"prompt_bytes": 1, "output_tokens_max": 0}, ["bucket"], None),
+        ({"prompt_bytes": 1, "output_tokens_max": 0, "quantity": 1}, ["hard"], None),
+    ],
+)  # fmt: skip
+def test_what_a_request_on_a_lease_of_quotas_may_be(
+    asked: dict[str, Any], limits: list[str], bounds: tuple[int, int | None, int] | None
+) -> None:
+    """The next powers of two; the cap where output is held; nothing without a quota, or with another meter than tokens."""
+    kinds = {
+        "hard": (Unit.TOKENS, Period.CALENDAR_MONTH), "requests": (Unit.REQUESTS, Period.CALENDAR_DAY), "bucket": (Unit.TOKENS, Period.MINUTE),
+    }  # fmt: skip
+    ask = Ask(
+        **{
+            "request_id": "r", "tenant_id": "t", "project_id": "p", "key_id": "k", "model": "m", "dialect": "openai.chat", "choices": 1,
+        } | asked
+    )  # fmt: skip
+    made = demand(
+        ask, [Limit(limit_id=1, tenant_id="t", unit=kinds[it][0], period=kinds[it][1], amount=10**9) for it in limits],
+        estimates=Estimates(), price=None, output_cap=16_384, now=datetime(2026, 3, 1, tzinfo=UTC),
+    )  # fmt: skip
+
+    found = made.bounds and (made.bounds.prompt_bytes, made.bounds.cap, made.bounds.usage.output)
+    assert bounds == found
+
+
 @pytest.mark.parametrize(
     ("wait_us", "seconds"), [(1, 1), (1_000_000, 1), (1_000_001, 2), (59_999_999, 60), (60_000_000, 60)]
 )
