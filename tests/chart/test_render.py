@@ -68,9 +68,27 @@ _FOREIGN: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 
 
+#: What no preset has, because it names what is around it.
+_AROUND: Final[Mapping[str, Any]] = {
+    "traces": {"url": "http://otel-collector.observability:4318", "percent": 0.5},
+    "networkPolicy": {
+        "egress": {
+            "enabled": True,
+            "postgres": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/24"}}], "ports": [{"port": 5432}]}],
+            "redis": [{"to": [{"ipBlock": {"cidr": "10.1.1.0/24"}}], "ports": [{"port": 6379}]}],
+            "models": [{"to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "models"}}}]}],
+            "issuers": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}], "ports": [{"port": 443}]}],
+            "webhooks": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}], "ports": [{"port": 443}]}],
+            "traces": [{"to": [{"podSelector": {"matchLabels": {"app": "otel"}}, "namespaceSelector": {}}], "ports": [{"port": 4318}]}],
+        }
+    },
+}
+
+
 def _everything() -> list[Object]:
-    """Each different object of all presets, once."""
-    different = {json.dumps(one, sort_keys=True): one for name in PRESETS for one in rendered(name)}
+    """Each different object of all presets, once; and of both placements with all that no preset has."""
+    releases = [*map(rendered, PRESETS), *(render({"placement": placement} | dict(_AROUND)) for placement in ("separate", "sidecar"))]
+    different = {json.dumps(one, sort_keys=True): one for objects in releases for one in objects}
     return list(different.values())
 
 

@@ -171,11 +171,11 @@ volumeMounts:
 {{- end }}
 {{- end -}}
 
-{{- /* Lays out the state directory: dict root image mounts */ -}}
+{{- /* Lays out the state directory: dict root image env mounts */ -}}
 {{- define "peaje.prepare" -}}
 {{- include "peaje.container" (dict
   "root" .root "name" "prepare" "image" .image "command" (list "python" "-m" "control.pod" "prepare")
-  "resources" .root.Values.gateway.helpers.resources
+  "env" .env "resources" .root.Values.gateway.helpers.resources
   "mounts" (concat (include "peaje.documentsMounts" .root | fromYamlArray) .mounts)) -}}
 {{- end -}}
 
@@ -212,7 +212,7 @@ volumeMounts:
 {{- $alive := dict "httpGet" (dict "path" "/" "port" (printf "m-%s" .name)) "periodSeconds" 10 "timeoutSeconds" 5 -}}
 {{- include "peaje.container" (dict
   "root" $root "name" .name "command" (list "python" "-m" .name) "sidecar" $sidecar "image" (ternary "gateway" "services" $sidecar)
-  "postgres" true "redis" (eq .name "ratelimit") "env" (merge $env $values.env) "ports" $ports "resources" $values.resources "mounts" $mounts
+  "postgres" true "redis" (eq .name "ratelimit") "env" (merge $env (include "peaje.tracesEnv" $root | fromYaml) $values.env) "ports" $ports "resources" $values.resources "mounts" $mounts
   "probes" (dict
     "startupProbe" (merge (dict "periodSeconds" 1 "failureThreshold" 120) $ready)
     "readinessProbe" (merge (dict "periodSeconds" 5 "timeoutSeconds" 2) $ready)
