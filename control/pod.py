@@ -14,6 +14,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import uuid
@@ -101,6 +102,12 @@ def prepare(home: Path, mounts: Path, *, bind_address: str = "", spans: traces.S
         publish(home / MODELS_PATH, home / "envoy")
 
 
+class _Ipv6Server(ThreadingHTTPServer):
+    """The library's listens on IPv4 alone, whatever address it is given."""
+
+    address_family = socket.AF_INET6
+
+
 class Pools:
     """Clusters and routes of the models document; what is refused keeps the last good ones."""
 
@@ -160,7 +167,7 @@ def show(host: str, port: int, *, admin_port: int) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             """Nothing: a scrape is no event."""
 
-    server = ThreadingHTTPServer((host, port), Relay)
+    server = (_Ipv6Server if ":" in host else ThreadingHTTPServer)((host, port), Relay)
     threading.Thread(target=server.serve_forever, name="show", daemon=True).start()
     return server
 

@@ -424,6 +424,21 @@ def test_every_selector_finds_its_pods(name: str) -> None:
         assert 1 == len(with_labels(objects, labels)), identity(one)
 
 
+def test_what_is_said_of_every_pod_is_on_every_pod() -> None:
+    """Migrations too: where a mesh is told by an annotation to leave a pod alone, a job that has it never ends."""
+    said = {
+        "annotations": {"sidecar.istio.io/inject": "false"}, "labels": {"team": "gateway"}, "nodeSelector": {"pool": "edge"},
+        "tolerations": [{"key": "edge", "operator": "Exists"}], "priorityClassName": "high",
+    }  # fmt: skip
+
+    for where, pod in pods(render({"pod": said})):
+        assert said["annotations"].items() <= pod["metadata"].get("annotations", {}).items(), where
+        assert said["labels"].items() <= pod["metadata"]["labels"].items(), where
+        assert {name: said[name] for name in ("nodeSelector", "tolerations", "priorityClassName")} == {
+            name: pod["spec"].get(name) for name in ("nodeSelector", "tolerations", "priorityClassName")
+        }, where
+
+
 @pytest.mark.parametrize("placement", ["separate", "sidecar"])
 def test_ratelimit_finds_rules_and_tokenizers_where_it_looks(placement: str) -> None:
     """In either placement, read only; nobody else has them."""

@@ -231,6 +231,18 @@ def test_metrics_leave_the_pod_and_nothing_else_of_the_admin_page(admin: int) ->
         server.server_close()
 
 
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_metrics_are_shown_on_an_address_of_either_family(admin: int, host: str) -> None:
+    """A cluster with IPv6 has the chart listen on `::`; a helper that cannot would hold up every gateway pod."""
+    server = pod.show(host, 0, admin_port=admin)
+    try:
+        address = f"[{host}]" if ":" in host else host
+        assert "/stats/prometheus" == httpx.get(f"http://{address}:{server.server_address[1]}/metrics").text
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_an_envoy_that_is_away_is_said_to_be(admin: int) -> None:
     """503, for whoever looks at targets."""
     del admin
