@@ -18,6 +18,7 @@ from tests.chart.rendering import (
     PRESETS,
     Object,
     containers,
+    environment,
     find,
     identity,
     pods,
@@ -373,6 +374,18 @@ def test_envoy_ends_before_what_reads_its_journal(name: str) -> None:
     assert {"collector", "beacon", "pools"} <= set(sidecars)
     assert "drain" == spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     assert spec["terminationGracePeriodSeconds"] > drain
+
+
+@pytest.mark.parametrize("name", ["default", "large", "external-stores"])
+def test_a_release_of_metering_resets_no_stream_that_passes_it(name: str) -> None:
+    """It has as long as a gateway's streams, and Kubernetes waits longer than it turns others away and then lets them end."""
+    objects = list(rendered(name))
+    [envoy] = find(objects, "StatefulSet", "peaje-gateway")["spec"]["template"]["spec"]["containers"]
+    pod = find(objects, "Deployment", "peaje-metering")["spec"]["template"]["spec"]
+    told = environment(pod["containers"][0])
+
+    assert environment(envoy)["PEAJE_POD_DRAIN_SECONDS"] == told["PEAJE_METERING_STREAM_SECONDS"]
+    assert pod["terminationGracePeriodSeconds"] > float(told["PEAJE_DRAIN_SECONDS"]) + float(told["PEAJE_METERING_STREAM_SECONDS"])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -207,6 +207,7 @@ volumeMounts:
 {{- $_ := set $env "PEAJE_RATELIMIT_CLUSTER" $root.Values.stores.redis.cluster -}}
 {{- $mounts = concat $mounts (include "peaje.ratelimitMounts" $root | fromYamlArray) -}}
 {{- else if not $sidecar -}}
+{{- $_ := set $env "PEAJE_METERING_STREAM_SECONDS" $root.Values.gateway.drainSeconds -}}
 {{- $_ := set $env "PEAJE_METERING_RATELIMIT" (printf "%s:%s" (include "peaje.host" (list $root "ratelimit")) (include "peaje.grpcPort" "ratelimit")) -}}
 {{- end -}}
 {{- $alive := dict "httpGet" (dict "path" "/" "port" (printf "m-%s" .name)) "periodSeconds" 10 "timeoutSeconds" 5 -}}
