@@ -149,12 +149,32 @@ def test_every_object_has_a_name_of_its_own(name: str) -> None:
         ({"stores": {"postgres": {"existingSecret": ""}}}, "existingSecret"),
         ({"extauth": {"env": {"peaje-lower": "x"}}}, "peaje-lower"),
         ({"bindAddress": "127.0.0.1"}, "bindAddress"),
+        ({"gateway": {"heapMiB": 1024}}, r"heapMiB is 1024.*1Gi"),
+        ({"gateway": {"heapMiB": 1000, "resources": {"limits": {"memory": "1.0G"}}}}, r"heapMiB is 1000.*1\.0G"),
+        ({"gateway": {"resources": {"limits": {"memory": "900m"}}}}, "900m is no amount of memory"),
+        ({"gateway": {"autoscaling": {"minReplicas": 11}}}, r"gateway\.autoscaling\.minReplicas is 11.*10"),
+        ({"placement": "sidecar", "gateway": {"autoscaling": {"maxReplicas": 1}}}, r"gateway\.autoscaling\.minReplicas is 2.*1"),
+        ({"metering": {"autoscaling": {"maxReplicas": 1}}}, r"metering\.autoscaling\.minReplicas is 2.*1"),
     ],
 )
 def test_values_that_cannot_be_right_are_refused(values: dict[str, Any], complaint: str) -> None:
     """Named, before anything is rendered."""
     with pytest.raises(HelmError, match=complaint):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gateway": {"heapMiB": 953, "resources": {"limits": {"memory": "1000000000"}}}},
+        {"gateway": {"heapMiB": 1536, "resources": {"limits": {"memory": "1.6Gi"}}}},
+        {"gateway": {"autoscaling": {"enabled": False, "minReplicas": 11}}},
+        {"placement": "sidecar", "metering": {"autoscaling": {"maxReplicas": 1}}},
+    ],
+)
+def test_values_that_only_look_like_it_are_taken(values: dict[str, Any]) -> None:
+    """Memory in each of Kubernetes' units; bounds of scalers that are not made."""
+    assert render(values)
 
 
 def test_the_documents_of_the_values_are_those_of_a_laptop() -> None:
