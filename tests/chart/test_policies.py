@@ -330,6 +330,24 @@ def test_services_with_pods_of_their_own_ask_for_a_certificate() -> None:
         assert [f"peaje-{service}-tls"] == [v["secret"]["secretName"] for v in pod["volumes"] if v["name"] == "tls"]
 
 
+@pytest.mark.parametrize("placement", ["separate", "sidecar"])
+def test_extauth_believes_the_authority_of_the_control_apis_certificate(placement: str) -> None:
+    """Of what signs for Peaje alone it sees no key but its own; without the API exposed there is nothing to believe."""
+    objects = render({"placement": placement, "control": {"exposed": True, "issuer": "https://peaje-control.gateway.svc.cluster.local:10001"}})
+    [(extauth, pod)] = [(one, pod) for _, one, pod in containers(objects) if one["name"] == "extauth"]
+
+    path = environment(extauth)["PEAJE_CONTROL_AUTHORITY"]
+    [mount] = [mount for mount in extauth["volumeMounts"] if path.startswith(f"{mount['mountPath']}/")]
+    [volume] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert path == f"{mount['mountPath']}/ca.crt"
+    assert ("peaje-extauth-tls" if placement == "separate" else "peaje-control-tls") == volume["secretName"]
+    assert ("items" in volume) == (placement == "sidecar")
+    assert all(item == {"key": "ca.crt", "path": "ca.crt"} for item in volume.get("items", []))
+    unexposed = render({"placement": placement, "control": {"exposed": False}})
+    assert "PEAJE_CONTROL_AUTHORITY" not in json.dumps([one for one in unexposed if one["kind"] != "ConfigMap"])
+    assert [] == [*writable_places(objects), *writable_places(unexposed)]
+
+
 def test_sidecars_listen_on_sockets_alone() -> None:
     """No gRPC port, no certificate: nothing of them leaves the pod."""
     text = json.dumps([one for one in rendered("small") if one["kind"] != "ConfigMap"])

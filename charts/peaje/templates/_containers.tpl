@@ -202,6 +202,13 @@ volumeMounts:
 {{- if eq .name "extauth" -}}
 {{- $_ := set $env "PEAJE_CONTROL_ISSUER" $root.Values.control.issuer -}}
 {{- $mounts = append $mounts (dict "name" "secrets" "mountPath" "/var/lib/peaje/secrets" "readOnly" true) -}}
+{{- if $root.Values.control.exposed -}}
+{{- /* Its certificate is of Peaje's own authority, unless something public stands before it. */ -}}
+{{- $_ := set $env "PEAJE_CONTROL_AUTHORITY" (ternary "/etc/peaje/control/ca.crt" "/etc/peaje/tls/ca.crt" $sidecar) -}}
+{{- if $sidecar -}}
+{{- $mounts = append $mounts (dict "name" "control-authority" "mountPath" "/etc/peaje/control" "readOnly" true) -}}
+{{- end -}}
+{{- end -}}
 {{- else if eq .name "ratelimit" -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_PROCESSES" (include "peaje.ratelimitProcesses" $root) -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_CLUSTER" $root.Values.stores.redis.cluster -}}
