@@ -268,7 +268,7 @@ class _Run:
             now=datetime.fromtimestamp(now_us / 1e6, tz=UTC),
         )  # fmt: skip
         wished = wish(said)
-        lease = offer(asked, wished.requests, now_us=now_us)
+        lease = offer(asked, wished, now_us=now_us)
         answer = self._lender.take(asked, now_us, lease=lease, back=wished.back)
         given = lease if answer.leased else None
         if answer.admitted:

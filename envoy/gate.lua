@@ -170,14 +170,20 @@ function envoy_on_request(handle)
   express.try(handle, facts, credential, request_id, tonumber(string.sub(micros, 1, -4)), buffered, text)
 end
 
+-- What may fail without harm: the answer is metered all the same.
+local function apart(handle, what, ...)
+  local is_done, reason = pcall(what, handle, ...)
+  if not is_done then handle:logErr('the express lane: ' .. tostring(reason)) end
+end
+
 function envoy_on_response(handle)
   local metadata = handle:streamInfo():dynamicMetadata()
   local request = metadata:get(NAMESPACE)
   if not request then return end
-  if request.asked then express.remember(handle, request, metadata) end
+  if request.asked then apart(handle, express.remember, request, metadata) end
   -- No usage namespace: refused before the tap, nothing was generated.
   if not metadata:get(USAGE) or request.dialect == 'openai.models' then return end
-  if request.express then express.tell(handle, request) end
+  if request.express then apart(handle, express.tell, request) end
   local used = answer.read(handle, request, metadata)
   if request.express then express.settle(request, used) end
 end

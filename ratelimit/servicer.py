@@ -121,7 +121,7 @@ class Servicer:
             metrics.UNLIMITED.inc()
             return response
         # The draft's headers tell of every limit: only an answer of this service has them.
-        lease = None if self._draft_headers else offer(asked, wished.requests, now_us=int(now.timestamp() * 1_000_000))
+        lease = None if self._draft_headers else offer(asked, wished, now_us=int(now.timestamp() * 1_000_000))
         try:
             outcome = self._take(asked, lease, wished.back)
         except Unavailable:

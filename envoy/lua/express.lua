@@ -63,7 +63,8 @@ function M.try(handle, facts, credential, request_id, now_ms, body, text)
   local entry, charged, wish = lane.take(cache, key, request_id, facts, now_ms)
   local metadata = handle:streamInfo():dynamicMetadata()
   if not charged then
-    if wish ~= '0' then metadata:set(REQUEST, 'lease', wish) end
+    -- Quotas too: this Envoy says which request passed on which lease.
+    if wish ~= '0' then metadata:set(REQUEST, 'lease', wish .. ' quotas') end
     if entry then recognise(metadata, entry, request_id) end
     if not entry or wish ~= '0' then
       metadata:set(REQUEST, 'asked', request_id)
@@ -96,8 +97,9 @@ local LIMIT_HEADERS = {
 
 -- What the answer that brought the lease says of limits; it counts the lease as held.
 local function told_by(headers)
-  local told = { requests = tonumber(headers:get('x-ratelimit-remaining-requests')),
-                 tokens = tonumber(headers:get('x-ratelimit-remaining-tokens')) }
+  -- Of a header that is not there `get` gives nothing at all, which is no argument.
+  local told = { requests = tonumber((headers:get('x-ratelimit-remaining-requests'))),
+                 tokens = tonumber((headers:get('x-ratelimit-remaining-tokens'))) }
   for _, name in ipairs(LIMIT_HEADERS) do told[name] = headers:get(name) end
   return told
 end

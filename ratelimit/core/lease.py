@@ -39,7 +39,7 @@ BEFORE_END_US: Final = LENGTH_US + 10_000_000
 #: ledger knows it. Longer than the ledger is ever behind.
 HELD_US: Final = 86_400_000_000
 
-_TEXT: Final = re.compile(r"(\d{1,6})(?: ([0-9a-f-]{36}) (\d{1,9}) (-?\d{1,10}))?")
+_TEXT: Final = re.compile(r"(\d{1,6})(?: ([0-9a-f-]{36}) (\d{1,9}) (-?\d{1,10}))?( quotas)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,8 @@ class Wish:
 
     requests: int
     back: Lease | None
+    #: Whether its Envoy can spend leases of quotas: one of before there were any tells nobody what was spent on which.
+    has_quotas: bool = False
 
 
 NOTHING: Final = Wish(requests=0, back=None)
@@ -71,30 +73,32 @@ NOTHING: Final = Wish(requests=0, back=None)
 
 def wish(text: str) -> Wish:
     """
-    Read what the gate wrote: `WANTED` or `WANTED ID REQUESTS TOKENS`; anything else wishes nothing.
+    Read what the gate wrote: `WANTED` or `WANTED ID REQUESTS TOKENS`, and `quotas`; anything else wishes nothing.
 
-    >>> wish("8").requests, wish("-"), wish("8 x 1 1") == NOTHING
-    (8, Wish(requests=0, back=None), True)
+    >>> wish("8").requests, wish("-") == NOTHING, wish("8 x 1 1") == NOTHING
+    (8, True, True)
+    >>> wish("8 quotas")
+    Wish(requests=8, back=None, has_quotas=True)
     """
     found = _TEXT.fullmatch(text)
     if found is None:
         return NOTHING
-    wanted, lease_id, requests, tokens = found.groups()
+    wanted, lease_id, requests, tokens, quotas = found.groups()
     back = Lease(lease_id=lease_id, requests=int(requests), tokens=int(tokens)) if lease_id else None
-    return Wish(requests=int(wanted), back=back)
+    return Wish(requests=int(wanted), back=back, has_quotas=quotas is not None)
 
 
-def offer(demand: Demand, wanted: int, *, now_us: int) -> Lease | None:
+def offer(demand: Demand, wished: Wish, *, now_us: int) -> Lease | None:
     """
-    The lease to ask the counters for, named after the request that asks; None if there can be none.
+    The lease that is *wished* of the counters, named after the request that asks; None if there can be none.
 
     They may give fewer requests, by what is left of a quota. *now_us*: microseconds since 1970.
     """
-    requests = min(wanted, REQUESTS_MAX)
+    requests = min(wished.requests, REQUESTS_MAX)
     each: list[int] = []
     for counter in demand.counters:
         hits = _each(demand, counter, now_us)
-        if hits is None:
+        if hits is None or (counter.kind is Kind.QUOTA and not wished.has_quotas):
             return None
         if counter.kind is Kind.BUCKET:
             requests = min(requests, counter.burst // PART // max(hits, 1))
@@ -115,4 +119,5 @@ def _each(demand: Demand, counter: Counter, now_us: int) -> int | None:
     if now_us + BEFORE_END_US >= counter.ends_us:
         return None
     price = None if counter.price is None else replace(counter.price, reach=demand.bounds.prompt_bytes)
-    return holds(counter.unit, demand.bounds.usage, price)
+    # All of a prompt may have been cached.
+    return holds(counter.unit, replace(demand.bounds.usage, cached=demand.bounds.usage.input), price)

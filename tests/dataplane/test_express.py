@@ -163,6 +163,24 @@ def test_a_caller_far_from_its_limits_is_lent_to(road: Installation, tenant: Ten
 
 
 @pytest.mark.express
+@pytest.mark.parametrize(
+    "limits", [{"requests_per_minute": 10_000}, {"tokens_per_minute": 1_000_000}, {"monthly_budget": "100000.00"}, {"monthly_requests": 10**6}]
+)
+def test_whatever_a_caller_is_limited_by_each_answer_is_read(road: Installation, limits: dict[str, int | str]) -> None:
+    """Of limits that are told in other headers, or in none, the answer that brings a lease is metered as any other."""
+    caller = road.new_tenant("one-limit")
+    road.control("PUT", f"/v1/tenants/{caller.tenant_id}/limits", json=limits).raise_for_status()
+    time.sleep(1.0)  # the promise is one second
+
+    with httpx.Client(headers={"authorization": f"Bearer {caller.key}"}, timeout=30) as client:
+        statuses = {post(client, road, stream=number % 3 == 2).status_code for number in range(12)}
+
+    assert {200} == statuses
+    assert {"reported"} == {row["basis"] for row in road.rows(caller, 12)}
+    assert "express" not in "".join(line for line in (road.home / "log/envoy.log").read_text().splitlines() if "[lua]" in line)
+
+
+@pytest.mark.express
 def test_a_caller_far_from_its_budgets_is_lent_to_and_the_ledger_repays(road: Installation, tenant: Tenant) -> None:
     """A month's requests, tokens and money: few questions, and in the end each has used what the rows say, to the nano-unit."""
     road.control(

@@ -16,7 +16,7 @@ from ratelimit.adapters import counters as adapter
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.core.decide import Outcome
 from ratelimit.core.demand import Counter, Demand, Kind
-from ratelimit.core.lease import LENGTH_US, REQUESTS_MAX, Lease, offer
+from ratelimit.core.lease import LENGTH_US, REQUESTS_MAX, Lease, Wish, offer
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Usage
 from tests.integration.stores import PATIENCE_SECONDS
@@ -282,7 +282,7 @@ def test_no_bucket_is_overdrawn_whenever_leases_are_spent(counter_store: str) ->
 def test_what_is_offered(fields: dict[str, Any], wanted: int, requests: int | None) -> None:
     """A twentieth of each bucket at the most; nothing where something else than requests and tokens is counted."""
     unit = fields.pop("unit", Unit.REQUESTS)
-    lease = offer(demand("t", 1, counter("t", unit, **fields)), wanted, now_us=BEGIN_US)
+    lease = offer(demand("t", 1, counter("t", unit, **fields)), Wish(requests=wanted, back=None), now_us=BEGIN_US)
 
     assert requests == (lease and lease.requests)
     assert lease is None or lease.tokens == lease.requests * _EACH

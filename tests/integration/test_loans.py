@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 from chassis.stores.postgres import read_pool
 from ratelimit.adapters.counters import Loan, StoredCounters, StoreRefused, connect
 from ratelimit.adapters.loans import SPENT_AFTER, Loans
-from ratelimit.core.lease import offer
+from ratelimit.core.lease import offer, wish
 from ratelimit.core.limits import Unit
 from tests.integration.stores import PATIENCE_SECONDS
 from tests.integration.test_quota_leases import demand, quota
@@ -50,7 +50,7 @@ class Bank:
     def lend(self, number: int) -> datetime:
         """Give a lease of five requests, and settle the one that asked at nothing."""
         asked = replace(demand(self.tenant, number, *self.quotas), request_id=lease(number))
-        outcome = self.counters.take(asked, {}, lease=offer(asked, 5, now_us=0))
+        outcome = self.counters.take(asked, {}, lease=offer(asked, wish("5 quotas"), now_us=0))
         assert 5 == outcome.lent
         [(_, given_us)] = [it for it in self.counters.lent_before(self.tenant, 2**52, most=9) if it[0] == lease(number)]
         self.loans.given(self.tenant)

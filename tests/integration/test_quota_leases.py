@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ratelimit.adapters.counters import connect
 from ratelimit.core.demand import Bounds, Counter, Demand, Kind
-from ratelimit.core.lease import BEFORE_END_US, HELD_US, LENGTH_US, Lease, offer
+from ratelimit.core.lease import BEFORE_END_US, HELD_US, LENGTH_US, Lease, offer, wish
 from ratelimit.core.limits import Effect, Period, Unit
 from ratelimit.core.usage import Price, Report, Usage
 from tests.integration.stores import PATIENCE_SECONDS
@@ -51,7 +51,7 @@ def demand(tenant: str, number: int, *counters: Counter) -> Demand:
 def asking(store: Store, number: int, *counters: Counter, wanted: int, back: Lease | None = None) -> tuple[int, list[int]]:
     """Ask, and for so many more; how many were lent, and what each counter has left then."""
     asked = demand(store.tenant, number, *counters)
-    outcome = store.take(asked, lease=offer(asked, wanted, now_us=store.now), back=back)
+    outcome = store.take(asked, lease=offer(asked, wish(f"{wanted} quotas"), now_us=store.now), back=back)
     assert outcome.admitted
     return outcome.lent, [reading.remaining for reading in outcome.readings]
 
@@ -66,7 +66,7 @@ def store(counter_store: str) -> Store:
 
 
 @pytest.mark.parametrize(
-    ("unit", "own", "each"), [(Unit.TOKENS, 10, 40), (Unit.REQUESTS, 1, 1), (Unit.OUTPUT_TOKENS, 10, 32), (Unit.MONEY, 30, 120)]
+    ("unit", "own", "each"), [(Unit.TOKENS, 10, 40), (Unit.REQUESTS, 1, 1), (Unit.OUTPUT_TOKENS, 10, 32), (Unit.MONEY, 30, 120), (Unit.CACHED_TOKENS, 10, 8)]
 )
 def test_a_lease_is_held_at_its_worst_until_it_is_repaid(store: Store, unit: Unit, own: int, each: int) -> None:
     """However little is used: then that is used, and nothing is held."""
@@ -183,8 +183,16 @@ def test_usage_from_outside_is_added_beside_what_is_lent(store: Store) -> None:
 )  # fmt: skip
 def test_what_is_not_offered(fields: dict[str, Any]) -> None:
     """A shadow quota, who is under way, and a window that ends before a request on the lease must have begun."""
-    assert offer(demand("t", 1, quota("t")), 9, now_us=BEGIN_US) is not None
-    assert offer(demand("t", 1, quota("t"), quota("t", **fields)), 9, now_us=BEGIN_US) is None
+    wished = wish("9 quotas")
+
+    assert offer(demand("t", 1, quota("t")), wished, now_us=BEGIN_US) is not None
+    assert offer(demand("t", 1, quota("t"), quota("t", **fields)), wished, now_us=BEGIN_US) is None
+
+
+def test_an_older_envoy_is_lent_no_quota() -> None:
+    """It would not say which request passed on which lease."""
+    assert offer(demand("t", 1, quota("t")), wish("9"), now_us=BEGIN_US) is None
+    assert offer(demand("t", 1, counter("t", amount=1000)), wish("9"), now_us=BEGIN_US) is not None
 
 
 def test_a_soft_budget_is_lent_whatever_is_left_of_it(store: Store) -> None:
@@ -217,7 +225,7 @@ class Spenders(RuleBasedStateMachine):
         """One who asks, and may be lent to."""
         self.number += 1
         asked = demand(self.store.tenant, self.number, self.quota)
-        outcome = self.store.take(asked, lease=offer(asked, wanted, now_us=self.store.now))
+        outcome = self.store.take(asked, lease=offer(asked, wish(f"{wanted} quotas"), now_us=self.store.now))
         if outcome.admitted:
             self.open.append(asked.request_id)
         if outcome.lent:
