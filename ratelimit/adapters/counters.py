@@ -26,7 +26,7 @@ from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.doubt import Hold
 from ratelimit.core.lease import HELD_US, LENGTH_US, Lease
 from ratelimit.core.limits import Effect, Period, Unit
-from ratelimit.core.usage import Price, Report, Usage, hits
+from ratelimit.core.usage import Price, Report, Tier, Usage, holds
 
 #: Well below Envoy's 500 ms for the whole decision, well above what a busy host delays a reply.
 STORE_TIMEOUT_SECONDS: Final = 0.1
@@ -141,7 +141,7 @@ class StoredCounters:
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(place, request_id), open_key(place)]
-        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning])
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning, int(report.happened)])
         return Settled(excess_tokens=int(excess)) if settled else None
 
     def lent_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
@@ -306,17 +306,23 @@ def _held(reservation: bytes) -> dict[str, int]:
             found[counter["n"]] = counter["f"]
         elif is_hard and output:
             usage = Usage(input=int(input_), output=int(output), quantity=demand["q"])
-            found[counter["n"]] = hits(Unit(counter["u"]), usage, _price(counter["c"]))
+            found[counter["n"]] = holds(Unit(counter["u"]), usage, _price(counter["c"]))
         else:
             found[counter["n"]] = counter["l"]
     return found
 
 
-def _price(numbers: Sequence[int] | None) -> Price | None:
+def _price(numbers: Sequence[Any] | None) -> Price | None:
     if numbers is None:
         return None
-    input_, output, cached, minimum, each = numbers
-    return Price(currency="", input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum, each_nano=each)
+    input_, output, cached, minimum, each, reach, tiers, reasoning = numbers
+    return Price(
+        currency="", input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum, each_nano=each, reach=reach,
+        reasoning_nano=reasoning,
+        tiers=tuple(
+            Tier(input_nano=it[0], output_nano=it[1], cached_nano=it[2], above_tokens=it[3], reasoning_nano=it[4]) for it in tiers
+        ),
+    )  # fmt: skip
 
 
 def _script(text: str) -> _Script:
