@@ -55,6 +55,11 @@ _COLUMNS = f"limit_id, {_SCOPE}, unit, period, amount, burst, effect, on_store_e
 _IN_SCOPE = (
     f"({_SCOPE}) is not distinct from (%(tenant_id)s, %(project_id)s::text, %(key_id)s::text, %(model)s::text)"
 )
+#: A tenant with credits is never without this one: what it has not paid for would pass.
+_IS_OF_CREDITS = (
+    "unit = 'money' and period = 'ever' and num_nonnulls(project_id, key_id, model) = 0 "
+    "and exists (select from credit_book b where b.tenant_id = rate_limit.tenant_id)"
+)
 _UPSERT = f"""
 insert into rate_limit ({_SCOPE}, unit, period, amount, burst, effect, on_store_error, currency, updated_at)
 values (%(tenant_id)s, %(project_id)s, %(key_id)s, %(model)s, %(unit)s, %(period)s, %(amount)s, %(burst)s,
@@ -156,11 +161,15 @@ def list_all(store: Store, act: Act, tenant: str | None) -> list[dict[str, Any]]
 
 
 def delete(store: Store, act: Act, scope: Scope) -> dict[str, Any]:
-    """Remove all limits of exactly *scope*; raises `NotFound`."""
+    """Remove all limits of exactly *scope*, but for a prepaid budget that follows the tenant's credits; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
         place = _resolved(connection, scope)
-        gone = connection.execute(f"delete from rate_limit where {_IN_SCOPE} returning {_COLUMNS}", place).fetchall()
+        gone = connection.execute(
+            f"delete from rate_limit where {_IN_SCOPE} and not ({_IS_OF_CREDITS}) returning {_COLUMNS}", place
+        ).fetchall()
         if not gone:
+            if _rows(connection, f"where {_IN_SCOPE}", place):
+                _refuse_if_credits(connection, place["tenant_id"])
             raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
         before = _document(gone)
         audit.append(
