@@ -97,8 +97,9 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """
-    One spelling of a number: 64-bit ones are text in protobuf's JSON, as are those in metadata in Envoy's own dump, and
-    whole ones may be written as floats.
+    One spelling of a number.
+
+    64-bit ones are text in protobuf's JSON, and in Envoy's dump those of metadata; whole ones may be written as floats.
     """
     if isinstance(value, str):
         return value.removesuffix(".0") if _WHOLE.fullmatch(value) else value

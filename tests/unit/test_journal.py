@@ -62,17 +62,17 @@ def test_what_envoy_and_the_tap_do_not_write_is_malformed(line: bytes) -> None:
         parse(line.rstrip())
 
 
-#: As Envoy writes them: an escaped slash, a header's name with an underscore, a head that does not come to its end.
-NAMELESS = (
-    b'{"bytes_sent":0,"details":"path_normalization_failed","duration_ms":0,"epoch":"e","flags":"-","path":"/v1/models/a/b",'
+#: As Envoy writes them.
+NAMELESS = {
+    "an escaped slash": b'{"bytes_sent":0,"details":"path_normalization_failed","duration_ms":0,"epoch":"e","flags":"-","path":"/v1/models/a/b",'
     b'"started_at":"1795685128.850771","status":400,"type":"DownstreamEnd"}\n',
-    b'{"bytes_sent":11,"details":"http1.unexpected_underscore","duration_ms":0,"epoch":"e","flags":"DPE",'
+    "an underscore": b'{"bytes_sent":11,"details":"http1.unexpected_underscore","duration_ms":0,"epoch":"e","flags":"DPE",'
     b'"started_at":"1795685128.878371","status":400,"type":"DownstreamEnd"}\n',
-    b'{"bytes_sent":0,"duration_ms":5997,"epoch":"e","flags":"-","started_at":"1795685879.885322","status":0,"type":"DownstreamPeriodic"}\n',
-)
+    "a slow head": b'{"bytes_sent":0,"duration_ms":5997,"epoch":"e","flags":"-","started_at":"1795685879.885322","status":0,"type":"DownstreamPeriodic"}\n',
+}
 
 
-@pytest.mark.parametrize("line", NAMELESS)
+@pytest.mark.parametrize("line", NAMELESS.values(), ids=NAMELESS)
 def test_a_request_that_envoy_could_not_read_is_no_damage_to_the_journal(line: bytes) -> None:
     """Anybody can send these without a key, and none may fill the table of defects or raise its alert."""
     entries, defects, _ = lines.read(line + end(1) + line, offset=0)
