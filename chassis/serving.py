@@ -122,18 +122,20 @@ def serve_unary(
 
 def serve_streams(
     at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]], *,
-    beside: Mapping[str, tuple[AsyncUnary, type[Any]]],
+    beside: Mapping[str, tuple[AsyncUnary, type[Any]]], grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """
     Serve streaming *methods* ("/package.Service/Method" → handler and request class) until SIGTERM.
 
-    On asyncio: a thread per stream would not scale. What is *beside* them has one message and one answer.
+    On asyncio: a thread per stream would not scale. What is *beside* them has one message and one answer. Streams that are
+    under way when it comes have *grace_seconds* to end; no new one is taken meanwhile.
     """
-    asyncio.run(_serve_streams(at, methods, beside))
+    asyncio.run(_serve_streams(at, methods, beside, grace_seconds))
 
 
 async def _serve_streams(
-    at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]], beside: Mapping[str, tuple[AsyncUnary, type[Any]]]
+    at: Door, methods: Mapping[str, tuple[Callable[..., Any], type[Any]]], beside: Mapping[str, tuple[AsyncUnary, type[Any]]],
+    grace_seconds: float,
 ) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     handlers = [
@@ -162,7 +164,7 @@ async def _serve_streams(
     stop.clear()
     with suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), at.drain_seconds)
-    await server.stop(GRACE_SECONDS)
+    await server.stop(grace_seconds)  # ends with the last stream
     traces.stop()
     log.info("stopped", socket=at.name)
 

@@ -14,6 +14,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import uuid
@@ -33,9 +34,11 @@ from chassis.errors import Invalid, PeajeError
 from chassis.secrets import write_private
 from chassis.serving import run
 from chassis.settings import StoreSettings
+from chassis.telemetry import traces
 from chassis.telemetry.log import configure
 from chassis.watching import file_version
 from control.envoy_resources import publish
+from control.envoy_tracing import TRACING_FILE, add_tracing, trace_settings
 from control.laptop.binaries import find_envoy
 from control.laptop.envoy import drain
 from extauth.adapters.document import DEFAULT_TEXT
@@ -69,9 +72,11 @@ class Settings(BaseSettings):
     admin_port: int = Field(default=9901, validation_alias="PEAJE_ADMIN_PORT")
 
 
-def prepare(home: Path, mounts: Path, *, bind_address: str = "") -> None:
+def prepare(home: Path, mounts: Path, *, bind_address: str = "", spans: traces.Settings | None = None) -> None:
     """
     Lay out the state directory from what is mounted; raises `Invalid`. Doing it again changes nothing.
+
+    Where *spans* names a collector, Envoy sends its own there, as the mounted tracing.yaml says.
 
     Secrets are copied: Kubernetes makes a mounted one readable to the group, and no secret of ours may be. The
     two documents are linked, so that a change of theirs is seen by whoever watches them.
@@ -92,7 +97,15 @@ def prepare(home: Path, mounts: Path, *, bind_address: str = "") -> None:
     if bootstrap.exists():
         if bind_address:
             _bind(bootstrap, bind_address)
+        if spans is not None and spans.url:
+            _trace(bootstrap, spans)
         publish(home / MODELS_PATH, home / "envoy")
+
+
+class _Ipv6Server(ThreadingHTTPServer):
+    """The library's listens on IPv4 alone, whatever address it is given."""
+
+    address_family = socket.AF_INET6
 
 
 class Pools:
@@ -154,7 +167,7 @@ def show(host: str, port: int, *, admin_port: int) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             """Nothing: a scrape is no event."""
 
-    server = ThreadingHTTPServer((host, port), Relay)
+    server = (_Ipv6Server if ":" in host else ThreadingHTTPServer)((host, port), Relay)
     threading.Thread(target=server.serve_forever, name="show", daemon=True).start()
     return server
 
@@ -175,6 +188,15 @@ def _bind(path: Path, address: str) -> None:
     bootstrap = yaml.safe_load(path.read_text())
     for listener in bootstrap["static_resources"]["listeners"]:
         listener["address"]["socket_address"]["address"] = address
+    path.write_text(yaml.safe_dump(bootstrap, sort_keys=False, width=120))
+
+
+def _trace(path: Path, spans: traces.Settings) -> None:
+    block = path.parent / TRACING_FILE
+    if not block.exists():
+        raise Invalid(f"{TRACING_FILE} is not mounted, and PEAJE_TRACES_URL is set.", mend=f"Mount it beside {path.name}.")
+    bootstrap = yaml.safe_load(path.read_text())
+    add_tracing(bootstrap, yaml.safe_load(block.read_text()), spans)
     path.write_text(yaml.safe_dump(bootstrap, sort_keys=False, width=120))
 
 
@@ -217,7 +239,7 @@ def main(arguments: Sequence[str]) -> None:
     os.chdir(stores.home)
     match arguments:
         case ["prepare"]:
-            prepare(stores.home, settings.mounts, bind_address=settings.bind_address)
+            prepare(stores.home, settings.mounts, bind_address=settings.bind_address, spans=trace_settings())
         case ["pools"]:
             configure("pools")
             stop = threading.Event()

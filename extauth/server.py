@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -32,6 +34,8 @@ class ControlSettings(BaseSettings):
     port: int = 10001
     #: What its tokens name as their issuer, where that is not this machine's loopback.
     issuer: str = ""
+    #: File with the authority of its certificate, where no public one has signed it; believed of the control API's keys alone.
+    authority: Path | None = None
 
 
 class Settings(BaseSettings):
@@ -69,7 +73,7 @@ def main() -> None:
     identities = Identities(
         directory, peppers=peppers, writes=writes, home=stores.home,
         control_url=control.issuer.rstrip("/") or f"http://127.0.0.1:{control.port}",
-        strangers=Strangers(per_minute=settings.unknown_per_minute),
+        control_authority=control.authority, strangers=Strangers(per_minute=settings.unknown_per_minute),
     )  # fmt: skip
     identities.watch()
     writes.start()

@@ -12,7 +12,7 @@ from chassis.certificates import WatchedCertificates
 from chassis.clock import utc_now
 from chassis.errors import Invalid
 from chassis.models import WatchedCatalogue
-from chassis.serving import door, serve_streams
+from chassis.serving import GRACE_SECONDS, door, serve_streams
 from chassis.settings import StoreSettings
 from chassis.telemetry import metrics, traces
 from chassis.telemetry.log import configure
@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     ratelimit: str = ""
     #: Between two comparisons of what the second witness said with the ledger.
     reconcile_seconds: float = Field(default=5.0, gt=0)
+    #: How long streams that pass through here may take to end once the process is to go; then they are reset. In a cluster
+    #: as long as a gateway's (gateway.drainSeconds).
+    stream_seconds: float = Field(default=GRACE_SECONDS, ge=0, le=86400)
     #: Loopback port for Prometheus; 0 shows no metrics.
     metrics_port: int = Field(default=0, ge=0, le=65535)
 
@@ -61,6 +64,7 @@ def main() -> None:
         ),
         {METHOD: (servicer.process, wire.ProcessingRequest)},
         beside={ACCESS_LOG_METHOD: (Witness(heard, utc_now).hear, log_wire.ExportLogsServiceRequest)},
+        grace_seconds=settings.stream_seconds,
     )
 
 

@@ -2,9 +2,9 @@
 """
 What all tests share: which of them run, and the installations that they run against.
 
-Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour. `--express off` runs
-every installation without the express lane, and leaves out what tests the lane itself. What is deselected is said at the
-end of the run.
+Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour, `--images` whole
+builds of the images. `--express off` runs every installation without the express lane, and leaves out what tests the lane
+itself. What is deselected is said at the end of the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.hostile.guessing import UNKNOWN_PER_MINUTE
 from tests.otlp import collecting_traces
 
 #: Marker and option of the tests that only run when asked for, and what they are.
-ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load"}
+ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load", "images": "whole builds of the images, as root"}
 #: Marker of what only the express lane does; nothing to see without it.
 LANE = "express"
 _LANE_TESTS = "what only the express lane does"

@@ -124,11 +124,13 @@ class Call:
 
 
 def identities_in(
-    home: Path, directory: FakeDirectory, *, control_url: str = "http://127.0.0.1:1", strangers: Strangers | None = None
+    home: Path, directory: FakeDirectory, *, control_url: str = "http://127.0.0.1:1", control_authority: Path | None = None,
+    strangers: Strangers | None = None,
 ) -> Identities:
     """Everybody who may call by the document in *home*."""
     return Identities(
-        directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url, strangers=strangers  # type: ignore[arg-type]
+        directory, peppers={1: b"p" * 32}, writes=None, home=home, control_url=control_url,  # type: ignore[arg-type]
+        control_authority=control_authority, strangers=strangers,
     )  # fmt: skip
 
 

@@ -19,15 +19,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import yaml
-from pydantic import ValidationError
 
 from chassis.contract import EXPRESS_ENVIRONMENT
+from chassis.errors import Invalid
 from chassis.secrets import write_private
-from chassis.telemetry import traces
+from control.envoy_tracing import TENANTS_LISTENER, TRACING_FILE, add_tracing, trace_settings
 from control.laptop import envoy_files
 from control.laptop.envoy_lives import EnvoyLives, read_old_serves_seconds
 from control.laptop.errors import Trouble
@@ -41,12 +40,7 @@ _SOURCE_SETTING = "PEAJE_ENVOY_SOURCE"
 #: A second door, with TLS, where this file is in the state directory.
 TLS_PATH = "tls.yaml"
 TLS_EXAMPLE = "tls.example.yaml"
-#: What is added where a collector of traces is named.
-TRACING = "tracing.yaml"
-_HTTP_PORT = 80
 _BOOTSTRAP = "envoy/envoy.yaml"
-_TENANTS_LISTENER = "tenants"
-_JOURNAL = "journal"
 _VALIDATE_SECONDS = 60
 
 #: How long requests in flight may take once Envoy is told to stop.
@@ -73,7 +67,7 @@ def render(places: Places, ports: Ports, scale: Scale, *, source: Path = _SHIPPE
     bootstrap = _load(source / "envoy.yaml")
     _set_ports(bootstrap, ports, source)
     _set_endpoints(bootstrap, scale, source)
-    _add_tracing(bootstrap, source / TRACING, _trace_settings())
+    _add_tracing(bootstrap, source / TRACING_FILE)
     _add_tls_listener(bootstrap, places.home / TLS_PATH)
     write_private(places.home / _BOOTSTRAP, yaml.safe_dump(bootstrap, sort_keys=False, width=120))
     envoy_files.rendered(places, source)
@@ -92,38 +86,14 @@ def render_again(program: Path, places: Places, ports: Ports, scale: Scale, *, s
         raise
 
 
-def _add_tracing(bootstrap: dict[str, Any], path: Path, settings: traces.Settings) -> None:
+def _add_tracing(bootstrap: dict[str, Any], path: Path) -> None:
     """Where a collector of traces is named, Envoy sends its spans there."""
-    if not settings.url:
-        return
     try:
-        address = urlsplit(settings.url)
-        port = address.port or _HTTP_PORT
-    except ValueError:
-        address, port = urlsplit(""), 0
-    if address.scheme != "http" or not address.hostname:
-        raise Trouble(f"PEAJE_TRACES_URL={settings.url} is not an address like http://127.0.0.1:4318.")
-    block = _load(path)
-    tracing, cluster = block["tracing"], block["cluster"]
-    config = tracing["provider"]["typed_config"]
-    config["http_service"]["http_uri"]["uri"] = f"{settings.url.rstrip('/')}/v1/traces"
-    config["sampler"]["typed_config"]["sampling_percentage"]["numerator"] = round(settings.percent * 10_000)
-    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    endpoint["endpoint"]["address"]["socket_address"] = {"address": address.hostname, "port_value": port}
-    listeners = bootstrap["static_resources"]["listeners"]
-    for chain in next(one for one in listeners if one["name"] == _TENANTS_LISTENER)["filter_chains"]:
-        manager = chain["filters"][0]["typed_config"]
-        manager["tracing"] = tracing
-        records = next(log for log in manager["access_log"] if log["name"] == _JOURNAL)["typed_config"]["log_format"]["json_format"]
-        records.update(block["journal"])
-    bootstrap["static_resources"]["clusters"].append(cluster)
-
-
-def _trace_settings() -> traces.Settings:
-    try:
-        return traces.Settings()
-    except ValidationError as exc:
-        raise Trouble("PEAJE_TRACES_PERCENT is not a number from 0 to 100.") from exc
+        settings = trace_settings()
+        if settings.url:
+            add_tracing(bootstrap, _load(path), settings)
+    except Invalid as exc:
+        raise Trouble(exc.message, mend=exc.mend) from exc
 
 
 def _add_tls_listener(bootstrap: dict[str, Any], path: Path) -> None:
@@ -136,7 +106,7 @@ def _add_tls_listener(bootstrap: dict[str, Any], path: Path) -> None:
         return
     tls = _load(path)
     listeners = bootstrap["static_resources"]["listeners"]
-    listener = copy.deepcopy(next(one for one in listeners if one["name"] == _TENANTS_LISTENER))
+    listener = copy.deepcopy(next(one for one in listeners if one["name"] == TENANTS_LISTENER))
     try:
         listener["name"], listener["address"] = "tenants-tls", tls["address"]
         for chain in listener["filter_chains"]:
@@ -252,12 +222,12 @@ def _set_ports(bootstrap: dict[str, Any], ports: Ports, source: Path) -> None:
         listener = next(
             listener
             for listener in bootstrap["static_resources"]["listeners"]
-            if listener["name"] == _TENANTS_LISTENER
+            if listener["name"] == TENANTS_LISTENER
         )
         listener["address"]["socket_address"]["port_value"] = ports.tenants
     except (KeyError, TypeError, StopIteration) as exc:
         raise Trouble(
-            f"{source / 'envoy.yaml'} has no admin address, or no listener named {_TENANTS_LISTENER}.",
+            f"{source / 'envoy.yaml'} has no admin address, or no listener named {TENANTS_LISTENER}.",
             mend="`up` sets their ports; put them back.",
         ) from exc
 

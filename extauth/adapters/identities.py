@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from extauth.adapters import document as documents
 from extauth.adapters import metrics
 from extauth.adapters.directory import Directory
 from extauth.adapters.introspection import Introspection, over_http
-from extauth.adapters.jwks import KeySource
+from extauth.adapters.jwks import KeySource, fetch_document
 from extauth.adapters.key_writes import KeyWrites
 from extauth.adapters.tokens import TokenVerifier
 from extauth.core.claims import ClaimMap, Expected, Subject, Unusable, read_subject
@@ -90,6 +91,7 @@ class Identities:
         writes: KeyWrites | None,
         home: Path,
         control_url: str,
+        control_authority: Path | None = None,
         strangers: Strangers | None = None,
     ) -> None:
         """Raise `Invalid` for a faulty document: policies that are not understood must not be left out."""
@@ -99,6 +101,7 @@ class Identities:
         self._writes = writes
         self._home = home
         self._control_url = control_url
+        self._control_authority = control_authority
         self._strangers = Strangers() if strangers is None else strangers
         self._strangers_lock = threading.Lock()
         self._path = home / contract.IDENTITY_PATH
@@ -313,7 +316,8 @@ class Identities:
                 raise Invalid(f"iss {expected.issuer!r} is given twice.")
             source = running.get(issuer.name)
             if source is None or source.identity != (issuer.jwks_url, expected.algorithms):
-                source = KeySource(name=issuer.name, url=issuer.jwks_url, algorithms=expected.algorithms)
+                fetch = partial(fetch_document, authority=self._control_authority if is_ours else None)
+                source = KeySource(name=issuer.name, url=issuer.jwks_url, algorithms=expected.algorithms, fetch=fetch)
             sources[issuer.name] = source
             trusted[expected.issuer] = (issuer.name, expected, source)
             issuers[issuer.name] = _Issuer(

@@ -80,3 +80,30 @@ def containers(objects: Sequence[Object]) -> Iterator[tuple[str, Any, Any]]:
 def with_labels(objects: Sequence[Object], labels: Mapping[str, str]) -> list[tuple[str, Any]]:
     """Pod templates that a selector finds."""
     return [(where, pod) for where, pod in pods(objects) if labels.items() <= pod["metadata"]["labels"].items()]
+
+
+def envoy_files(objects: Sequence[Object]) -> dict[str, str]:
+    """What a release puts into Envoy's directory, by the paths that its volume gives them."""
+    data = find(objects, "ConfigMap", "peaje-envoy")["data"]
+    volumes = find(objects, "StatefulSet", "peaje-gateway")["spec"]["template"]["spec"]["volumes"]
+    (volume,) = [one["configMap"] for one in volumes if one["name"] == "envoy-config"]
+    assert "peaje-envoy" == volume["name"]
+    assert data.keys() == {item["key"] for item in volume["items"]}
+    return {item["path"]: data[item["key"]] for item in volume["items"]}
+
+
+def mount_documents(objects: Sequence[Object], mounts: Path) -> None:
+    """Lay out Envoy's files and the models as Kubernetes mounts them, with its `..data` indirection."""
+    models = find(objects, "ConfigMap", "peaje-documents")["data"]["models.yaml"]
+    for directory, files in (("envoy", envoy_files(objects)), ("models", {"models.yaml": models})):
+        for path, text in files.items():
+            target = mounts / directory / "..data" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        for entry in (mounts / directory / "..data").iterdir():
+            (mounts / directory / entry.name).symlink_to(Path("..data") / entry.name)
+
+
+def environment(container: Any) -> dict[str, str]:
+    """What a container is told by value; what comes from a Secret or the pod itself is not in it."""
+    return {variable["name"]: variable["value"] for variable in container.get("env", []) if "value" in variable}

@@ -21,20 +21,24 @@ from control.envoy_lint import lint
 from control.laptop.binaries import find_envoy
 from control.located_yaml import load
 from tests.certificates import Authority
-from tests.chart.rendering import CHART, NAMESPACE, PRESETS, REPOSITORY, find, preset, render, rendered
+from tests.chart.rendering import (
+    CHART,
+    NAMESPACE,
+    PRESETS,
+    REPOSITORY,
+    envoy_files,
+    find,
+    mount_documents,
+    preset,
+    render,
+    rendered,
+)
 
 _SERVICES: Final = (CLUSTER_EXTAUTH, CLUSTER_RATELIMIT, CLUSTER_METERING)
 
 
 def _files(name: str) -> dict[str, str]:
-    """What a preset puts into Envoy's directory, by the paths that its volume gives them."""
-    objects = list(rendered(name))
-    data = find(objects, "ConfigMap", "peaje-envoy")["data"]
-    volumes = find(objects, "StatefulSet", "peaje-gateway")["spec"]["template"]["spec"]["volumes"]
-    (volume,) = [one["configMap"] for one in volumes if one["name"] == "envoy-config"]
-    assert "peaje-envoy" == volume["name"]
-    assert data.keys() == {item["key"] for item in volume["items"]}
-    return {item["path"]: data[item["key"]] for item in volume["items"]}
+    return envoy_files(rendered(name))
 
 
 def _laptops() -> Any:
@@ -103,27 +107,13 @@ def test_a_proxy_in_front_is_believed_where_the_values_say_so() -> None:
     assert manager["use_remote_address"] is True
 
 
-def _mount(name: str, directory: Path, tmp_path: Path) -> None:
-    """What Kubernetes mounts, with its `..data` indirection, and `prepare` as the init container runs it."""
-    mounts = tmp_path / "mounts"
-    for path, text in _files(name).items():
-        target = mounts / "envoy/..data" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-    for entry in (mounts / "envoy/..data").iterdir():
-        (mounts / "envoy" / entry.name).symlink_to(Path("..data") / entry.name)
-    (mounts / "models").mkdir()
-    documents = find(list(rendered(name)), "ConfigMap", "peaje-documents")["data"]
-    (mounts / "models/models.yaml").write_text(documents["models.yaml"])
-    pod.prepare(directory, mounts)
-
-
 @pytest.mark.parametrize("name", ["default", "small"])
 def test_envoy_takes_what_a_pod_gives_it(name: str, tmp_path: Path) -> None:
     """Envoy's own validation, in the directory that the init container lays out, with certificates where they are mounted."""
     home = tmp_path / "home"
     home.mkdir()
-    _mount(name, home, tmp_path)
+    mount_documents(rendered(name), tmp_path / "mounts")
+    pod.prepare(home, tmp_path / "mounts")
     if name == "default":
         Authority.make().fill(home / "tls", "gateway")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
+from helm_python.errors import HelmError
 
 from chassis import contract
 from ratelimit.adapters.rule_files import DIRECTORY as RULES
@@ -17,6 +18,7 @@ from tests.chart.rendering import (
     PRESETS,
     Object,
     containers,
+    environment,
     find,
     identity,
     pods,
@@ -225,6 +227,97 @@ def test_each_grpc_port_is_reached_by_envoy_only() -> None:
         assert all(peer.keys() == {"podSelector"} for peer in rule["from"])
 
 
+def _out(**named: str) -> dict[str, Any]:
+    """Values that let pods out to what is named: each has an address of its own, by which tests tell the rules apart."""
+    addresses = {"postgres": "10.0.0.1/32", "redis": "10.0.0.2/32", "models": "10.0.0.3/32"} | named
+    return {"networkPolicy": {"egress": {"enabled": True} | {name: [{"to": [{"ipBlock": {"cidr": cidr}}]}] for name, cidr in addresses.items()}}}
+
+
+def _outside(objects: list[Object], cidr: str) -> set[str]:
+    """Pods that may go out to an address."""
+    return {
+        where for where, pod in pods(objects) for one in objects
+        if one["kind"] == "NetworkPolicy" and one["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        and any({"ipBlock": {"cidr": cidr}} in rule["to"] for rule in one["spec"].get("egress", []))
+    }  # fmt: skip
+
+
+def _told(objects: list[Object], variable: str) -> set[str]:
+    """Pods of which a container has that variable."""
+    return {where.rpartition("/")[0] for where, one, _ in containers(objects) if variable in {entry["name"] for entry in one.get("env", [])}}
+
+
+def _between(objects: list[Object], direction: str, peers: str) -> set[tuple[str, str, int]]:
+    """Each way between pods that policies of that direction open: from, to, port."""
+    found = set()
+    for policy in (one for one in objects if one["kind"] == "NetworkPolicy"):
+        own = [where for where, _ in with_labels(objects, policy["spec"]["podSelector"]["matchLabels"])]
+        for rule in policy["spec"].get(direction, []):
+            others = [
+                where for peer in rule.get(peers, []) if peer.keys() == {"podSelector"}
+                for where, _ in with_labels(objects, peer["podSelector"]["matchLabels"])
+            ]  # fmt: skip
+            pairs = [(other, mine) if direction == "ingress" else (mine, other) for mine in own for other in others]
+            found |= {(*pair, port["port"]) for pair in pairs for port in rule["ports"]}
+    return found
+
+
+def test_unless_asked_the_chart_does_not_say_where_pods_may_go() -> None:
+    """A rule for one way out would close all the others."""
+    assert [["Ingress"]] * 7 == [one["spec"]["policyTypes"] for one in rendered("default") if one["kind"] == "NetworkPolicy"]
+
+
+@pytest.mark.parametrize("placement", ["separate", "sidecar"])
+@pytest.mark.parametrize("exposed", [True, False])
+def test_a_pod_is_let_out_to_whoever_lets_it_in(placement: str, exposed: bool) -> None:
+    """Where ways out are closed, each way in has its other end, and there is no other between pods."""
+    objects = render({"placement": placement, "control": {"exposed": exposed}} | _out())
+
+    ways = _between(objects, "egress", "to")
+    assert ways == _between(objects, "ingress", "from")
+    assert len(ways) == (4 if placement == "separate" else 0) + exposed
+
+
+@pytest.mark.parametrize("placement", ["separate", "sidecar"])
+def test_a_pod_is_let_out_to_what_it_is_told_of_and_to_nothing_else(placement: str) -> None:
+    """Stores by who has their address; model servers by Envoy and the collector, which asks engines what they counted."""
+    objects = render(
+        {"placement": placement, "traces": {"url": "http://collector:4318"}}
+        | _out(issuers="10.0.0.4/32", webhooks="10.0.0.5/32", traces="10.0.0.6/32", dns="10.0.0.7/32")
+    )
+
+    key_reader = "Deployment/peaje-extauth" if placement == "separate" else "StatefulSet/peaje-gateway"
+    assert _told(objects, "PEAJE_POSTGRES_URL") == _outside(objects, "10.0.0.1/32")
+    assert _told(objects, "PEAJE_REDIS_URL") == _outside(objects, "10.0.0.2/32")
+    assert {"StatefulSet/peaje-gateway"} == _outside(objects, "10.0.0.3/32")
+    assert {key_reader} == _outside(objects, "10.0.0.4/32")
+    assert {"Deployment/peaje-events"} == _outside(objects, "10.0.0.5/32")
+    assert _told(objects, "PEAJE_TRACES_URL") == _outside(objects, "10.0.0.6/32")
+    assert {where for where, _ in pods(objects)} == _outside(objects, "10.0.0.7/32")
+    assert {("Ingress", "Egress")} == {tuple(one["spec"]["policyTypes"]) for one in objects if one["kind"] == "NetworkPolicy"}
+
+
+def test_without_traces_nobody_is_let_out_to_their_collector() -> None:
+    """Whatever the policy's values still say of it."""
+    assert set() == _outside(render(_out(traces="10.0.0.6/32")), "10.0.0.6/32")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"networkPolicy": {"egress": {"enabled": True}}}, "egress/postgres"),
+        (_out(dns="10.0.0.7/32") | {"traces": {"url": "http://collector:4318"}}, "egress/traces"),
+        ({"networkPolicy": {"egress": {"redis": [{"to": []}]}}}, "egress/redis/0/to"),
+        ({"networkPolicy": {"egress": {"redis": [{"ports": [{"port": 6379}]}]}}}, "egress/redis/0.*'to'"),
+        ({"networkPolicy": {"egress": {"stores": []}}}, "stores"),
+    ],
+)
+def test_ways_out_that_lead_nowhere_or_everywhere_are_refused(values: dict[str, Any], complaint: str) -> None:
+    """Without its stores no request passes; Kubernetes takes an empty list of peers for all there are."""
+    with pytest.raises(HelmError, match=complaint):
+        render(values)
+
+
 def test_services_with_pods_of_their_own_ask_for_a_certificate() -> None:
     """Each has its own, listens on TCP with it, and there is no other way in."""
     objects = list(rendered("default"))
@@ -235,6 +328,24 @@ def test_services_with_pods_of_their_own_ask_for_a_certificate() -> None:
         assert f"0.0.0.0:{port}" == environment[f"PEAJE_{service.upper()}_LISTEN"]
         assert "/etc/peaje/tls" == environment["PEAJE_TLS_DIRECTORY"]
         assert [f"peaje-{service}-tls"] == [v["secret"]["secretName"] for v in pod["volumes"] if v["name"] == "tls"]
+
+
+@pytest.mark.parametrize("placement", ["separate", "sidecar"])
+def test_extauth_believes_the_authority_of_the_control_apis_certificate(placement: str) -> None:
+    """Of what signs for Peaje alone it sees no key but its own; without the API exposed there is nothing to believe."""
+    objects = render({"placement": placement, "control": {"exposed": True, "issuer": "https://peaje-control.gateway.svc.cluster.local:10001"}})
+    [(extauth, pod)] = [(one, pod) for _, one, pod in containers(objects) if one["name"] == "extauth"]
+
+    path = environment(extauth)["PEAJE_CONTROL_AUTHORITY"]
+    [mount] = [mount for mount in extauth["volumeMounts"] if path.startswith(f"{mount['mountPath']}/")]
+    [volume] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert path == f"{mount['mountPath']}/ca.crt"
+    assert ("peaje-extauth-tls" if placement == "separate" else "peaje-control-tls") == volume["secretName"]
+    assert ("items" in volume) == (placement == "sidecar")
+    assert all(item == {"key": "ca.crt", "path": "ca.crt"} for item in volume.get("items", []))
+    unexposed = render({"placement": placement, "control": {"exposed": False}})
+    assert "PEAJE_CONTROL_AUTHORITY" not in json.dumps([one for one in unexposed if one["kind"] != "ConfigMap"])
+    assert [] == [*writable_places(objects), *writable_places(unexposed)]
 
 
 def test_sidecars_listen_on_sockets_alone() -> None:
@@ -281,6 +392,18 @@ def test_envoy_ends_before_what_reads_its_journal(name: str) -> None:
     assert {"collector", "beacon", "pools"} <= set(sidecars)
     assert "drain" == spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     assert spec["terminationGracePeriodSeconds"] > drain
+
+
+@pytest.mark.parametrize("name", ["default", "large", "external-stores"])
+def test_a_release_of_metering_resets_no_stream_that_passes_it(name: str) -> None:
+    """It has as long as a gateway's streams, and Kubernetes waits longer than it turns others away and then lets them end."""
+    objects = list(rendered(name))
+    [envoy] = find(objects, "StatefulSet", "peaje-gateway")["spec"]["template"]["spec"]["containers"]
+    pod = find(objects, "Deployment", "peaje-metering")["spec"]["template"]["spec"]
+    told = environment(pod["containers"][0])
+
+    assert environment(envoy)["PEAJE_POD_DRAIN_SECONDS"] == told["PEAJE_METERING_STREAM_SECONDS"]
+    assert pod["terminationGracePeriodSeconds"] > float(told["PEAJE_DRAIN_SECONDS"]) + float(told["PEAJE_METERING_STREAM_SECONDS"])
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -330,6 +453,21 @@ def test_every_selector_finds_its_pods(name: str) -> None:
             case _:
                 continue
         assert 1 == len(with_labels(objects, labels)), identity(one)
+
+
+def test_what_is_said_of_every_pod_is_on_every_pod() -> None:
+    """Migrations too: where a mesh is told by an annotation to leave a pod alone, a job that has it never ends."""
+    said = {
+        "annotations": {"sidecar.istio.io/inject": "false"}, "labels": {"team": "gateway"}, "nodeSelector": {"pool": "edge"},
+        "tolerations": [{"key": "edge", "operator": "Exists"}], "priorityClassName": "high",
+    }  # fmt: skip
+
+    for where, pod in pods(render({"pod": said})):
+        assert said["annotations"].items() <= pod["metadata"].get("annotations", {}).items(), where
+        assert said["labels"].items() <= pod["metadata"]["labels"].items(), where
+        assert {name: said[name] for name in ("nodeSelector", "tolerations", "priorityClassName")} == {
+            name: pod["spec"].get(name) for name in ("nodeSelector", "tolerations", "priorityClassName")
+        }, where
 
 
 @pytest.mark.parametrize("placement", ["separate", "sidecar"])

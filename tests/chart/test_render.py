@@ -68,9 +68,27 @@ _FOREIGN: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 
 
+#: What no preset has, because it names what is around it.
+_AROUND: Final[Mapping[str, Any]] = {
+    "traces": {"url": "http://otel-collector.observability:4318", "percent": 0.5},
+    "networkPolicy": {
+        "egress": {
+            "enabled": True,
+            "postgres": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/24"}}], "ports": [{"port": 5432}]}],
+            "redis": [{"to": [{"ipBlock": {"cidr": "10.1.1.0/24"}}], "ports": [{"port": 6379}]}],
+            "models": [{"to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "models"}}}]}],
+            "issuers": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}], "ports": [{"port": 443}]}],
+            "webhooks": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}], "ports": [{"port": 443}]}],
+            "traces": [{"to": [{"podSelector": {"matchLabels": {"app": "otel"}}, "namespaceSelector": {}}], "ports": [{"port": 4318}]}],
+        }
+    },
+}
+
+
 def _everything() -> list[Object]:
-    """Each different object of all presets, once."""
-    different = {json.dumps(one, sort_keys=True): one for name in PRESETS for one in rendered(name)}
+    """Each different object of all presets, once; and of both placements with all that no preset has."""
+    releases = [*map(rendered, PRESETS), *(render({"placement": placement} | dict(_AROUND)) for placement in ("separate", "sidecar"))]
+    different = {json.dumps(one, sort_keys=True): one for objects in releases for one in objects}
     return list(different.values())
 
 
@@ -131,12 +149,32 @@ def test_every_object_has_a_name_of_its_own(name: str) -> None:
         ({"stores": {"postgres": {"existingSecret": ""}}}, "existingSecret"),
         ({"extauth": {"env": {"peaje-lower": "x"}}}, "peaje-lower"),
         ({"bindAddress": "127.0.0.1"}, "bindAddress"),
+        ({"gateway": {"heapMiB": 1024}}, r"heapMiB is 1024.*1Gi"),
+        ({"gateway": {"heapMiB": 1000, "resources": {"limits": {"memory": "1.0G"}}}}, r"heapMiB is 1000.*1\.0G"),
+        ({"gateway": {"resources": {"limits": {"memory": "900m"}}}}, "900m is no amount of memory"),
+        ({"gateway": {"autoscaling": {"minReplicas": 11}}}, r"gateway\.autoscaling\.minReplicas is 11.*10"),
+        ({"placement": "sidecar", "gateway": {"autoscaling": {"maxReplicas": 1}}}, r"gateway\.autoscaling\.minReplicas is 2.*1"),
+        ({"metering": {"autoscaling": {"maxReplicas": 1}}}, r"metering\.autoscaling\.minReplicas is 2.*1"),
     ],
 )
 def test_values_that_cannot_be_right_are_refused(values: dict[str, Any], complaint: str) -> None:
     """Named, before anything is rendered."""
     with pytest.raises(HelmError, match=complaint):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gateway": {"heapMiB": 953, "resources": {"limits": {"memory": "1000000000"}}}},
+        {"gateway": {"heapMiB": 1536, "resources": {"limits": {"memory": "1.6Gi"}}}},
+        {"gateway": {"autoscaling": {"enabled": False, "minReplicas": 11}}},
+        {"placement": "sidecar", "metering": {"autoscaling": {"maxReplicas": 1}}},
+    ],
+)
+def test_values_that_only_look_like_it_are_taken(values: dict[str, Any]) -> None:
+    """Memory in each of Kubernetes' units; bounds of scalers that are not made."""
+    assert render(values)
 
 
 def test_the_documents_of_the_values_are_those_of_a_laptop() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import ssl
@@ -20,6 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chassis import certificates
 from chassis.secrets import write_private
+from chassis.serving import GRACE_SECONDS
+from chassis.wire import ext_proc_pb2 as wire
+from metering.servicer import METHOD
 from tests.certificates import Authority
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,6 +78,42 @@ def test_a_service_in_a_pod_serves_those_who_show_a_certificate(tmp_path: Path) 
         assert not (tmp_path / "home/run/metering.sock").exists()
 
         process.send_signal(signal.SIGTERM)
+        assert 0 == process.wait(_PATIENCE_SECONDS)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_stream_that_passes_a_service_that_is_to_go_ends_by_itself(tmp_path: Path) -> None:
+    """Longer than a call may take; nobody else is let in meanwhile, and the process ends with the last stream."""
+    authority = Authority.make()
+    server, client = authority.fill(tmp_path / "server", "metering"), authority.fill(tmp_path / "client", "gateway")
+    credentials = certificates.channel_credentials(certificates.read(client))
+    address = f"127.0.0.1:{_free_port()}"
+    process = _start(
+        tmp_path / "home", PEAJE_METERING_LISTEN=address, PEAJE_TLS_DIRECTORY=str(server), PEAJE_METERING_STREAM_SECONDS="600"
+    )
+    pieces: queue.SimpleQueue[wire.ProcessingRequest | None] = queue.SimpleQueue()
+    piece = wire.ProcessingRequest(response_body=wire.HttpBody(body=b"a piece"))
+    try:
+        with grpc.secure_channel(address, credentials) as channel:
+            call = channel.stream_stream(
+                METHOD, request_serializer=wire.ProcessingRequest.SerializeToString, response_deserializer=wire.ProcessingResponse.FromString
+            )
+            answers = call(iter(pieces.get, None), wait_for_ready=True, timeout=2 * _PATIENCE_SECONDS)
+            pieces.put(piece)
+            assert b"a piece" == next(answers).response_body.response.body_mutation.streamed_response.body
+
+            process.send_signal(signal.SIGTERM)
+            told = time.monotonic()
+            while _status(address, credentials) != grpc.StatusCode.UNAVAILABLE or time.monotonic() < told + GRACE_SECONDS + 1:
+                assert time.monotonic() < told + _PATIENCE_SECONDS
+                time.sleep(0.1)
+
+            pieces.put(piece)
+            assert b"a piece" == next(answers).response_body.response.body_mutation.streamed_response.body
+            pieces.put(None)
+            assert [] == list(answers)
         assert 0 == process.wait(_PATIENCE_SECONDS)
     finally:
         process.kill()

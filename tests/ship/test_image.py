@@ -24,9 +24,9 @@ from tests.ship.dockerfile import read
 _REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _TEXT: Final = (_REPOSITORY / "Dockerfile").read_text()
 _ARGUMENTS, _STAGES = read(_TEXT)
-_PACKAGES: Final = ("chassis", "control", "extauth", "metering", "ratelimit")
+PACKAGES: Final = ("chassis", "control", "extauth", "metering", "ratelimit")
 #: Imported only where it is there: invoices as Parquet; by what makes protos and dashboards, which no installation does.
-_OPTIONAL: Final = {"pyarrow", "grpc_tools", "grafana_foundation_sdk"}
+OPTIONAL: Final = {"pyarrow", "grpc_tools", "grafana_foundation_sdk"}
 
 
 def _tool(name: str) -> str:
@@ -113,8 +113,8 @@ def test_the_lock_of_the_images_has_all_that_our_code_imports() -> None:
     owners = {
         name: {re.sub(r"[._-]+", "-", one).lower() for one in found} for name, found in importlib.metadata.packages_distributions().items()
     }
-    wanted = {name for package in _PACKAGES for path in (_REPOSITORY / package).rglob("*.py") for name in _imports(path)}
-    foreign = wanted - set(sys.stdlib_module_names) - set(_PACKAGES) - _OPTIONAL
+    wanted = {name for package in PACKAGES for path in (_REPOSITORY / package).rglob("*.py") for name in _imports(path)}
+    foreign = wanted - set(sys.stdlib_module_names) - set(PACKAGES) - OPTIONAL
 
     # `google` is shared by several; the rest have one owner.
     assert [] == sorted(name for name in foreign if not owners.get(name, set()) & locked)

@@ -17,6 +17,7 @@ import yaml
 
 from chassis.errors import Invalid
 from chassis.secrets import load_peppers
+from chassis.telemetry import traces
 from control import pod
 
 _PEPPER = "0f1e2d3c4b5a69788796a5b4c3d2e1f0" * 2
@@ -31,6 +32,15 @@ def mounts(tmp_path: Path) -> Path:
     _mount(root / "models", {"models.yaml": _MODELS.replace("MODEL", "one")})
     _mount(root / "envoy", {"envoy.yaml": "node: {}\n", "gate.lua": "-- gate\n", "lua/lane.lua": "-- lane\n"})
     return root
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    """The repository's own files of Envoy, where a pod mounts them."""
+    (tmp_path / "mounts").mkdir()
+    (tmp_path / "mounts/envoy").symlink_to(Path(__file__).resolve().parents[2] / "envoy")
+    _mount(tmp_path / "mounts/models", {"models.yaml": _MODELS.replace("MODEL", "one")})
+    return tmp_path / "mounts"
 
 
 def _mount(directory: Path, files: dict[str, str], *, mode: int = 0o644, moment: str = "..1") -> None:
@@ -100,18 +110,46 @@ def test_preparing_again_changes_nothing(tmp_path: Path, mounts: Path) -> None:
     assert before == texts()
 
 
-def test_the_tenants_address_is_changed_where_it_is_asked_for_and_nothing_else(tmp_path: Path) -> None:
+def test_the_tenants_address_is_changed_where_it_is_asked_for_and_nothing_else(tmp_path: Path, shipped: Path) -> None:
     """A container's loopback is nobody's; the admin page stays there."""
-    repository = Path(__file__).resolve().parents[2]
-    (tmp_path / "mounts").mkdir()
-    (tmp_path / "mounts/envoy").symlink_to(repository / "envoy")
-    _mount(tmp_path / "mounts/models", {"models.yaml": _MODELS.replace("MODEL", "one")})
-    expected = yaml.safe_load((repository / "envoy/envoy.yaml").read_text())
+    expected = yaml.safe_load((shipped / "envoy/envoy.yaml").read_text())
     expected["static_resources"]["listeners"][0]["address"]["socket_address"]["address"] = "0.0.0.0"
 
-    pod.prepare(tmp_path / "home", tmp_path / "mounts", bind_address="0.0.0.0")
+    pod.prepare(tmp_path / "home", shipped, bind_address="0.0.0.0")
 
     assert expected == yaml.safe_load((tmp_path / "home/envoy/envoy.yaml").read_text())
+
+
+def test_a_pod_that_is_told_of_a_collector_of_traces_sends_envoys_spans_there(tmp_path: Path, shipped: Path) -> None:
+    """As on a laptop; prepared again, there is still one tracer."""
+    bootstrap = tmp_path / "home/envoy/envoy.yaml"
+    spans = traces.Settings(url="http://collector.observability:4318", percent=0.5)
+
+    pod.prepare(tmp_path / "home", shipped, spans=spans)
+    once = bootstrap.read_text()
+    pod.prepare(tmp_path / "home", shipped, spans=spans)
+
+    assert once == bootstrap.read_text()
+    resources = yaml.safe_load(once)["static_resources"]
+    tracer = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]["tracing"]["provider"]["typed_config"]
+    [cluster] = [one for one in resources["clusters"] if one["name"] == "traces"]
+    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert "http://collector.observability:4318/v1/traces" == tracer["http_service"]["http_uri"]["uri"]
+    assert 5_000 == tracer["sampler"]["typed_config"]["sampling_percentage"]["numerator"]
+    assert {"address": "collector.observability", "port_value": 4318} == endpoint["endpoint"]["address"]["socket_address"]
+
+
+def test_a_pod_without_a_collector_of_traces_has_envoys_files_as_they_are(tmp_path: Path, shipped: Path) -> None:
+    """Off is no tracer at all."""
+    pod.prepare(tmp_path / "home", shipped, spans=traces.Settings(url=""))
+
+    assert (shipped / "envoy/envoy.yaml").read_text() == (tmp_path / "home/envoy/envoy.yaml").read_text()
+
+
+def test_spans_that_nothing_mounted_could_send_are_refused(tmp_path: Path, mounts: Path) -> None:
+    """Rather than a gateway that says nothing of them."""
+    with pytest.raises(Invalid, match=r"tracing\.yaml is not mounted"):
+        pod.prepare(tmp_path / "home", mounts, spans=traces.Settings(url="http://collector:4318"))
 
 
 def test_without_models_nothing_starts(tmp_path: Path, mounts: Path) -> None:
@@ -188,6 +226,18 @@ def test_metrics_leave_the_pod_and_nothing_else_of_the_admin_page(admin: int) ->
         assert "/stats/prometheus" == httpx.get(f"{url}/metrics").text
         assert {404} == {httpx.get(url + path).status_code for path in ("/", "/config_dump", "/stats", "/metrics?x", "/metrics/..", "/ready/")}
         assert {501} == {httpx.request(method, f"{url}/metrics").status_code for method in ("POST", "PUT", "DELETE")}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_metrics_are_shown_on_an_address_of_either_family(admin: int, host: str) -> None:
+    """A cluster with IPv6 has the chart listen on `::`; a helper that cannot would hold up every gateway pod."""
+    server = pod.show(host, 0, admin_port=admin)
+    try:
+        address = f"[{host}]" if ":" in host else host
+        assert "/stats/prometheus" == httpx.get(f"http://{address}:{server.server_address[1]}/metrics").text
     finally:
         server.shutdown()
         server.server_close()

@@ -171,11 +171,11 @@ volumeMounts:
 {{- end }}
 {{- end -}}
 
-{{- /* Lays out the state directory: dict root image mounts */ -}}
+{{- /* Lays out the state directory: dict root image env mounts */ -}}
 {{- define "peaje.prepare" -}}
 {{- include "peaje.container" (dict
   "root" .root "name" "prepare" "image" .image "command" (list "python" "-m" "control.pod" "prepare")
-  "resources" .root.Values.gateway.helpers.resources
+  "env" .env "resources" .root.Values.gateway.helpers.resources
   "mounts" (concat (include "peaje.documentsMounts" .root | fromYamlArray) .mounts)) -}}
 {{- end -}}
 
@@ -202,17 +202,25 @@ volumeMounts:
 {{- if eq .name "extauth" -}}
 {{- $_ := set $env "PEAJE_CONTROL_ISSUER" $root.Values.control.issuer -}}
 {{- $mounts = append $mounts (dict "name" "secrets" "mountPath" "/var/lib/peaje/secrets" "readOnly" true) -}}
+{{- if $root.Values.control.exposed -}}
+{{- /* Its certificate is of Peaje's own authority, unless something public stands before it. */ -}}
+{{- $_ := set $env "PEAJE_CONTROL_AUTHORITY" (ternary "/etc/peaje/control/ca.crt" "/etc/peaje/tls/ca.crt" $sidecar) -}}
+{{- if $sidecar -}}
+{{- $mounts = append $mounts (dict "name" "control-authority" "mountPath" "/etc/peaje/control" "readOnly" true) -}}
+{{- end -}}
+{{- end -}}
 {{- else if eq .name "ratelimit" -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_PROCESSES" (include "peaje.ratelimitProcesses" $root) -}}
 {{- $_ := set $env "PEAJE_RATELIMIT_CLUSTER" $root.Values.stores.redis.cluster -}}
 {{- $mounts = concat $mounts (include "peaje.ratelimitMounts" $root | fromYamlArray) -}}
 {{- else if not $sidecar -}}
+{{- $_ := set $env "PEAJE_METERING_STREAM_SECONDS" $root.Values.gateway.drainSeconds -}}
 {{- $_ := set $env "PEAJE_METERING_RATELIMIT" (printf "%s:%s" (include "peaje.host" (list $root "ratelimit")) (include "peaje.grpcPort" "ratelimit")) -}}
 {{- end -}}
 {{- $alive := dict "httpGet" (dict "path" "/" "port" (printf "m-%s" .name)) "periodSeconds" 10 "timeoutSeconds" 5 -}}
 {{- include "peaje.container" (dict
   "root" $root "name" .name "command" (list "python" "-m" .name) "sidecar" $sidecar "image" (ternary "gateway" "services" $sidecar)
-  "postgres" true "redis" (eq .name "ratelimit") "env" (merge $env $values.env) "ports" $ports "resources" $values.resources "mounts" $mounts
+  "postgres" true "redis" (eq .name "ratelimit") "env" (merge $env (include "peaje.tracesEnv" $root | fromYaml) $values.env) "ports" $ports "resources" $values.resources "mounts" $mounts
   "probes" (dict
     "startupProbe" (merge (dict "periodSeconds" 1 "failureThreshold" 120) $ready)
     "readinessProbe" (merge (dict "periodSeconds" 5 "timeoutSeconds" 2) $ready)

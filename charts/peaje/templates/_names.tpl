@@ -79,3 +79,13 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- $part := ternary .Values.gateway .Values.ratelimit (eq .Values.placement "sidecar") -}}
 {{- ternary $part.autoscaling.maxReplicas $part.replicas $part.autoscaling.enabled -}}
 {{- end -}}
+
+{{- /* What makes a process send its spans; nothing where no collector of traces is named. */ -}}
+{{- define "peaje.tracesEnv" -}}
+{{- with (.Values.traces).url -}}
+{{- if hasPrefix "https:" . -}}
+{{- fail "traces.url is https, and spans are sent by plain HTTP. Name a collector in the cluster, which passes them on by TLS with the credentials that it needs." -}}
+{{- end -}}
+PEAJE_TRACES_URL: {{ . | quote }}
+{{- end -}}
+{{- end -}}

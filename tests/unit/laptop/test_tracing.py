@@ -59,12 +59,29 @@ def test_with_a_collector_each_door_is_traced(tmp_path: Path, monkeypatch: pytes
     assert {"address": "collector", "port_value": 4319} == endpoint["endpoint"]["address"]["socket_address"]
 
 
-@pytest.mark.parametrize("url", ["collector:4318", "https://collector", "http://", "/v1/traces", "http://here:99999", "http://[::1"])
+@pytest.mark.parametrize("url", ["collector:4318", "http://", "/v1/traces", "http://here:99999", "http://here:0", "http://[::1", "http://here?x=1", "http://here#x"])
 def test_what_is_no_address_of_a_collector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Before anything starts, by the name of the setting."""
     monkeypatch.setenv("PEAJE_TRACES_URL", url)
 
     with pytest.raises(Trouble, match="PEAJE_TRACES_URL"):
+        rendered(tmp_path)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stand in Envoy's configuration, for everybody who may look at that."""
+    monkeypatch.setenv("PEAJE_TRACES_URL", "http://me:s3cret@collector:4318")
+
+    with pytest.raises(Trouble, match="without user") as raised:
+        rendered(tmp_path)
+    assert "s3cret" not in str(raised.value)
+
+
+def test_an_address_by_tls_is_refused_with_what_to_do_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Envoy nor the services would check the certificate."""
+    monkeypatch.setenv("PEAJE_TRACES_URL", "https://collector:4318")
+
+    with pytest.raises(Trouble, match=r"plain HTTP.*Name a collector near by"):
         rendered(tmp_path)
 
 
