@@ -146,6 +146,11 @@ class Refused:
     status: int
     details: str
 
+    @property
+    def was_answered(self) -> bool:
+        """Whether the gateway gave what was asked for itself: a list of models, of which ratelimit is not asked."""
+        return 200 <= self.status < 400
+
 
 def parse(line: bytes) -> Entry:
     """Read one complete line; raises `Malformed` for whatever Envoy and the tap do not write, and `Nameless`."""
@@ -219,7 +224,7 @@ def lost_event(entry: Entry) -> UsageEvent:
 
 
 def refused(entry: Entry) -> Refused:
-    """What is kept of a refusal: *entry* is its end record."""
+    """What is kept of a request that was not admitted: *entry* is its end record."""
     return Refused(
         request_id=entry.request_id,
         started_at=entry.started_at,
