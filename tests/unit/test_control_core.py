@@ -19,6 +19,7 @@ from chassis import keys
 from chassis.errors import Invalid, Unavailable
 from control.act import ALL_TENANTS, Act, OneTenant
 from control.cli import client, options, reports
+from control.cli import keys as keys_command
 from control.cli.show import show
 from control.core import chain, rights, roles, tokens
 from control.core.roles import PERMISSIONS, PLATFORM_ONLY, Permission, Role, can_be_held, may
@@ -32,7 +33,7 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 # --- Examples in the docstrings ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [chain, client, options, reports, rights, roles, tokens, keys])
+@pytest.mark.parametrize("module", [chain, client, keys_command, options, reports, rights, roles, tokens, keys])
 def test_the_examples_in_docstrings_hold(module: Any) -> None:
     """They are what a reader learns from."""
     found = doctest.testmod(module)
