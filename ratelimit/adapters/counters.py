@@ -26,7 +26,7 @@ from ratelimit.core.demand import Counter, Demand, Kind, pool_place, slots_key
 from ratelimit.core.doubt import Hold
 from ratelimit.core.lease import LENGTH_US, Lease
 from ratelimit.core.limits import Effect, Period, Unit
-from ratelimit.core.usage import Price, Report, Usage, hits
+from ratelimit.core.usage import Price, Report, Tier, Usage, holds
 
 #: Well below Envoy's 500 ms for the whole decision, well above what a busy host delays a reply.
 STORE_TIMEOUT_SECONDS: Final = 0.1
@@ -262,17 +262,23 @@ def _held(reservation: bytes) -> dict[str, int]:
             found[counter["n"]] = counter["f"]
         elif is_hard and output:
             usage = Usage(input=int(input_), output=int(output), quantity=demand["q"])
-            found[counter["n"]] = hits(Unit(counter["u"]), usage, _price(counter["c"]))
+            found[counter["n"]] = holds(Unit(counter["u"]), usage, _price(counter["c"]))
         else:
             found[counter["n"]] = counter["l"]
     return found
 
 
-def _price(numbers: Sequence[int] | None) -> Price | None:
+def _price(numbers: Sequence[Any] | None) -> Price | None:
     if numbers is None:
         return None
-    input_, output, cached, minimum, each = numbers
-    return Price(currency="", input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum, each_nano=each)
+    input_, output, cached, minimum, each, reach, tiers, reasoning = numbers
+    return Price(
+        currency="", input_nano=input_, output_nano=output, cached_nano=cached, minimum_nano=minimum, each_nano=each, reach=reach,
+        reasoning_nano=reasoning,
+        tiers=tuple(
+            Tier(input_nano=it[0], output_nano=it[1], cached_nano=it[2], above_tokens=it[3], reasoning_nano=it[4]) for it in tiers
+        ),
+    )  # fmt: skip
 
 
 def _script(text: str) -> _Script:

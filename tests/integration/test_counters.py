@@ -12,9 +12,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ratelimit.adapters import counters as adapter
 from ratelimit.adapters.counters import StoredCounters, connect
-from ratelimit.core.decide import Outcome, Renewal
-from ratelimit.core.demand import Demand, Kind
-from ratelimit.core.usage import Report
+from ratelimit.core.decide import Outcome, Renewal, Verdict
+from ratelimit.core.demand import Counter, Demand, Kind
+from ratelimit.core.doubt import Hold
+from ratelimit.core.limits import Period, Unit
+from ratelimit.core.usage import Price, Report, Tier, Usage
 from tests.integration.stores import PATIENCE_SECONDS, debian_redis, store_server
 from tests.ratelimit_model.machine import Lives
 
@@ -84,3 +86,24 @@ def test_the_scripts_agree_with_the_model_on_the_distribution_s_redis() -> None:
     """Redis 7.0 is the oldest that is supported."""
     with store_server(debian_redis()) as url:
         run_state_machine_as_test(lives(connect(url, cluster=False, timeout_seconds=PATIENCE_SECONDS)), settings=_LIVES)
+
+
+def test_what_a_budget_holds_is_told_by_the_dearest_price(counter_store: str) -> None:
+    """Of a request that was given less than it asked for: tokens as they were granted, at the price of reasoning and of its tier."""
+    stored = connect(counter_store, cluster=False, timeout_seconds=PATIENCE_SECONDS)
+    price = Price(
+        currency="USD", input_nano=1_000_000, output_nano=2_000_000, cached_nano=0, reasoning_nano=5_000_000, reach=30,
+        tiers=(Tier(above_tokens=20, input_nano=3_000_000, output_nano=4_000_000, cached_nano=0),),
+    )  # fmt: skip
+    budget = Counter(
+        name="peaje:{told}:1:2030-03", limit_id=1, kind=Kind.QUOTA, unit=Unit.MONEY, period=Period.CALENDAR_MONTH, amount=100, burst=100,
+        full=1000, lean=50, price=price, ends_us=2**52,
+    )  # fmt: skip
+    asked = Demand(
+        tenant_id="told", request_id="r", counters=(budget,), full=Usage(input=8, output=200), lean=Usage(input=8, output=4), is_capped=True
+    )
+
+    outcome = StoredCounters(stored).take(asked, {budget.name: 0})
+
+    assert (Verdict.LEAN, 4) == (outcome.verdict, outcome.output)
+    assert [(Hold(request_id="r", hits=8 * 3 + 4 * 4),)] == StoredCounters(stored).holds("told", [budget])
