@@ -129,7 +129,7 @@ class StoredCounters:
     def _settled(self, place: str, request_id: str, report: Report) -> Settled | None:
         numbers = (-1 if report.input is None else report.input, report.output, report.cached, DONE_US // 1000)
         keys = [reservation_key(place, request_id), open_key(place)]
-        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning])
+        settled, excess = self._call(self._settle, keys, [*numbers, request_id, report.quantity, report.reasoning, int(report.happened)])
         return Settled(excess_tokens=int(excess)) if settled else None
 
     def raise_used(self, name: str, spent: int) -> bool:

@@ -4,7 +4,7 @@
 --          reservation; they have the same hash tag, so they live in the same slot.
 -- ARGV     input tokens (-1: nobody knows, the estimate stands), output tokens, cached tokens,
 --          how long it is remembered that this request was settled (ms), the request, how much was delivered
---          of what else it is metered by, output tokens that were reasoning
+--          of what else it is metered by, output tokens that were reasoning, 0 if there was no exchange at all
 -- Answer: {1, tokens used beyond what was held for them, less than 0: held and not used}
 --         | {0, 0} there was nothing (settled before, expired, or never reserved)
 local stored = redis.call('GET', KEYS[1])
@@ -40,7 +40,9 @@ for i, counter in ipairs(demand.c) do
     if redis.call('ZREM', counter.n .. ':held', member(hits, demand.r)) == 1 then
       redis.call('HINCRBY', counter.n, 'held', whole(-hits))
     end
-    redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached, quantity, reasoning)))
+    if ARGV[8] ~= '0' then
+      redis.call('HINCRBY', counter.n, 'used', whole(hits_of(counter, input, output, cached, quantity, reasoning)))
+    end
   end
 end
 local held = reservation.input + (reservation.output or 0)

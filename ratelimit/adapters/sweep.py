@@ -103,7 +103,7 @@ class Sweep:
             if report is None and request_id in read_until:
                 unheard_of_us = _microseconds(min(now, read_until[request_id])) - admitted_us
                 if unheard_of_us > ORPHAN_AGE_MIN.total_seconds() * 1_000_000:
-                    report = Report(input=0, output=0)
+                    report = Report(input=0, output=0, happened=False)
             if report is not None:
                 settled += self._counters.settle(tenant_id=tenant_id, request_id=request_id, report=report) is not None
         if settled:

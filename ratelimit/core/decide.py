@@ -228,7 +228,7 @@ def settle(memory: Memory, request_id: str, report: Report, now_us: int) -> bool
         level = memory.levels.get(counter.name)
         if counter.name not in reservation.taken or level is None:
             continue
-        used = hits(counter.unit, actual, counter.price)
+        used = hits(counter.unit, actual, counter.price) if report.happened else 0
         if counter.kind is Kind.SLOTS:
             level.slots.leave(request_id)
         elif counter.kind is Kind.BACKLOG:

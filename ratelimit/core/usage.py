@@ -70,6 +70,8 @@ class Report:
     cached: int = 0
     reasoning: int = 0
     quantity: int = 0
+    #: Whether there was an exchange at all: of what never came to one nothing is charged, not even a request.
+    happened: bool = True
 
     def usage(self, admitted: Usage) -> Usage:
         """The usage to charge, given what was estimated at admission."""

@@ -13,6 +13,7 @@ from chassis.stores.postgres import read_pool
 from ratelimit.adapters.counters import StoredCounters, connect
 from ratelimit.adapters.sweep import AGE_MIN, ORPHAN_AGE_MIN, Sweep
 from ratelimit.core.demand import Kind
+from ratelimit.core.limits import Unit
 from tests.integration.test_ratelimit_stores import demand, seeds
 
 LEASES = "peaje:{sweep}:leases"
@@ -50,7 +51,9 @@ def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(
     store = connect(counter_store, cluster=False)
     store.delete(*store.keys("peaje:{sweep}:*") or ["none"])
     stored = StoredCounters(store)
-    asked = dataclasses.replace(demand("sweep", amount=100, kinds=(Kind.QUOTA, Kind.LEASES)), epoch=epoch)
+    tokens = demand("sweep", amount=100, kinds=(Kind.QUOTA, Kind.LEASES))
+    requests = dataclasses.replace(tokens.counters[0], name="peaje:{sweep}:requests", unit=Unit.REQUESTS, full=1, lean=1)
+    asked = dataclasses.replace(tokens, counters=(*tokens.counters, requests), epoch=epoch)
     stored.take(asked, seeds(asked))
     now = datetime.now(UTC) + age
     with psycopg.connect(postgres_url, autocommit=True) as connection:
@@ -78,5 +81,5 @@ def test_a_reservation_is_settled_when_its_exchange_is_known_to_be_over(
 
     pool.close()
     assert (int(not kept), int(kept)) == (settled, store.zcard(LEASES))
-    used = {"ended": b"15"}.get(known_as, b"0") if not kept else b"0"
-    assert used == store.hget("peaje:{sweep}:quota", "used")
+    used = (b"15", b"1") if known_as == "ended" and not kept else (b"0", b"0")
+    assert used == tuple(store.hget(f"peaje:{{sweep}}:{name}", "used") for name in ("quota", "requests"))
