@@ -8,6 +8,7 @@ that was moved or spelled otherwise is none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 #: Of one difference; a whole resource would be a page.
 _SHOWN_MAX: Final = 200
 ABSENT: Final = None
+_WHOLE: Final = re.compile(r"-?[0-9]+\.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -94,7 +96,13 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """One spelling of a number: 64-bit ones are text in protobuf's JSON, whole ones may be written as floats."""
+    """
+    One spelling of a number.
+
+    64-bit ones are text in protobuf's JSON, and in Envoy's dump those of metadata; whole ones may be written as floats.
+    """
+    if isinstance(value, str):
+        return value.removesuffix(".0") if _WHOLE.fullmatch(value) else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(int(value)) if float(value).is_integer() else str(value)

@@ -39,6 +39,8 @@ _HYGIENE: Final[tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...]] = (
 )
 #: A slow client is cut after these; Envoy's own are off or five minutes.
 _CLIENT_TIMEOUTS: Final = ("request_headers_timeout", "request_timeout", "stream_idle_timeout")
+_OUR_PREFIX: Final = "peaje."
+_OUR_NAMESPACES: Final = (contract.NS_REQUEST, contract.NS_USAGE, contract.POOL_NAMESPACE)
 #: Each of these decides whether a request passes at all.
 _ASKING: Final = {_AUTHZ: "ext_authz", _RATELIMIT: "ratelimit", _EXT_PROC: "ext_proc"}
 
@@ -51,6 +53,7 @@ def lint(document: Mapping, file: str) -> list[Finding]:
     for mapping in walk(document):
         for rule in _RULES.get(_type_of(mapping), ()):
             found.extend(rule(mapping, file))
+        found.extend(_namespaces(mapping, file))
         if "route_config" in mapping and isinstance(mapping["route_config"], Mapping):
             found.extend(_routes(mapping["route_config"], file))
         if "exact_match_map" in mapping:
@@ -58,6 +61,17 @@ def lint(document: Mapping, file: str) -> list[Finding]:
     for cluster in (document.at("static_resources") or Mapping()).mappings("clusters"):
         found.extend(_cluster(cluster, file))
     return sorted(set(found), key=lambda finding: (finding.file, finding.line, finding.what))
+
+
+def _namespaces(mapping: Mapping, file: str) -> Iterator[Finding]:
+    """Metadata of ours that nobody writes: what asks for it is never true, or always."""
+    for name in ("filter", "key"):
+        value = mapping.get(name)
+        if isinstance(value, str) and value.startswith(_OUR_PREFIX) and value not in _OUR_NAMESPACES:
+            yield Finding(
+                file=file, line=mapping.line, what=f"nobody writes the metadata {value}.",
+                mend=f"Write one of {', '.join(_OUR_NAMESPACES)}.",
+            )  # fmt: skip
 
 
 def _type_of(mapping: Mapping) -> str:

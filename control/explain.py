@@ -28,7 +28,7 @@ _BASIS = {
 
 
 def explain(store: Store, act: Act, request_id: str) -> dict[str, Any]:
-    """`state` (billed, in_flight or refused), `explanation`, and what is on record; raises `NotFound`."""
+    """`state` (billed, in_flight, answered or refused), `explanation`, and what is on record; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
         row = connection.execute(_USAGE, (request_id,)).fetchone()
         if row is not None:
@@ -46,6 +46,9 @@ def explain(store: Store, act: Act, request_id: str) -> dict[str, Any]:
             (request_id,),
         ).fetchone()
     if refused is not None:
+        if 200 <= refused["status"] < 400:
+            said = f"A list of models, which the gateway answered by itself for tenant {refused['tenant']}: no limit counts it; not billed."
+            return {"request_id": request_id, "state": "answered", "explanation": said, "answer": refused}
         said = f"Refused with {refused['status']} ({refused['details']}) for tenant {refused['tenant']}; not billed."
         return {"request_id": request_id, "state": "refused", "explanation": said, "refusal": refused}
     raise NotFound(

@@ -32,8 +32,12 @@ select period, tenant, project, model, kind, request_count, input_tokens, output
 from control_invoice where tenant = %(tenant)s and period = %(period)s
 order by kind desc, project, model, currency nulls last, meter nulls first
 """
+#: Lines of a re-rating are by the month that their rows began in; a row that came late is charged in another one.
 _PRICED_LATER = """
-select coalesce(sum(unpriced_count), 0)::bigint as count from rerating_line where tenant_id = %(tenant)s and of_period = %(period)s
+select (select coalesce(sum(unpriced_count), 0) from rerating_line where tenant_id = %(tenant)s and of_period = %(period)s)::bigint
+     + count(*) filter (where a.period = %(period)s) - count(*) filter (where a.of_period = %(period)s) as count
+from adjustment a join rerated_row r using (request_id)
+where a.tenant_id = %(tenant)s and r.before_nano is null
 """
 _TOTALS = """
 select tenant, currency, sum(amount_nano)::bigint as amount_nano from control_invoice

@@ -55,6 +55,19 @@ _COLUMNS = f"limit_id, {_SCOPE}, unit, period, amount, burst, effect, on_store_e
 _IN_SCOPE = (
     f"({_SCOPE}) is not distinct from (%(tenant_id)s, %(project_id)s::text, %(key_id)s::text, %(model)s::text)"
 )
+#: A tenant with credits is never without this one: what it has not paid for would pass.
+_IS_OF_CREDITS = (
+    "unit = 'money' and period = 'ever' and num_nonnulls(project_id, key_id, model) = 0 "
+    "and exists (select from credit_book b where b.tenant_id = rate_limit.tenant_id)"
+)
+#: Budgets in a currency that nothing they bind is charged in, now or later.
+_WITHOUT_PRICE = """
+where unit = 'money' and not exists (
+    select from rate_card c
+    where c.currency = rate_limit.currency and (c.tenant_id is null or c.tenant_id = rate_limit.tenant_id)
+      and (rate_limit.model is null or c.model = rate_limit.model) and coalesce(upper(c.effective), 'infinity') > %(now)s
+)
+"""
 _UPSERT = f"""
 insert into rate_limit ({_SCOPE}, unit, period, amount, burst, effect, on_store_error, currency, updated_at)
 values (%(tenant_id)s, %(project_id)s, %(key_id)s, %(model)s, %(unit)s, %(period)s, %(amount)s, %(burst)s,
@@ -156,11 +169,15 @@ def list_all(store: Store, act: Act, tenant: str | None) -> list[dict[str, Any]]
 
 
 def delete(store: Store, act: Act, scope: Scope) -> dict[str, Any]:
-    """Remove all limits of exactly *scope*; raises `NotFound`."""
+    """Remove all limits of exactly *scope*, but for a prepaid budget that follows the tenant's credits; raises `NotFound`."""
     with store.transaction(act.scope) as connection:
         place = _resolved(connection, scope)
-        gone = connection.execute(f"delete from rate_limit where {_IN_SCOPE} returning {_COLUMNS}", place).fetchall()
+        gone = connection.execute(
+            f"delete from rate_limit where {_IN_SCOPE} and not ({_IS_OF_CREDITS}) returning {_COLUMNS}", place
+        ).fetchall()
         if not gone:
+            if _rows(connection, f"where {_IN_SCOPE}", place):
+                _refuse_if_credits(connection, place["tenant_id"])
             raise NotFound("There is no such limit.", mend="See `peaje limits show`.")
         before = _document(gone)
         audit.append(
@@ -190,9 +207,10 @@ def explain(
 
 
 def findings(store: Store, act: Act, catalogue: ModelCatalogue) -> list[str]:
-    """Limits that can never act: on what is not served or is over, or in another limit's shadow."""
+    """Limits that can never act: on what is not served, over or without a price, or in another limit's shadow."""
     with store.transaction(act.scope) as connection:
         rows = _rows(connection, "", {})
+        unpriced = _rows(connection, _WITHOUT_PRICE, {"now": act.now})
         found = shares.findings(connection, catalogue)
         revoked = {
             row["key_id"]
@@ -203,6 +221,11 @@ def findings(store: Store, act: Act, catalogue: ModelCatalogue) -> list[str]:
             found.append(f"A limit of tenant {row['tenant_id']} is on model {row['model']!r}, which is not served.")
         if row["key_id"] in revoked:
             found.append(f"A limit of tenant {row['tenant_id']} is on key {row['key_id']}, which is revoked.")
+    found += [
+        f"{_name(row)} of tenant {row['tenant_id']} is in {row['currency']}, and no price that charges it is: nothing uses it up. "
+        "See `peaje prices list`."
+        for row in unpriced
+    ]
     return found + [f"{problem.what} {problem.mend}" for problem in _problems(rows)]
 
 

@@ -22,7 +22,7 @@ def nano(text: str, *, what: str) -> int:
     """
     matched = _AMOUNT.fullmatch(text)
     if matched is None:
-        raise Invalid(f"{what} is {text!r}.", mend="Write a number such as 0.15, with at most nine decimal places.")
+        raise Invalid(f"{what} is {text!r}.", mend="Write a number such as 0.15, with at most nine digits before the point and after it.")
     return int(matched[1]) * _NANO + int((matched[2] or "").ljust(9, "0"))
 
 

@@ -118,7 +118,7 @@ def put(
         if connection.execute(
             f"select from rate_card where {_SAME_SCOPE} and lower(effective) = %(starts_at)s", values
         ).fetchone() is not None:
-            raise Conflict(f"There is a price of {price.model} from exactly that moment.", mend="Choose another.")
+            raise Conflict(f"There is a price of {price.model} from exactly that moment.", mend="One that was set stays; one from a second later replaces it.")
         connection.execute(_END_PRESENT, values)
         made = connection.execute(_INSERT, values).fetchone()
         assert made is not None

@@ -31,6 +31,7 @@ from control.api.access import DECLARATION
 from control.api.app import build
 from control.api.services import Services
 from control.cli import app as command_line
+from control.cli.environment import variable
 from control.minting import Mint
 from control.oauth import Issuer
 from control.signing_keys import SigningKeys
@@ -44,7 +45,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 DIRECTORY: Final = REPOSITORY / "docs/reference"
 _MADE: Final = "<!-- Written by `python -m control.reference`; change the code instead. -->"
 #: Whose settings, in the order in which they are shown.
-_SETTINGS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
+SETTINGS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
     ("All parts", StoreSettings),
     ("Traces", traces.Settings),
     ("extauth", extauth.Settings),
@@ -109,14 +110,13 @@ def _parameter(parameter: Any) -> str:
 def settings() -> str:
     """Each environment variable with its default and the comment above its field."""
     lines = ["# Settings", "", _MADE, "", "Environment variables, read once at start. Those of all parts hold for each."]
-    for title, kind in _SETTINGS:
+    for title, kind in SETTINGS:
         said = _field_comments(kind)
         rows = []
         for field, info in kind.model_fields.items():
             if field not in said:
                 continue  # declared by a class above, shown there
-            variable = str(info.validation_alias or f"{kind.model_config.get('env_prefix', '')}{field}").upper()
-            rows.append(f"| `{variable}` | {_default(info.default)} | {_cell(said[field])} |")
+            rows.append(f"| `{variable(kind, field)}` | {_default(info.default)} | {_cell(said[field])} |")
         lines += ["", f"## {title}", "", "| variable | default | |", "|---|---|---|", *rows]
     return "\n".join(lines)
 

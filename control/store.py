@@ -74,6 +74,8 @@ class Store:
             yield
         except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as exc:
             raise Unavailable("Postgres does not answer.", mend="Try again.") from exc
+        except psycopg.errors.NumericValueOutOfRange as exc:
+            raise Invalid("A number, or a sum that it is added to, would be larger than can be stored.") from exc
         except (psycopg.DataError, UnicodeEncodeError) as exc:
             # A NUL or half a surrogate pair in a name: nothing that is stored can have it.
             raise Invalid("A value holds a character that cannot be stored.") from exc

@@ -32,7 +32,7 @@ from (
         from usage_hour where hour > now() - %(hours)s * interval '1 hour' group by 1
     ) u
     full join (
-        select tenant_id, count(*) as refused from refusal where started_at > now() - %(hours)s * interval '1 hour' group by 1
+        select tenant_id, count(*) as refused from refusal where status not between 200 and 399 and started_at > now() - %(hours)s * interval '1 hour' group by 1
     ) r using (tenant_id)
 ) s left join tenant t on t.tenant_id = s.tenant_id
 """

@@ -39,7 +39,11 @@ local DIALECTS = {
 -- Paths that a caller of the dialects above may expect, and why they are not there (docs/decisions/0025, 0036).
 local FORM = 'Not served here: the request is a form and not JSON, and what it uses could not be metered.'
 local SESSION = 'Not served here: a WebSocket has no end of an answer, and what it uses could not be metered.'
-local UNMETERED = { ['^/v1/audio/'] = FORM, ['^/v1/images/'] = FORM, ['^/v1/realtime'] = SESSION }
+local COUNT = 'Not served here: an answer that only counts tokens has no usage, and could not be metered.'
+local UNMETERED = {
+  ['^/v1/audio/'] = FORM, ['^/v1/images/'] = FORM, ['^/v1/realtime'] = SESSION,
+  ['^/v1/messages/count_tokens$'] = COUNT, ['^/v1/responses/input_tokens$'] = COUNT,
+}
 
 local function unknown(path)
   for pattern, reason in pairs(UNMETERED) do
@@ -106,7 +110,8 @@ function envoy_on_request(handle)
   if path == '/health' then return end
   local dialect = DIALECTS[path]
   if not dialect then
-    return refuse(handle, 'openai', { status = 404, code = 'not_found', message = unknown(path) })
+    local spoken = string.find(path, '^/v1/messages/') and 'anthropic.messages' or 'openai'
+    return refuse(handle, spoken, { status = 404, code = 'not_found', message = unknown(path) })
   end
   local method = dialect == 'openai.models' and 'GET' or 'POST'
   if headers:get(':method') ~= method then

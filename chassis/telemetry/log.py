@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -117,6 +117,11 @@ def _watch(gate: LevelGate) -> None:
 def logger() -> Any:
     """Return the process's logger; call it as `logger().info("event_name", key=value)`."""
     return structlog.get_logger()
+
+
+def refuse_unknown_level(environ: Mapping[str, str]) -> None:
+    """Raise `Invalid` for a PEAJE_LOG_LEVEL that no process would start with."""
+    _level(environ.get("PEAJE_LOG_LEVEL", _LEVEL_DEFAULT))
 
 
 def _level(name: str) -> int:

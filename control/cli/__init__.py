@@ -88,7 +88,7 @@ def run_psql(
 def main() -> int:
     """Run the command line; the exit status."""
     try:
-        result = app(standalone_mode=False)
+        result = app(standalone_mode=False, prog_name="peaje")
     except PeajeError as exc:
         sys.stderr.write(f"{exc}\n")
         return 1

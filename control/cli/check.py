@@ -2,7 +2,7 @@
 """
 `peaje check`: what would silently do nothing, or the wrong thing, before it is live.
 
-Envoy's own validation, our lint, the models and identity documents, tokenizers, generic rules, and limits that can never
+Settings, Envoy's own validation, our lint, the models and identity documents, tokenizers, generic rules, and limits that can never
 act.
 """
 
@@ -21,6 +21,7 @@ from chassis.models import ModelCatalogue
 from chassis.models_document import Faulty, read
 from control import price_hints
 from control.apply import validate_inlined
+from control.cli import environment
 from control.cli.client import call
 from control.envoy_lint import lint
 from control.envoy_resources import render_all, write
@@ -43,7 +44,13 @@ def check(directory: str | None, *, as_json: bool) -> int:
         source = Path(directory) if directory else find_source(os.environ)
     except PeajeError as exc:
         return _tell([str(exc)], as_json=as_json)
-    return _tell([*_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits(), *_price_hints()], as_json=as_json)
+    return _tell([*_settings(), *_envoy(source), *_tokenizers(), *_identity(), *_rules(), *_limits(), *_price_hints()], as_json=as_json)
+
+
+def _settings() -> list[str]:
+    from control.reference import SETTINGS
+
+    return environment.faults(os.environ, [kind for _, kind in SETTINGS])
 
 
 def _tell(findings: Sequence[str | Finding], *, as_json: bool) -> int:

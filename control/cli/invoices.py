@@ -113,4 +113,4 @@ def _print(document: dict[str, Any]) -> None:
     for total in document["totals"]:
         print(f"total {total['currency']} {total['amount']}")
     if document["requests_without_price"]:
-        print(f"{document['requests_without_price']} requests used something and have no price: see `peaje prices list`")
+        print(f"{document['requests_without_price']} requests used something and have no price: `peaje rerate` charges them")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
+from chassis.clock import utc_now
 from control.cli.client import at, call, call_pages
 from control.cli.options import AnyTenant, DeniedModels, Expires, Json, Models, Overlap, Project, Scopes, Tenant, listed
 from control.cli.show import show
@@ -52,7 +54,11 @@ def create_key(
 def list_keys(tenant: AnyTenant = None, as_json: Json = False) -> None:
     """List keys, without their secrets."""
     path = "/v1/keys" if tenant is None else at("/v1/tenants/{}/keys", tenant)
-    show(call_pages(path, "keys"), as_json=as_json, columns=_LISTED)
+    found = call_pages(path, "keys")
+    if not as_json:
+        now = utc_now()
+        found = {"keys": [key | {"state": _standing(key, now)} for key in found["keys"]]}
+    show(found, as_json=as_json, columns=_LISTED)
 
 
 @app.command("show")
@@ -83,3 +89,18 @@ def enable_key(key_id: str, as_json: Json = False) -> None:
 def revoke_key(key_id: str, as_json: Json = False) -> None:
     """End a key for good, everywhere, within a second."""
     show(call("POST", at("/v1/keys/{}/revoke", key_id)), as_json=as_json)
+
+
+def _standing(key: dict[str, Any], now: datetime) -> str:
+    """
+    What a key is good for, for a person: the API's state is only whether it was switched off.
+
+    >>> key = {"state": "active", "revoked_at": None, "expires_at": "2026-11-26T09:00:00Z"}
+    >>> [_standing(key, datetime.fromisoformat(f"2026-11-26T0{hour}:00:00Z")) for hour in (8, 9)]
+    ['active', 'expired']
+    """
+    for word, field in (("revoked", "revoked_at"), ("expired", "expires_at")):
+        ended = key[field]
+        if ended is not None and datetime.fromisoformat(ended) <= now:
+            return word
+    return str(key["state"])

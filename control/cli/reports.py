@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +20,13 @@ from control.cli.show import show
 _BATCH = 500
 _LINE_BYTES_MAX = 2000
 _IMPORT_SECONDS = 120.0
+#: How the API names an item of a call.
+_ITEM = re.compile(r"(?:Item |items\.)([0-9]+)(?:: |\.)")
 
 
-def _batches(file: Path) -> Iterator[list[Any]]:
-    """Lines of *file*, some at a time; a line that is no object is named, and nothing after it is sent."""
-    items: list[Any] = []
+def _batches(file: Path) -> Iterator[dict[int, Any]]:
+    """Items of *file* by their lines, some at a time; a line that is no object is named, and nothing after it is sent."""
+    items: dict[int, Any] = {}
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -35,14 +38,36 @@ def _batches(file: Path) -> Iterator[list[Any]]:
                     item = None
                 if not isinstance(item, dict):
                     raise Invalid(f"{file}:{number} is not a JSON object of at most {_LINE_BYTES_MAX} bytes.")
-                items.append(item)
+                items[number] = item
                 if len(items) == _BATCH:
                     yield items
-                    items = []
+                    items = {}
     except OSError as exc:
         raise Invalid(f"{file} cannot be read: {exc.strerror}.") from exc
     if items:
         yield items
+
+
+def _post(items: dict[int, Any], file: Path) -> Any:
+    try:
+        return call("POST", "/v1/usage", body={"items": list(items.values())}, timeout_seconds=_IMPORT_SECONDS)
+    except Invalid as exc:
+        raise Invalid(_at_its_line(str(exc), file, list(items))) from exc
+
+
+def _at_its_line(message: str, file: Path, lines: list[int]) -> str:
+    """
+    What the API says of an item of a call, as a place in *file*.
+
+    >>> _at_its_line("Item 1: a count is from 0 to 9.", Path("a.jsonl"), [7, 9])
+    'a.jsonl:9: a count is from 0 to 9.'
+    >>> _at_its_line("There is no tenant 'x'.", Path("a.jsonl"), [7, 9])
+    "a.jsonl, lines 7 to 9: There is no tenant 'x'."
+    """
+    named = _ITEM.match(message)
+    if named is None or int(named[1]) >= len(lines):
+        return f"{file}, lines {lines[0]} to {lines[-1]}: {message}"
+    return f"{file}:{lines[int(named[1])]}: {message[named.end():]}"
 
 
 def register(app: typer.Typer) -> None:
@@ -70,9 +95,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Add usage from a file; a line whose id is known already changes nothing, so an import can be repeated."""
         done = {"added": 0, "known": 0}
-        for items in _batches(file):
-            answer = call("POST", "/v1/usage", body={"items": items}, timeout_seconds=_IMPORT_SECONDS)
-            done = {name: count + answer[name] for name, count in done.items()}
+        try:
+            for items in _batches(file):
+                answer = _post(items, file)
+                done = {name: count + answer[name] for name, count in done.items()}
+        except Invalid as exc:
+            so_far = f"Lines before these were added ({done['added']}); mend it and import the file again." if any(done.values()) else None
+            raise Invalid(str(exc), mend=so_far) from exc
         show(done, as_json=as_json)
 
     @app.command("explain")
@@ -92,6 +121,8 @@ def register(app: typer.Typer) -> None:
         if request_id is not None:
             show(call("GET", at("/v1/requests/{}", request_id)), as_json=as_json)
             return
+        if [key_id, service_account, tenant].count(None) != 2:
+            raise Invalid("Name a request's id, or exactly one of --key-id, --service-account and --tenant.")
         asked = {
             "key_id": key_id, "service_account_id": service_account, "tenant": tenant, "project": project,
             "model": model, "dialect": dialect, "address": address, "time": time,

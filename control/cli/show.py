@@ -28,11 +28,14 @@ def show(document: Any, *, as_json: bool, columns: tuple[str, ...] | None = None
 
 
 def _pairs(document: dict[str, Any]) -> None:
-    width = max(map(len, document))
+    width = max(map(len, document), default=0)
     for name, value in document.items():
         if isinstance(value, dict):
             print(f"{name}:")
             _pairs({f"  {inner}": it for inner, it in value.items()})
+        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            print(f"{name}:")
+            _table(value)
         else:
             print(f"{name:<{width}}  {_text(value)}")
 
@@ -47,8 +50,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
-    # For another program a row is a line, however long; for a person it fits the window.
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    # For another program a row is a line, however long; for a person it fits the window. What people named is text, whatever
+    # brackets it has.
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False, highlight=False).print(table)
 
 
 def _text(value: Any) -> str:

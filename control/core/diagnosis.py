@@ -134,18 +134,19 @@ def judge_lag(lags: Mapping[str, float]) -> Remark:
 
 def judge_differences(*, exceptions: int, drifting: Sequence[str], defects: int) -> Remark:
     """What two records say differently: nothing, or somebody must look. *defects* are of the last day."""
-    found = []
+    found, mends = [], []
     if exceptions:
         found.append(f"{exceptions} exceptions are open (./peaje reconcile list --state open)")
+        mends.append("A month with an open exception is not closed: explain it, or sign.")
     if drifting:
         found.append(f"engine and ledger differ in {', '.join(drifting)} (select * from conservation_check)")
+        mends.append("Does anybody reach the model servers past the gateway?")
     if defects:
         found.append(f"{defects} runs of bytes were no record (select * from journal_defect; ./peaje journal verify)")
+        mends.append("Look at the journal's disk, and at who writes there; all else was read. After a day this is told no longer.")
     if not found:
         return fine("ledger", "no exception is open, nothing drifts, no journal is damaged.")
-    return Remark(
-        about="ledger", level=Level.FAULT, says="; ".join(found) + ".", mend="A month with an open exception is not closed: explain it, or sign."
-    )
+    return Remark(about="ledger", level=Level.FAULT, says="; ".join(found) + ".", mend=" ".join(mends))
 
 
 def judge_partitions(days_ahead: int) -> Remark:

@@ -72,32 +72,36 @@ class Lodging:
     note: str | None
 
 
+def elsewhere(home: Path) -> Path:
+    """Where root's Postgres of the state directory *home* is, if nobody can pass through to that. It outlives *home*."""
+    return ELSEWHERE / hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+
+
 def lodge(programs: Path, places: Places) -> Lodging:
     """Decide where Postgres lives; for root, only where `nobody` can reach it. Copies programs if need be."""
     data = places.postgres / "data"
     if os.geteuid() != 0:
         return Lodging(programs=programs, data=data, account=None, note=None)
-    digest = hashlib.sha256(os.fsencode(places.home)).hexdigest()[:16]
-    elsewhere = ELSEWHERE / digest
+    other = elsewhere(places.home)
     reachable = can_pass(places.home, NOBODY)
-    if (elsewhere / "data").exists():
-        data = elsewhere / "data"  # never an empty database beside one that holds bills
+    if (other / "data").exists():
+        data = other / "data"  # never an empty database beside one that holds bills
     elif not reachable:
         if data.exists():
             raise Trouble(
                 f"Postgres runs as nobody, who can no longer reach its data in {data}.",
                 mend="Let others pass through the directories above (chmod o+x), or run as an ordinary user.",
             )
-        data = elsewhere / "data"
+        data = other / "data"
     if not all(tree_is_readable(tree, NOBODY) for tree in _trees(programs)):
-        programs = _copy_programs(programs, elsewhere / "programs")
+        programs = _copy_programs(programs, other / "programs")
     moved = [
         text
         for text, path in (("its data", data), ("a copy of its programs", programs))
         if path.is_relative_to(ELSEWHERE)
     ]
     note = (
-        f"Postgres runs as nobody, who cannot reach {places.home}: {' and '.join(moved)} in {elsewhere}"
+        f"Postgres runs as nobody, who cannot reach {places.home}: {' and '.join(moved)} in {other}"
         if moved
         else None
     )
@@ -170,7 +174,7 @@ def postgres_part(
             *(f"--{name}={value}" for name, value in settings.items()),
         ),
         env=env,
-        ready=_accepts(url),
+        ready=_accepts(url, lodging.data),
         account=lodging.account,
         # Recovery after a crash replays its log first.
         ready_within_seconds=120.0,
@@ -296,14 +300,14 @@ def _give(path: Path, account: Account | None) -> None:
         os.chown(path, account.uid, account.gid)
 
 
-def _accepts(url: str) -> Probe:
+def _accepts(url: str, data: Path) -> Probe:
     async def probe() -> str | None:
-        return await asyncio.to_thread(_try_connecting, url)
+        return await asyncio.to_thread(_try_connecting, url, data)
 
     return probe
 
 
-def _try_connecting(url: str) -> str | None:
+def _try_connecting(url: str, data: Path) -> str | None:
     try:
         with psycopg.connect(url, connect_timeout=_CONNECT_SECONDS) as connection:
             connection.execute("select 1")
@@ -312,7 +316,7 @@ def _try_connecting(url: str) -> str | None:
         if "password authentication failed" in text:
             raise Trouble(
                 "Postgres refuses the password in secrets/postgres-password: the file and the database differ.",
-                mend="Put back the file that was made with this database.",
+                mend=f"Put back the file that was made with it. To begin anew, remove {data}: what is in there is then gone.",
             ) from exc
         return text.splitlines()[-1] if text else "no answer"
     return None

@@ -47,6 +47,10 @@ local PROMPTS = {
 
 local STREAMS_WITHOUT_USAGE = { ['openai.chat'] = true, ['openai.completions'] = true }
 
+-- What a model server remembers of an earlier answer. It does not know whose that was: another tenant's would be read, and
+-- its tokens are in no estimate of the prompt.
+local KEPT_BY_SERVERS = { ['openai.responses'] = { 'previous_response_id', 'conversation' } }
+
 local function refusal(message, param)
   return nil, { status = 400, code = 'invalid_request', message = message, param = param }
 end
@@ -178,6 +182,11 @@ function M.read(body, dialect)
   if stream == nil then return refusal('stream must be true or false.', 'stream') end
   if boolean(body, members, 'background') ~= false then
     return refusal('background responses are not served: their usage could not be metered.', 'background')
+  end
+  for _, name in ipairs(KEPT_BY_SERVERS[dialect] or {}) do
+    if value(body, members, name) then
+      return refusal(name .. ' is not served: a model server gives what it keeps to whoever names it. Send all of the input.', name)
+    end
   end
 
   local limit, message, param = output_limit(body, members, dialect)

@@ -43,6 +43,8 @@ from usage_event
 where model = %(model)s and ended_at > %(starts_at)s and ended_at <= %(ends_at)s
   -- Streams are shorter than a day; partitions before that need not be looked at.
   and started_at > %(starts_at)s - interval '1 day' and started_at <= %(ends_at)s
+  -- What was posted from outside was no request to these engines.
+  and dialect <> 'external'
 on conflict do nothing
 returning ledger_input_tokens - engine_input_tokens, ledger_output_tokens - engine_output_tokens, cut_count
 """

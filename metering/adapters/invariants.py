@@ -182,10 +182,13 @@ _NOTES: Final = {
     "journal_defects": "select count(*) from journal_defect",
     "usage_conflicts": "select count(*) from usage_conflict",
     "exceptions_open": "select count(*) from reconciliation_exception where state = 'open'",
-    # The witness may miss any number; all of them, hour after hour, is a witness that is not there.
+    # The witness may miss any number; all of them, hour after hour, is a witness that is not there. It sees nothing of
+    # what was posted from outside.
     "requests_not_witnessed": (
-        "select coalesce(sum(greatest(h.requests - coalesce(w.agreed_count + w.disagreed_count, 0), 0)), 0)::bigint "
-        "from (select hour, sum(request_count) as requests from usage_hour group by 1) h left join witness_hour w using (hour)"
+        "select coalesce(sum(greatest(h.requests - coalesce(e.requests, 0) - coalesce(w.agreed_count + w.disagreed_count, 0), 0)), 0)::bigint "
+        "from (select hour, sum(request_count) as requests from usage_hour group by 1) h left join witness_hour w using (hour) "
+        "left join (select date_trunc('hour', started_at, 'UTC') as hour, count(*) as requests from usage_event "
+        "where dialect = 'external' group by 1) e using (hour)"
     ),
     "open_exchanges": "select count(*) from open_exchange",
     "engine_drifts": (

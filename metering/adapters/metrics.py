@@ -123,7 +123,9 @@ class Exchanges:
                 TENANT_TOKENS.labels(tenant, kind).inc(sum_)
 
     def refused(self, refusal: Refused) -> None:
-        """Count a request of a known caller that was not admitted."""
+        """Count a request of a known caller that was not admitted, unless the gateway answered it by itself."""
+        if refusal.was_answered:
+            return
         REFUSALS.labels(str(refusal.status)).inc()
         TENANT_REQUESTS.labels(self._label(refusal.tenant_id), "refused").inc()
 

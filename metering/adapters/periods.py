@@ -96,6 +96,12 @@ _OBSTACLES: Final = (
         " and input_tokens + output_tokens + quantity > 0"
         " and not exists (select from rerated_row r where r.request_id = u.request_id) having count(*) > 0"
     ),
+    # Charged for an earlier month, and as free by mistake as one of its own.
+    (
+        "select count(*) || ' exchanges charged in it used something and have no price' from adjustment a"
+        " where period = %(period)s and currency = '' and input_tokens + output_tokens + quantity > 0"
+        " and not exists (select from rerated_row r where r.request_id = a.request_id) having count(*) > 0"
+    ),
 )
 
 

@@ -28,7 +28,8 @@ ESTIMATE_BYTES_PER_TOKEN = 4
 #: shapes to it, and Dynamo itself. Others may put several into one, or none.
 TOKEN_A_FRAME = frozenset({"vllm", "dynamo"})
 
-_TYPES = frozenset({c.JOURNAL_START, c.JOURNAL_PERIODIC, c.JOURNAL_END})
+_OF_ENVOY = frozenset({c.JOURNAL_PERIODIC, c.JOURNAL_END})
+_TYPES = _OF_ENVOY | {c.JOURNAL_START}
 #: Envoy mints the id; anything else in its place is damage.
 _REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 #: Postgres cannot hold U+0000 in text, and a caller may have put one into a model's name.
@@ -42,6 +43,8 @@ _STATUS_MAX = 999
 _TEXTS = (c.J_FLAGS, c.J_DETAILS, c.J_UPSTREAM, c.J_ENGINE, c.J_TRACE)
 _COUNTS = (c.REQ_PROMPT_BYTES, c.REQ_QUANTITY)
 _NESTED = (c.J_IDENTITY, c.J_REQUEST, c.J_USAGE, c.J_ADMISSION)
+#: All that Envoy can say of a request without an id; with anything else it is a record that lost its id.
+_OF_NAMELESS = frozenset({c.J_TYPE, c.J_STARTED_AT, c.J_DURATION_MS, c.J_STATUS, c.J_FLAGS, c.J_DETAILS, c.J_PATH, c.J_BYTES_SENT, c.J_EPOCH})
 
 #: Envoy response flags by who ended the exchange.
 _CLIENT_FLAGS = {"DC", "DPE"}
@@ -60,6 +63,14 @@ _STOPPED_BASES = ("running", "counted")
 
 class Malformed(ValueError):
     """A complete line that is not a record."""
+
+
+class Nameless(Malformed):
+    """
+    A record of a request whose head Envoy could not read, or has not: it has no id, and nobody was asked about it.
+
+    Whoever can connect makes as many of these as they like, so it is no sign of a damaged journal.
+    """
 
 
 # These three are made for each record, and a named tuple is made in half the time of a frozen dataclass.
@@ -141,11 +152,18 @@ class Refused:
     status: int
     details: str
 
+    @property
+    def was_answered(self) -> bool:
+        """Whether the gateway gave what was asked for itself: a list of models, of which ratelimit is not asked."""
+        return 200 <= self.status < 400
+
 
 def parse(line: bytes) -> Entry:
-    """Read one complete line; raises `Malformed` for whatever Envoy and the tap do not write."""
+    """Read one complete line; raises `Malformed` for whatever Envoy and the tap do not write, and `Nameless`."""
     try:
         fields = orjson.loads(line.replace(_NUL, _REPLACEMENT) if _NUL in line else line)
+        if c.J_REQUEST_ID not in fields and fields[c.J_TYPE] in _OF_ENVOY and fields.keys() <= _OF_NAMELESS:
+            raise Nameless("a request without an id")
         for nested in _NESTED:
             if not isinstance(fields.setdefault(nested, {}), dict):
                 raise TypeError(nested)
@@ -162,6 +180,8 @@ def parse(line: bytes) -> Entry:
             type=kind, request_id=request_id, started_at=started_at, seen_at=seen_at,
             epoch=str(fields.get(c.J_EPOCH, "")), fields=fields,
         )
+    except Nameless:
+        raise
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as exc:
         raise Malformed(f"{type(exc).__name__} in a journal line of {len(line)} bytes") from exc
 
@@ -215,7 +235,7 @@ def leases_of(entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def refused(entry: Entry) -> Refused:
-    """What is kept of a refusal: *entry* is its end record."""
+    """What is kept of a request that was not admitted: *entry* is its end record."""
     return Refused(
         request_id=entry.request_id,
         started_at=entry.started_at,

@@ -2,7 +2,7 @@
 """
 Read whole lines of the journal into entries, and name what is no entry.
 
-Nothing is skipped in silence: each run of bytes that is no record becomes a `Defect` with its
+Nothing of an exchange is skipped in silence: each run of bytes that is no record becomes a `Defect` with its
 place and digest, and the rest goes on. Must not know files, Postgres or the time.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from metering.core.journal import Entry, Malformed, parse
+from metering.core.journal import Entry, Malformed, Nameless, parse
 
 #: Records that may be looked for behind a torn one in the same line; each look reads the line again.
 _SALVAGE_TRIES_MAX = 64
@@ -71,6 +71,8 @@ def read(
             try:
                 entries.append(parse(line))
                 life = entries[-1].epoch.encode()
+            except Nameless:
+                pass  # Envoy's own counters have them.
             except Malformed as exc:
                 whole = _joined(torn, line)
                 if whole is not None:

@@ -151,6 +151,18 @@ def test_a_request_that_can_be_read_two_ways_is_refused(body: str, param: str | 
     assert (400, "invalid_request", param) == (refusal["status"], refusal["code"], refusal.get("param"))
 
 
+@pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
+def test_what_a_model_server_remembers_of_anybody_is_not_asked_of_it(name: str) -> None:
+    """It would give one tenant another's answer; null asks for nothing, and other dialects have no such member."""
+    facts, refusal = read_request(f'{{"model":"m","{name}":"resp_1"}}'.encode(), "openai.responses")
+    assert facts is None
+    assert (400, "invalid_request", name) == (refusal["status"], refusal["code"], refusal["param"])
+
+    for text, dialect in ((f'{{"model":"m","{name}":null}}', "openai.responses"), (f'{{"model":"m","{name}":"x"}}', "openai.chat")):
+        facts, refusal = read_request(text.encode(), dialect)
+        assert (True, None) == (facts is not None, refusal)
+
+
 @pytest.mark.parametrize(
     "model",
     ["gрt-4", "m\u200b", "a b", " m", "m\n", "m\t", "\x00", "m\x7f", "モデル", "\U0001f600", "m" * 201],

@@ -22,6 +22,7 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
+from control.laptop.postgres import elsewhere
 from tests.otlp import Collected
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -322,4 +323,6 @@ def running(
         yield installation
     finally:
         stopped = installation.run("down")
+        # As root its Postgres may live outside of what pytest cleans, and would be found by the next one of this name.
+        shutil.rmtree(elsewhere(home), ignore_errors=True)
         assert stopped.returncode == 0, stopped.stderr

@@ -88,8 +88,26 @@ def test_what_is_not_on_the_list_does_not_exist(
         answer = client.send(request)
 
     assert status == answer.status_code
-    if status == 404:
-        assert "not_found" == answer.json()["error"]["code"]
+    error = answer.json()["error"]
+    assert ("not_found" if status == 404 else "invalid_request") == error["code"]
+    # Each dialect in its own shape: Anthropic's has the kind outside, too.
+    assert path.startswith("/v1/messages") == (answer.json().get("type") == "error")
+
+
+def test_what_envoy_cannot_read_is_answered_in_json_and_damages_no_journal(road: Installation, tenant: Tenant) -> None:
+    """Anybody can send it, without a key: it is no defect, and nobody is told of a damaged journal."""
+    before = road.sql("select count(*) as count from journal_defect")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\n"
+    for rest, status in ((b"x_api_key: a\r\n\r\n", b"400"), (b"content-length: x\r\n\r\n", b"400"), (b"x-long: " + b"a" * 70_000 + b"\r\n\r\n", b"431")):
+        with socket.create_connection(("127.0.0.1", road.port), timeout=10) as connection:
+            connection.sendall(head + rest)
+            answer = connection.recv(4096)
+        assert (b"HTTP/1.1 " + status, True) == (answer[:12], b'"type":"invalid_request_error"' in answer), answer
+
+    # What comes after it in the journal is read.
+    road.post(tenant, json=chat())
+    road.rows(tenant, 1)
+    assert before == road.sql("select count(*) as count from journal_defect")
 
 
 def test_a_wrong_method_is_refused(road: Installation, tenant: Tenant) -> None:

@@ -44,7 +44,7 @@ def test_every_class_of_settings_is_in_it(repository: Path) -> None:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in ("BaseSettings", "StoreSettings") for base in node.bases)
     }  # fmt: skip
 
-    assert found - _ANOTHERS == {f"{kind.__module__}.{kind.__name__}" for _, kind in reference._SETTINGS}
+    assert found - _ANOTHERS == {f"{kind.__module__}.{kind.__name__}" for _, kind in reference.SETTINGS}
 
 
 def test_every_setting_says_what_it_is(pages: dict[str, str]) -> None:

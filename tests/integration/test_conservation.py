@@ -14,7 +14,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from chassis.models import ModelCatalogue
+from control import external_usage, tenants
+from control.act import ALL_TENANTS, Act
+from control.store import Store
 from metering.adapters.conservation import QUIET_SECONDS, Conservation
+from metering.adapters.invariants import verify
 from tests.journals import NOON, collect, end, rows, write
 
 CHECKS = (
@@ -108,3 +112,36 @@ def test_the_ledger_is_compared_with_the_engine_between_quiet_moments(ledger_url
         assert (0.0, -7.0) == drifts()
         assert [("reset", 0, 0, 0, 0, 0, 0)] == look(6)[2:]
         assert (None, None) == drifts()
+
+
+def test_usage_from_outside_is_none_of_the_engines(ledger_url: str, engine: Engine, tmp_path: Path) -> None:
+    """What was posted of a served model did not pass by its engines, and is no drift."""
+    live = tmp_path / "journal/journal.jsonl"
+    port = engine.server.server_address[1]
+    catalogue = ModelCatalogue.parse(
+        {"models": [{"name": "tiny", "engine": "vllm", "endpoints": [f"127.0.0.1:{port}"]}]}, source="test"
+    )
+    now = [NOON + timedelta(seconds=QUIET_SECONDS / 2)]
+    check = Conservation(url=ledger_url, catalogue=lambda: catalogue, clock=lambda: now[0], every_seconds=1, stop=NeverStopped())
+    store = Store(ledger_url)
+    operator = Act(actor="op_test", scope=ALL_TENANTS, request_id="test", now=NOON + timedelta(minutes=3))
+    tenants.create(store, operator, "acme")
+    posted = external_usage.Item(
+        id="a", tenant="acme", model="tiny", input_tokens=9, output_tokens=9, started_at=NOON + timedelta(seconds=5)
+    )
+
+    with psycopg.connect(ledger_url, autocommit=True) as connection:
+        check.look()
+        write(live, [end(1, at=NOON + timedelta(seconds=1))])
+        external_usage.post(store, operator, [posted])
+        store.close()
+        engine.input, engine.output = 103, 205
+        now[0] += timedelta(minutes=2)
+        check.look()
+        collect(ledger_url, live, now=NOON + timedelta(minutes=3))
+        check.keep(connection)
+
+    assert [("compared", 3, 5, 3, 5, 1, 0)] == rows(ledger_url, CHECKS)
+    assert (0.0, 0.0) == drifts()
+    with psycopg.connect(ledger_url) as connection:
+        assert 1 == verify(connection).notes["requests_not_witnessed"]

@@ -265,6 +265,25 @@ def test_money_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:
     file.write_text('{"id": "fine"}\nnot json\n')
     status, out, err = peaje("usage", "import", str(file))
     assert (1, "", True) == (status, out, "usage.jsonl:2 is not a JSON object" in err)
+    file.write_text("\n".join(json.dumps(lines[0] | {"id": f"more-{n}", "output_tokens": 0 if n < 501 else -1}) for n in range(502)))
+    status, out, err = peaje("usage", "import", str(file))
+    assert (1, "", True) == (status, out, "usage.jsonl:502: a count is from 0 to" in err), err
+    assert "Lines before these were added (500)" in err
+
+
+def test_a_name_with_brackets_breaks_no_list_and_help_says_peaje(peaje: Peaje) -> None:
+    """Whoever may name a key may not take the list of keys away."""
+    peaje.json("tenants", "create", "Brackets [/red] Inc")
+
+    assert (0, True) == ((found := peaje("tenants", "list"))[0], "Brackets [/red] Inc" in found[1])
+    assert "Usage: peaje tenants" in peaje("tenants", "--help")[1]
+
+
+def test_explaining_nothing_says_what_to_name(peaje: Peaje) -> None:
+    """In the words of the command line."""
+    status, out, err = peaje("explain")
+
+    assert (1, "", True) == (status, out, "--service-account" in err)
 
 
 def test_tiers_on_the_command_line(peaje: Peaje, tmp_path: Path) -> None:

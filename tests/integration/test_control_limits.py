@@ -16,7 +16,7 @@ from chassis.errors import Invalid, NotFound
 from chassis.models import ModelCatalogue
 from chassis.schema import migrate as migrate_module
 from chassis.schema.migrate import migrate
-from control import keys, limits, tenants
+from control import keys, limits, prices, tenants
 from control.act import ALL_TENANTS, Act
 from control.limits import Manner, Scope
 from control.minting import Mint
@@ -158,6 +158,18 @@ def test_a_limit_on_what_is_served_no_more_or_revoked_is_found(store: Store) -> 
 
     assert "model 'tiny', which is not served" in on_model
     assert f"key {key_id}, which is revoked" in on_key
+
+
+def test_a_budget_in_a_currency_without_a_price_is_found(store: Store) -> None:
+    """Nothing would ever use it up, and whoever set it would believe that it holds."""
+    put(store, Scope(tenant="acme"), Manner(currency="EUR"), monthly_budget="10.00")
+
+    [finding] = limits.findings(store, ACT, CATALOGUE)
+    assert "monthly_budget of tenant acme is in EUR" in finding
+    prices.put(store, ACT, prices.Price(model="tiny", input="1", output="1"), catalogue=CATALOGUE, clock=lambda: NOW)
+    assert [finding] == limits.findings(store, ACT, CATALOGUE)
+    prices.put(store, ACT, prices.Price(model="tiny", input="1", output="1", currency="EUR", tenant="acme"), catalogue=CATALOGUE, clock=lambda: NOW)
+    assert [] == limits.findings(store, ACT, CATALOGUE)
 
 
 def test_scopes_that_do_not_exist_are_refused(store: Store) -> None:

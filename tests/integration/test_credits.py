@@ -194,6 +194,20 @@ def test_credits_and_a_budget_set_by_hand_exclude_each_other(books: Books) -> No
     assert [1_000_000_000] == remaining(books.show())
 
 
+def test_deleting_a_tenants_limits_leaves_the_budget_of_its_credits(books: Books) -> None:
+    """Without it whatever is not paid for would pass."""
+    books.grant("1")
+    scope = limits.Scope(tenant="acme")
+    limits.put(books.store, books.act(THEN), scope, {"requests_per_minute": 7}, catalogue=CATALOGUE)
+
+    gone = limits.delete(books.store, books.act(THEN), scope)
+
+    assert "prepaid_budget" not in str(gone)
+    with pytest.raises(Conflict, match="follows its credits"):
+        limits.delete(books.store, books.act(THEN), scope)
+    assert [("money", "ever")] == rows(books.url, "select unit, period from rate_limit where tenant_id = 'acme'")
+
+
 def test_the_database_refuses_books_that_do_not_balance(books: Books) -> None:
     """Whoever writes them: sums, overdrafts, changes, transactions without entries, accounts of two tenants."""
     books.grant("1")

@@ -119,6 +119,20 @@ def test_an_item_that_cannot_be_is_refused_and_changes_nothing(idle_control: Con
     assert 0 == post_count(idle_control)
 
 
+def test_a_sum_that_no_column_holds_is_refused_in_words(plane: ControlPlane, postgres_url: str) -> None:
+    """A price that is absurd, or counts that are: all of the call is refused, and nothing is a character."""
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute(
+            "insert into rate_card (model, currency, input_nano, output_nano, cached_nano, reasoning_nano, effective, created_at) "
+            "values ('offline', 'USD', 1000000000000000, 0, 0, 0, '[2026-01-01,)', now())"
+        )
+
+    status, document = post(plane, *(item(str(number), input_tokens=100_000_000) for number in range(93)))
+
+    assert (400, True) == (status, "larger than can be stored" in document["error"]["message"]), document
+    assert [(0,)] == rows(postgres_url, "select count(*) from usage_event")
+
+
 def post_count(plane: ControlPlane) -> int:
     """Requests of acme in the last 400 days."""
     found = plane.ask("GET", "/v1/usage?tenant=acme&since=400d&by=tenant").json()["usage"]

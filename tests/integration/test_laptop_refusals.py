@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import os
 import re
@@ -22,7 +23,8 @@ from control.laptop import envoy, runner, stores
 from control.laptop.binaries import find_envoy
 from control.laptop.engine import ask_model_server
 from control.laptop.errors import Trouble
-from control.laptop.places import Places, Ports
+from control.laptop.places import Places, Ports, make
+from control.laptop.postgres import Lodging, postgres_part
 from control.laptop.scale import Scale
 from tests.dataplane.installation import REPOSITORY, free_ports
 from tests.integration.laptop import assert_nothing_started, attempt, check, copy_repository, processes_of, status_of
@@ -58,6 +60,18 @@ def test_a_wrong_postgres_password_is_refused_and_never_shown(
     assert_nothing_started(done)
     assert re.search(r"^PEAJE_POSTGRES_URL: .*password authentication failed.* Nothing was started; correct it, or unset it", done.line)
     assert not any(_PASSWORD in text for text in done.words())
+
+
+def test_a_database_of_another_password_is_named_with_what_to_do(postgres_server: str, tmp_path: Path) -> None:
+    """Who removed the state directory and not the database: where it is, and that removing it loses what it holds."""
+    places = Places(tmp_path / "home")
+    make(places, passable=False)
+    lodging = Lodging(programs=tmp_path, data=tmp_path / "data", account=None, note=None)
+    part = postgres_part(lodging, places, os.environ, port=urlsplit(postgres_server).port or 0)
+    assert part.ready is not None
+
+    with pytest.raises(Trouble, match=f"begin anew, remove {tmp_path}/data"):
+        asyncio.run(part.ready())
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,29 @@ def test_what_had_no_price_is_priced_and_then_a_month_closes(store: Store, ledge
     invoices.close(store, act(NEXT_MONTH), OCTOBER, exception=None)
 
 
+def test_what_came_late_without_a_price_holds_up_the_month_that_it_is_charged_in(store: Store, ledger_url: str, live: Path) -> None:
+    """Re-rated it is charged there, and both months' invoices say how many requests are still without a price."""
+    write(live, [end(1, at=THEN, model="large", input=1000, output=0)])
+    collect(ledger_url, live, now=NEXT_MONTH)
+    invoices.close(store, act(NEXT_MONTH), OCTOBER, exception="large has no price")
+    write(live, [end(2, at=THEN, model="large", input=2000, output=0)])
+    later = datetime(2026, 12, 3, tzinfo=UTC)
+    collect(ledger_url, live, now=later)
+
+    def unpriced() -> list[int]:
+        return [invoices.invoice(store, act(), "acme", month)["requests_without_price"] for month in (OCTOBER, NOVEMBER)]
+
+    assert [1, 1] == unpriced()
+    with pytest.raises(Conflict, match="1 exchanges charged in it used something and have no price"):
+        invoices.close(store, act(later), NOVEMBER, exception=None)
+
+    rerate(store, model="large", input="5", output="5", at=later)
+
+    assert [0, 0] == unpriced()
+    assert [15_000_000] == totals(store, month=NOVEMBER)
+    invoices.close(store, act(later), NOVEMBER, exception=None)
+
+
 def test_a_correction_of_the_general_price_leaves_a_tenants_own_price_alone(store: Store, ledger_url: str, live: Path) -> None:
     """And one of a tenant leaves the others alone."""
     set_price(store, input="7", output="0", tenant="bolt")

@@ -18,18 +18,22 @@ from hypothesis import strategies as st
 from chassis import keys
 from chassis.errors import Invalid, Unavailable
 from control.act import ALL_TENANTS, Act, OneTenant
-from control.cli import client, options
+from control.cli import client, options, reports
+from control.cli import keys as keys_command
+from control.cli.show import show
 from control.core import chain, rights, roles, tokens
 from control.core.roles import PERMISSIONS, PLATFORM_ONLY, Permission, Role, can_be_held, may
 from control.core.tokens import Refused, TokenRequest
+from control.durations import duration, moment_ahead
 from control.minting import Hashed, Mint
+from control.money import nano
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 # --- Examples in the docstrings ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [chain, client, options, rights, roles, tokens, keys])
+@pytest.mark.parametrize("module", [chain, client, keys_command, options, reports, rights, roles, tokens, keys])
 def test_the_examples_in_docstrings_hold(module: Any) -> None:
     """They are what a reader learns from."""
     found = doctest.testmod(module)
@@ -321,3 +325,45 @@ def test_a_mint_without_the_pepper_of_a_secret_does_not_call_it_wrong() -> None:
         new.match(minted.token, stored)
     with pytest.raises(Unavailable):
         new.match("another", current, stored)
+
+
+# --- What people type, and what they are shown --------------------------------------------------
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name is text: it colours nothing, hides nothing and breaks no list."""
+    show({"keys": [{"name": "[/red] [bold]x[/bold] :smile:", "allowed_cidrs": ["[a]"]}]}, as_json=False)
+
+    assert "[/red] [bold]x[/bold] :smile:  [a]" in capsys.readouterr().out
+
+
+def test_nothing_and_lists_within_an_answer_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty object is no failure; a list of objects is a table."""
+    show({"records": {}, "steps": [{"rule": "a", "passes": True}, {"rule": "b", "passes": False}]}, as_json=False)
+
+    assert ["records:", "steps:", "rule  passes", "a       True", "b      False"] == [
+        line.rstrip() for line in capsys.readouterr().out.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("text", ["36526d", "999999d", "876601h", "1y", "", "1.5h", "-1d"])
+def test_a_duration_that_is_none_or_beyond_a_century_is_refused(text: str) -> None:
+    """In words, before the calendar ends."""
+    with pytest.raises(Invalid, match="since is"):
+        duration(text, what="since")
+    assert timedelta(days=36_525) == duration("36525d", what="since")
+
+
+@pytest.mark.parametrize("text", ["9999-12-31T23:59:59-12:00", "2026-12-31T23:59:60Z", "soon", "2026-02-30"])
+def test_a_moment_that_is_none_in_utc_is_refused(text: str) -> None:
+    """The last hours of 9999 in the west lie beyond the calendar; no second is a leap second."""
+    with pytest.raises(Invalid, match="expires is"):
+        moment_ahead(text, what="expires", now=NOW)
+    assert datetime(2026, 12, 1, 10, tzinfo=UTC) == moment_ahead("2026-12-01T12:00+02:00", what="expires", now=NOW)
+
+
+@pytest.mark.parametrize("text", ["1000000000", "9" * 19, "1e3", "-1", "0.0000000001", "NaN", "٣"])
+def test_an_amount_says_how_many_digits_it_may_have(text: str) -> None:
+    """Large ones too."""
+    with pytest.raises(Invalid, match="at most nine digits before the point and after it"):
+        nano(text, what="input")

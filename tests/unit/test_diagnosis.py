@@ -73,3 +73,12 @@ def test_rates_are_what_grew_and_who_had_most_comes_first() -> None:
 def test_a_sum_whose_oldest_hour_has_left_says_nothing() -> None:
     """Never less than nothing a second."""
     assert [] == rates({"acme": Sums(requests=10)}, {"acme": Sums(requests=4)}, seconds=1.0)
+
+
+def test_each_difference_has_its_own_mend() -> None:
+    """Damage to a journal's file is no exception that somebody could sign for."""
+    damaged = d.judge_differences(exceptions=0, drifting=[], defects=1)
+    both = d.judge_differences(exceptions=1, drifting=[], defects=1)
+
+    assert (True, False) == ("disk" in damaged.mend, "sign" in damaged.mend)
+    assert (True, True) == ("disk" in both.mend, "sign" in both.mend)

@@ -38,6 +38,8 @@ def route(model: str, cluster: str) -> dict[str, Any]:
         (clusters({"name": "a"}), clusters({"name": "a", "x": "1s"}), ["~ cluster a: x: nothing -> 1s"]),
         (clusters({"name": "a", "x": {}}), clusters({"name": "a"}), ["~ cluster a: x: {} -> nothing"]),
         (clusters({"name": "a", "x": 20}), clusters({"x": 20.0, "name": "a"}), []),
+        (clusters({"name": "a", "x": "20.0"}), clusters({"name": "a", "x": 20.0}), []),
+        (clusters({"name": "a", "x": "20.5", "y": "v1.0"}), clusters({"name": "a", "x": 20.5, "y": "v1"}), ["~ cluster a: y: v1.0 -> v1"]),
         (clusters({"name": "a", "x": "16777216"}), clusters({"name": "a", "x": 16777216}), []),
         (clusters({"name": "a", "x": True}), clusters({"name": "a", "x": 1}), ["~ cluster a: x: True -> 1"]),
         (clusters({"name": "a"}, {"name": "b"}), clusters({"name": "b"}, {"name": "a"}), []),

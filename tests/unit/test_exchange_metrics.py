@@ -75,6 +75,15 @@ def test_tenants_beyond_the_bound_share_a_label() -> None:
     assert {"t-1": 2, "t-2": 1, "t-3": 0, OTHER_TENANTS: 2} == counted
 
 
+def test_a_list_of_models_is_no_refusal() -> None:
+    """The gateway answers it by itself, so ratelimit has not admitted it either."""
+    entry, _ = exchange(tenant="t-lists", status=200, admission={})
+
+    Exchanges(tenants_max=5).refused(refused(entry))
+
+    assert 0 == value("peaje_tenant_requests_total", tenant="t-lists", outcome="refused")
+
+
 def test_a_refused_request_counts_for_its_tenant_and_its_status() -> None:
     """Only of callers who are known: the journal keeps no others."""
     exchanges = Exchanges(tenants_max=1)

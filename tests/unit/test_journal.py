@@ -62,6 +62,40 @@ def test_what_envoy_and_the_tap_do_not_write_is_malformed(line: bytes) -> None:
         parse(line.rstrip())
 
 
+#: As Envoy writes them.
+NAMELESS = {
+    "an escaped slash": b'{"bytes_sent":0,"details":"path_normalization_failed","duration_ms":0,"epoch":"e","flags":"-","path":"/v1/models/a/b",'
+    b'"started_at":"1795685128.850771","status":400,"type":"DownstreamEnd"}\n',
+    "an underscore": b'{"bytes_sent":11,"details":"http1.unexpected_underscore","duration_ms":0,"epoch":"e","flags":"DPE",'
+    b'"started_at":"1795685128.878371","status":400,"type":"DownstreamEnd"}\n',
+    "a slow head": b'{"bytes_sent":0,"duration_ms":5997,"epoch":"e","flags":"-","started_at":"1795685879.885322","status":0,"type":"DownstreamPeriodic"}\n',
+}
+
+
+@pytest.mark.parametrize("line", NAMELESS.values(), ids=NAMELESS)
+def test_a_request_that_envoy_could_not_read_is_no_damage_to_the_journal(line: bytes) -> None:
+    """Anybody can send these without a key, and none may fill the table of defects or raise its alert."""
+    entries, defects, _ = lines.read(line + end(1) + line, offset=0)
+
+    assert [request_id(1)] == [entry.request_id for entry in entries]
+    assert [] == defects
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        end(1, request_id=None), end(1, request_id=None, request=None, identity=None, admission=None),
+        start(1).replace(b"request_id", b"requesu_id"), end(1).replace(b"request_id", b"requesu_id"),
+    ],
+    ids=["no id", "only usage", "a start", "another bit"],
+)
+def test_a_record_that_lost_its_id_is_a_defect(line: bytes) -> None:
+    """Whoever was asked about it, or whatever it used."""
+    entries, defects, _ = lines.read(line, offset=0)
+
+    assert ([], 1) == (entries, len(defects))
+
+
 def test_text_is_bounded_and_holds_nothing_that_postgres_cannot() -> None:
     """A caller chose the model's name of a refused request."""
     entry = parse(end(1, model="a\0" + "b" * 1000).rstrip())
