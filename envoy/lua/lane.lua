@@ -90,8 +90,9 @@ end
 
 -- What a lease charges for a request; nil: it does not let it pass.
 local function charge(lease, facts, now_ms)
-  -- A clock that went back makes no lease longer: what is not told of a quota in time is counted as not spent.
-  if lease.requests < 1 or now_ms >= lease.until_ms or now_ms < lease.asked_ms then return nil end
+  -- A clock that went back makes a lease twice as long at the most: what is not told of a quota in time is counted as not
+  -- spent. A request that takes long to come was there before its lease.
+  if lease.requests < 1 or now_ms >= lease.until_ms or now_ms < lease.asked_ms - M.LEASE_MS then return nil end
   if lease.bounds and not is_within(lease.bounds, facts) then return nil end
   local tokens = lease.tokens and cost(lease, facts) or 0
   if lease.tokens and lease.tokens < tokens then return nil end
