@@ -130,7 +130,7 @@ def test_the_command_of_the_services_runs(services: Made) -> None:
     answer = services.run(*json.loads(command))
 
     assert 0 == answer.returncode, answer.stderr
-    assert "Usage: python -m control" in answer.stdout
+    assert "Usage: peaje" in answer.stdout
     assert str(services.at("/opt/peaje")) == services.environment["PYTHONPATH"]
     assert str(services.at("/opt/venv/bin/python")) == services.run("sh", "-c", "command -v python").stdout.strip()
 
