@@ -350,6 +350,11 @@ SCENES = (
     Scene(alerts=("PeajeStoreAway",), cause=frozen("valkey"), traffic=Stage.count, said="store", is_short=True),
     Scene(alerts=("PeajeUsageDisputed",), cause=_contradicted, traffic=lambda _: time.sleep(0.2), said="conflict", is_short=True),
     Scene(alerts=("PeajeRulesRefused",), cause=_bad_rules, traffic=Stage.serve, said="game-day.yaml", is_short=True),
+    # Before the scenes whose usage is estimated: their ledger does differ from the engine.
+    Scene(
+        alerts=("PeajeLedgerDrifts",), cause=_past_the_gateway, traffic=_ask_the_engine_itself, said="differ in",
+        mended=lambda _: time.sleep(8),
+    ),
     Scene(
         alerts=("PeajeServiceDown", "PeajeDecisionsFail", "PeajeDecisionsFailSlowly", "PeajeProcessSilent"), cause=frozen("extauth"),
         traffic=Stage.ask_as_nobody, said="extauth", clears_minutes=6 * 60 + 1,
@@ -374,10 +379,6 @@ SCENES = (
     Scene(
         alerts=("PeajeChangesLate", "PeajeChangesLateSlowly"), cause=_stalling_postgres, traffic=_wait_for_stalled_pulses,
         said="Postgres", clears_minutes=6 * 60 + 1,
-    ),
-    Scene(
-        alerts=("PeajeLedgerDrifts",), cause=_past_the_gateway, traffic=_ask_the_engine_itself, said="differ in",
-        mended=lambda _: time.sleep(8),
     ),
     Scene(alerts=("PeajeKeySetsOld",), cause=_unknown_issuer, traffic=lambda _: time.sleep(0.2), said="gone"),
     Scene(alerts=("PeajeScriptFails",), cause=_failing_tap, traffic=Stage.serve, said="tap.lua failed", clears_minutes=6),
