@@ -108,11 +108,9 @@ end
 
 -- Held at its worst until the ledger says what it was spent on: it has a reservation of its own.
 local function hold(n)
-  local taken = ''
   for i, counter in ipairs(demand.c) do
     if counter.k == 'quota' then
       local hits = n * demand.g.e[i]
-      taken = taken .. '1'
       levels[i], helds[i] = levels[i] + hits, (helds[i] or 0) + hits
       redis.call('HINCRBY', counter.n, 'held', whole(hits))
       redis.call('HINCRBY', counter.n, 'lent', whole(hits))
@@ -121,7 +119,7 @@ local function hold(n)
       keep(counter, counter.n .. ':held')
     end
   end
-  redis.call('SET', demand.g.r, '2' .. taken .. '=' .. whole(n) .. ',0' .. demand.g.w, 'PX', whole(demand.g.h / 1000))
+  redis.call('SET', demand.g.r, '2=' .. whole(n) .. ',0' .. demand.g.w, 'PX', whole(demand.g.h / 1000))
   redis.call('ZADD', demand.g.x, whole(now), demand.g.i)
   redis.call('PEXPIRE', demand.g.x, whole(demand.g.h / 1000 + 1000))
 end

@@ -146,11 +146,7 @@ class StoredCounters:
 
     def lent_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Leases of a tenant's quotas that were given before *moment_us* and are not repaid, oldest first, with when they were."""
-        try:
-            found: Any = self._store.zrangebyscore(lent_index_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
-        except redis.RedisError as exc:
-            raise _translated(exc) from exc
-        return [(lease_id.decode(), int(given_us)) for lease_id, given_us in found]
+        return self._oldest(lent_index_key(tenant_id), moment_us, most=most)
 
     def lent(self, tenant_id: str, lease_ids: Sequence[str]) -> dict[str, Loan]:
         """What is to be known of each of these leases to repay it; none for what is repaid."""
@@ -172,11 +168,7 @@ class StoredCounters:
 
     def opened_before(self, tenant_id: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
         """Requests of a tenant that were admitted before *moment_us* and are not settled, with when they were."""
-        try:
-            found: Any = self._store.zrangebyscore(open_key(tenant_id), "-inf", moment_us, start=0, num=most, withscores=True)
-        except redis.RedisError as exc:
-            raise _translated(exc) from exc
-        return [(request_id.decode(), int(admitted_us)) for request_id, admitted_us in found]
+        return self._oldest(open_key(tenant_id), moment_us, most=most)
 
     def epochs(self, tenant_id: str, request_ids: Sequence[str]) -> dict[str, str]:
         """The Envoy life that each open reservation was made for; none for what is settled or does not know it."""
@@ -216,6 +208,14 @@ class StoredCounters:
         except redis.RedisError:
             return False
         return True
+
+    def _oldest(self, index: str, moment_us: int, *, most: int) -> list[tuple[str, int]]:
+        """Names in an index that are older than *moment_us*, with when they came into it."""
+        try:
+            found: Any = self._store.zrangebyscore(index, "-inf", moment_us, start=0, num=most, withscores=True)
+        except redis.RedisError as exc:
+            raise _translated(exc) from exc
+        return [(name.decode(), int(since_us)) for name, since_us in found]
 
     def _call(self, script: _Script, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         try:
