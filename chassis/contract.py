@@ -92,6 +92,8 @@ ROUTE_MODEL: Final = "model"
 ROUTE_PREFIX_BYTES: Final = "prefix_bytes"
 #: The most that a caller may ask the engines to generate for one choice; absent: not known.
 ROUTE_OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
+#: What OpenTelemetry's conventions call what the path does (gen_ai.operation.name), for spans.
+ROUTE_OPERATION: Final = "operation"
 
 #: Written on each endpoint of a model, under this namespace: its pool, the engine's kind, and what that calls the model.
 POOL_NAMESPACE: Final = "peaje.pool"

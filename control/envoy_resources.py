@@ -34,6 +34,7 @@ from chassis import contract
 from chassis.errors import Unavailable
 from chassis.models import ModelCatalogue
 from chassis.served import Balance, Model, Pool, Retry
+from chassis.telemetry import traces
 from control.envoy_choice import asking
 from control.envoy_clusters import CREDENTIALS_DIRECTORY, credentials, model_clusters, target_name
 from control.envoy_parts import pack
@@ -161,7 +162,7 @@ def _forward(path: str, dialect: str, model: Model) -> route.Route:
     return route.Route(
         name=dialect,
         match=_named(path, model.name),
-        metadata=_facts(model),
+        metadata=_facts(dialect, model),
         route=route.RouteAction(
             timeout=ANSWER_TIMEOUT,
             idle_timeout=IDLE_TIMEOUT,
@@ -185,7 +186,7 @@ def _alias(path: str, dialect: str, model: Model, alias: str) -> route.Route:
         name=f"{dialect}/alias",
         match=_named(path, alias),
         # All that the model's own route says: a script reads a route's metadata once.
-        metadata=_facts(model, {contract.ROUTE_MODEL: model.name}),
+        metadata=_facts(dialect, model, {contract.ROUTE_MODEL: model.name}),
         route=_to_no_pool(),
         request_headers_to_remove=list(NOT_FORWARDED),
     )
@@ -200,12 +201,17 @@ def _named(path: str, name: str) -> route.RouteMatch:
     return route.RouteMatch(path=path, dynamic_metadata=[chosen])
 
 
-def _facts(model: Model, more: dict[str, Any] | None = None) -> core.Metadata:
+def _facts(dialect: str, model: Model, more: dict[str, Any] | None = None) -> core.Metadata:
     facts: dict[str, Any] = {contract.ROUTE_RUNNING_USAGE: model.sends_running_usage} | (more or {})
     if model.output_tokens_max is not None:
         facts[contract.ROUTE_OUTPUT_TOKENS_MAX] = model.output_tokens_max
     if model.affinity is not None and model.affinity.prefix_bytes:
         facts[contract.ROUTE_PREFIX_BYTES] = model.affinity.prefix_bytes
+    return _said(dialect, facts)
+
+
+def _said(dialect: str, facts: dict[str, Any]) -> core.Metadata:
+    facts |= {contract.ROUTE_OPERATION: traces.OPERATIONS[dialect]}
     return core.Metadata(filter_metadata=dict.fromkeys(contract.ROUTE_NAMESPACES, protobuf.Struct.from_dict(facts)))
 
 
@@ -271,6 +277,7 @@ def _unrouted(path: str, dialect: str) -> route.Route:
     return route.Route(
         name=f"{dialect}/no-model",
         match=route.RouteMatch(path=path),
+        metadata=_said(dialect, {}),
         route=_to_no_pool(),
         request_headers_to_remove=list(NOT_FORWARDED),
     )

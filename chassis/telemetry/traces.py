@@ -41,7 +41,20 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 QUEUE_MAX: Final = 2048
 #: Requests that one span of work names; of a batch of thousands a hundredth is sampled.
 LINKS_MAX: Final = 64
+#: What OpenTelemetry's conventions call what a dialect does (gen_ai.operation.name); they have no name for a rerank.
+OPERATIONS: Final = {
+    "openai.chat": "chat",
+    "openai.completions": "text_completion",
+    "openai.embeddings": "embeddings",
+    "openai.responses": "chat",
+    "anthropic.messages": "chat",
+    "rerank": "rerank",
+    "openai.images": "generate_content",
+    "openai.speech": "generate_content",
+}
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
+#: How the text of a sampled trace's context can end: the lowest bit of its flags, in hexadecimal (W3C Trace Context, 3.2.2.5).
+_SAMPLED_ENDS: Final = frozenset("13579bdf")
 
 
 class Settings(BaseSettings):
@@ -110,13 +123,9 @@ def serving(name: str, metadata: Callable[[], Iterable[tuple[str, str | bytes]] 
         yield
         return
     traceparent = next((str(value) for key, value in metadata() or () if key == "traceparent"), "")
-    above = _PROPAGATOR.extract({"traceparent": traceparent})
-    sent = get_current_span(above).get_span_context()
-    if not sent.is_valid:
-        yield
-        return
-    is_traced, began, served = sent.trace_flags.sampled, time.time_ns(), Served()
-    span = tracer.start_span(name, above, SpanKind.SERVER) if is_traced else None
+    began, served = time.time_ns(), Served()
+    above = _above(traceparent) if is_sampled(traceparent) else None
+    span = None if above is None else tracer.start_span(name, above, SpanKind.SERVER)
     _serving.set(served)
     _parent.set(None if span is None else set_span_in_context(span, above))
     failed = ""
@@ -129,8 +138,8 @@ def serving(name: str, metadata: Callable[[], Iterable[tuple[str, str | bytes]] 
         # Not by tokens: a stream that is given up may be ended in another context than it began in.
         _serving.set(None)
         _parent.set(None)
-        if span is None and (failed or served.refused):
-            span = tracer.start_span(name, above, SpanKind.SERVER, start_time=began)
+        if span is None and (failed or served.refused) and _sent(traceparent).is_valid:
+            span = tracer.start_span(name, _above(traceparent), SpanKind.SERVER, start_time=began)
         if span is not None:
             if served.refused:
                 span.set_attribute("peaje.refused", served.refused)
@@ -154,6 +163,9 @@ def is_on() -> bool:
 
 def is_sampled(traceparent: str) -> bool:
     """Whether Envoy sends spans of that trace."""
+    # Nearly none is; reading one whole takes 14 µs, which is half of what a record takes the collector.
+    if traceparent[-1:] not in _SAMPLED_ENDS:
+        return False
     context = _sent(traceparent)
     return context.is_valid and context.trace_flags.sampled
 
@@ -163,8 +175,7 @@ def failed(name: str, traceparent: str, *, began: datetime, ended: datetime, att
     tracer, context = _state.tracer, _sent(traceparent)
     if tracer is None or not context.is_valid or context.trace_flags.sampled:
         return
-    above = _PROPAGATOR.extract({"traceparent": traceparent})
-    span = tracer.start_span(name, above, SpanKind.SERVER, dict(attributes), start_time=_nanoseconds(began))
+    span = tracer.start_span(name, _above(traceparent), SpanKind.SERVER, dict(attributes), start_time=_nanoseconds(began))
     span.set_status(Status(StatusCode.ERROR))
     span.end(_nanoseconds(ended))
 
@@ -182,8 +193,12 @@ def worked(name: str, traceparents: Iterable[str], *, began: datetime, ended: da
         ).end(_nanoseconds(ended))  # fmt: skip
 
 
+def _above(traceparent: str) -> Context:
+    return _PROPAGATOR.extract({"traceparent": traceparent})
+
+
 def _sent(traceparent: str) -> SpanContext:
-    return get_current_span(_PROPAGATOR.extract({"traceparent": traceparent})).get_span_context()
+    return get_current_span(_above(traceparent)).get_span_context()
 
 
 def _nanoseconds(moment: datetime) -> int:

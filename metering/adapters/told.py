@@ -18,8 +18,6 @@ from metering.core.journal import Entry, UsageEvent
 
 #: What nobody has to look into: it went well, its caller left, its budget ended, or its engine said what was wrong with it.
 _NO_FAILURES: Final = frozenset({"ok", "client_closed", "budget_exhausted", "refused_by_engine"})
-#: OpenTelemetry's names of what dialects do.
-_OPERATIONS: Final = {"openai.embeddings": "embeddings", "openai.completions": "text_completion"}
 
 
 def recorded(rows: Collection[tuple[UsageEvent, Entry]], *, journal: str, began: datetime, ended: datetime) -> None:
@@ -36,7 +34,7 @@ def recorded(rows: Collection[tuple[UsageEvent, Entry]], *, journal: str, began:
 
 
 def _failed(event: UsageEvent, trace: str) -> None:
-    operation = _OPERATIONS.get(event.dialect, "chat")
+    operation = traces.OPERATIONS.get(event.dialect, event.dialect)
     traces.failed(
         f"{operation} {event.model}", trace, began=event.started_at, ended=event.ended_at,
         attributes={
