@@ -17,7 +17,7 @@ _TENANTS: Final = "tenants"
 _ROUTER: Final = "envoy.filters.http.router"
 _DECISIONS: Final = frozenset({"envoy.filters.http.ext_authz", "envoy.filters.http.ratelimit"})
 #: Of a plain chat request these are skipped by their matchers; they are there from the first decision on.
-_METERING: Final = frozenset({"envoy.filters.http.ext_proc", "slices"})
+_METERING: Final = frozenset({"metering"})
 
 
 class Caller(Enum):

@@ -203,6 +203,7 @@ def _filters(manager: Mapping, file: str) -> Iterator[Finding]:
     for filter_ in manager.mappings("http_filters"):
         kinds = [_ASKING[kind] for inner in walk(filter_) if (kind := _type_of(inner)) in _ASKING]
         order.extend(kinds)
+        yield from _made_on_a_match(filter_, file)
         for switch in ("disabled", "is_optional"):
             if kinds and filter_.get(switch):
                 yield Finding(
@@ -216,6 +217,17 @@ def _filters(manager: Mapping, file: str) -> Iterator[Finding]:
         yield Finding(
             file=file, line=manager.line, what=f"{order[0]} comes before ext_authz and so before the identity.", mend="Put ext_authz first."
         )
+
+
+def _made_on_a_match(filter_: Mapping, file: str) -> Iterator[Finding]:
+    """Of a composite, what no matcher names is nothing: a request that is not what somebody thought of would pass."""
+    for inner in walk(filter_.at("typed_config", "xds_matcher", "matcher_list")):
+        kind = _type_of(inner)
+        if kind in {_AUTHZ, _RATELIMIT}:
+            yield Finding(
+                file=file, line=inner.line, what=f"{_ASKING[kind]} is made only where a matcher says so; without one, everybody passes.",
+                mend="Put it into on_no_match, and have a matcher skip it where it is not needed.",
+            )  # fmt: skip
 
 
 def _routes(table: Mapping, file: str) -> Iterator[Finding]:

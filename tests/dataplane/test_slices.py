@@ -200,6 +200,21 @@ def test_who_asked_for_usage_is_told_what_was_delivered(road: Installation, limi
     assert (row["input_tokens"], row["output_tokens"]) == (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
 
 
+def test_options_that_only_metering_can_merge_end_a_stream_the_same_way(road: Installation, limited: Any) -> None:
+    """Both of what metering is asked for, in one call: the body is shaped, and the stream ends where its quota does."""
+    caller = limited("both", 200)
+    client = openai.OpenAI(base_url=f"{road.url}/v1", api_key=caller.key, max_retries=0)
+    options = {"stream_options": {"include_usage": False, "chunk_size": 1}}
+
+    chunks = list(client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1000, stream=True, extra_body=options))
+
+    [row] = road.rows(caller, 1)
+    assert "insufficient_quota" == chunks[-1].model_extra["peaje"]["code"]
+    assert [None] * len(chunks) == [chunk.usage for chunk in chunks]
+    assert ("budget_exhausted", "running", 200) == (row["outcome"], row["basis"], row["input_tokens"] + row["output_tokens"])
+    assert road.truth()[row["request_id"]]["completion_tokens"] < 1000
+
+
 def test_a_stream_that_ends_by_itself_or_is_left_is_none_of_this(road: Installation, limited: Any) -> None:
     """Held in slices near the limit, and read to its own end or left: billed as ever, nothing stays held."""
     caller, leaves = limited("near", 120), limited("leaves", 700)
