@@ -44,7 +44,7 @@ _KEYS, _GARBAGE = 100_000, 10_000_000
 _ROUND = 1000
 _CALLS_AT_ONCE = 8
 #: What may come from the second quarter to the last: allocators' own ways, and tables that are not full in a short soak.
-_GROWTH_SHARE, _GROWTH_MIB = 0.1, 16.0
+_GROWTH_SHARE, _GROWTH_MIB = 0.05, 8.0
 
 
 def test_memory_is_flat(tmp_path: Path, request: pytest.FixtureRequest) -> None:
