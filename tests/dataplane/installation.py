@@ -72,6 +72,8 @@ class Installation:
             "PEAJE_PORT": str(self.port),
             "PEAJE_CONTROL_PORT": str(self.control_port),
             "PEAJE_ADMIN_PORT": str(self.admin_port),
+            # Tests that share an installation have a tenant each, and count by it.
+            "PEAJE_COLLECTOR_METRICS_TENANTS": "10000",
         }
 
     def run(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
