@@ -173,7 +173,7 @@ class Collector:
             self._close_orphans(ended, now, monotonic)
             self.ledger.keep_read_until(now)
         if self._garbage_due.now(monotonic):
-            # Statements leave cycles behind, 5 MiB a minute; between batches there is little else to look through.
+            # What it does leaves cycles behind, 5 MiB a minute at rest as well; between batches there is little else to look through.
             gc.collect()
         metrics.LAG_SECONDS.labels(self.name).set_function(_seconds_since(monotonic))
         return False

@@ -250,7 +250,7 @@ def test_a_record_that_postgres_refuses_holds_up_no_other(ledger_url: str, live:
     assert ("journal.jsonl", len(end(1)), "CheckViolation from Postgres") == (name, offset, reason)
 
 
-def test_what_statements_leave_behind_is_looked_for_between_batches(ledger_url: str, live: Path) -> None:
+def test_what_is_left_behind_in_cycles_is_looked_for_between_batches(ledger_url: str, live: Path) -> None:
     """Cycles wait for nobody: it grew by 5 MiB a minute, at rest as well, until Python's own look, which is rare here."""
 
     class Knot:
