@@ -444,7 +444,7 @@ def test_a_stream_outlives_changes_of_all_that_it_began_with(site: Site) -> None
     model = {"name": "long", "pools": [pool(site, "main", "a", "b")]}
     site.serving(model)
     tenant = site.road.new_tenant("long")
-    streams = [Stream.begin(site, tenant, "long", tokens=250, chunk_ms=80) for _ in range(4)]
+    streams = [Stream.begin(site, tenant, "long", tokens=250, chunk_ms=110) for _ in range(4)]
     kept = {"name": "kept", "pools": [pool(site, "main", "c")]}
     changes: list[list[dict[str, Any]]] = [
         [kept],
