@@ -38,7 +38,8 @@ class Bank:
     def __init__(self, store_url: str, ledger_url: str) -> None:
         self.store = connect(store_url, cluster=False, timeout_seconds=PATIENCE_SECONDS)
         self.counters = StoredCounters(self.store)
-        self.loans = Loans(self.counters, read_pool(ledger_url, name="test", connections=1))
+        self.pool = read_pool(ledger_url, name="test", connections=1)
+        self.loans = Loans(self.counters, self.pool)
         self.ledger = psycopg.connect(ledger_url, autocommit=True)
         self.tenant = f"loan-{next(_TENANTS)}"
         self.quotas = [quota(self.tenant, unit, amount=10**9, ends_us=2**52) for unit in (Unit.REQUESTS, Unit.TOKENS, Unit.MONEY)]
@@ -89,7 +90,9 @@ def bank(counter_store: str, ledger_url: str) -> Iterator[Bank]:
     """Give a bank whose lease is out."""
     made = Bank(counter_store, ledger_url)
     yield made
+    made.pool.close()
     made.ledger.close()
+    made.store.close()
 
 
 def test_a_lease_is_repaid_when_its_journal_was_read_beyond_it(bank: Bank) -> None:
@@ -141,9 +144,9 @@ def test_another_envoys_journal_says_nothing_of_it(bank: Bank) -> None:
     assert [5, 200, 600] == bank.levels("lent")
 
 
-def test_two_processes_repay_once(bank: Bank, ledger_url: str) -> None:
+def test_two_processes_repay_once(bank: Bank) -> None:
     """One that gave it, and one that found it when it looked at everybody."""
-    other = Loans(bank.counters, read_pool(ledger_url, name="test", connections=1))
+    other = Loans(bank.counters, bank.pool)
     other.given(bank.tenant)
     bank.spend(_FIRST, requests=3, tokens=30, nano=90)
     bank.read_until(bank.given_at + SPENT_AFTER)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -79,8 +80,11 @@ class World:
 
 
 @pytest.fixture
-def world(postgres_url: str, counter_store: str) -> World:
-    return World(postgres_url, connect(counter_store, cluster=False))
+def world(postgres_url: str, counter_store: str) -> Iterator[World]:
+    made = World(postgres_url, connect(counter_store, cluster=False))
+    yield made
+    made.pool.close()
+    made.store.close()
 
 
 def test_what_was_posted_is_in_the_quota_once_however_often_it_is_looked_at(world: World) -> None:
