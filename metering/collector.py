@@ -142,7 +142,6 @@ class Collector:
     _leases_due: Due = field(default_factory=lambda: Due(_LEASES_EVERY))
     _files_due: Due = field(default_factory=lambda: Due(_FILES_EVERY))
     _orphans_due: Due = field(default_factory=lambda: Due(_ORPHANS_EVERY))
-    _garbage_due: Due = field(default_factory=lambda: Due(_GARBAGE_EVERY))
 
     def step(self, now: datetime, monotonic: float) -> bool:
         """
@@ -172,9 +171,6 @@ class Collector:
         if self._orphans_due.now(monotonic):
             self._close_orphans(ended, now, monotonic)
             self.ledger.keep_read_until(now)
-        if self._garbage_due.now(monotonic):
-            # What it does leaves cycles behind, 5 MiB a minute at rest as well; between batches there is little else to look through.
-            gc.collect()
         metrics.LAG_SECONDS.labels(self.name).set_function(_seconds_since(monotonic))
         return False
 
@@ -318,21 +314,25 @@ def main() -> None:
         ).start()
     exchanges = metrics.Exchanges(tenants_max=settings.metrics_tenants)
     try:
-        _collect_all(sources, directory, lambda source: collect(source, url, settings, stop, exchanges), stop)
+        collect_all(sources, directory, lambda source: collect(source, url, settings, stop, exchanges), stop)
     finally:
         traces.stop()
 
 
-def _collect_all(
+def collect_all(
     sources: Sequence[Source], directory: Path | None, collect_one: Callable[[Source], None], stop: threading.Event
 ) -> None:
     """A thread per journal, so that a slow or broken one holds up no other; new ones of *directory* as they come."""
     running: dict[str, Future[None]] = {}
+    garbage_due = Due(_GARBAGE_EVERY)
     with ThreadPoolExecutor(JOURNALS_MAX, thread_name_prefix="journal") as pool:
         while True:
             for source in sources if directory is None else find_sources(directory):
                 if source.name not in running and len(running) < JOURNALS_MAX:
                     running[source.name] = pool.submit(collect_one, source)
+            if garbage_due.now(time.monotonic()):
+                # What a batch does leaves cycles behind, 5 MiB a minute at rest as well.
+                gc.collect()
             over = stop.wait(_DIRECTORY_EVERY)
             for future in running.values():
                 # What ends before it was asked to is a defect of ours: the process dies of it and is started again.

@@ -9,11 +9,13 @@ itself. What is deselected is said at the end of the run.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+import httpx._transports.default
 import pytest
 import structlog
 from hypothesis import settings
@@ -27,6 +29,8 @@ from tests.otlp import collecting_traces
 
 #: Marker and option of the tests that only run when asked for, and what they are.
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load", "images": "whole builds of the images, as root"}
+#: Fixtures of installations that many files share. One process has each, in this order; of a test that needs two, the first is its group.
+SHARED = ("road", "fleet", "small", "dynamo")
 #: Marker of what only the express lane does; nothing to see without it.
 LANE = "express"
 _LANE_TESTS = "what only the express lane does"
@@ -38,6 +42,9 @@ _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Events of what runs in this process, also from threads of a test that is over, never mix with what a test reads.
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
+
+# Each client that is made reads the machine's 140 certificates, 30 ms of a processor; nearly all speak to loopback in clear.
+httpx._transports.default.create_ssl_context = functools.cache(httpx._transports.default.create_ssl_context)  # type: ignore[attr-defined]
 
 # A busy machine is no failure: no example is judged by its time.
 settings.register_profile("peaje", deadline=None)
@@ -71,6 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[EXPRESS_ENVIRONMENT] = "off"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook as well
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what was not asked for, and remember how many of each."""
     left_out: dict[str, int] = {}
@@ -83,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in missing:
             left_out[name] = left_out.get(name, 0) + 1
         (deselected if missing else kept).append(item)
-    items[:] = sorted(kept, key=lambda item: not _on_the_road(item))
+    items[:] = sorted(kept, key=_turn)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     config.stash[_LEFT_OUT] = left_out
@@ -91,16 +99,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=deselected)
 
 
+def _shared(item: pytest.Item) -> str | None:
+    """The first of the installations that many share which it needs. A module may have its own of that name."""
+    names, module = getattr(item, "fixturenames", ()), getattr(item, "module", None)
+    return next((name for name in SHARED if name in names and not hasattr(module, name)), None)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Those on shared installations come first, all of one together: they take longest."""
+    shared = _shared(item)
+    return len(SHARED) if shared is None else SHARED.index(shared)
+
+
 def _group(item: pytest.Item) -> str:
     """What one process runs: everything on a shared installation, or one file."""
-    if _on_the_road(item):
-        return "road"
-    return "small" if "small" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+    return _shared(item) or item.location[0]
 
 
-def _on_the_road(item: pytest.Item) -> bool:
-    """Whether it needs the installation that many share: one process has it, and begins with it, for it takes longest. A module may have its own."""
-    return "road" in getattr(item, "fixturenames", ()) and not hasattr(getattr(item, "module", None), "road")
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that are not heard of cost each process its own installations, and nothing else would tell."""
+    if session.config.getoption("loadgroup", False) and not all(item.nodeid.endswith(f"@{_group(item)}") for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not see the groups of tests; see `pytest` in pyproject.toml.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """End a shared installation after its last test: at rest each takes a tenth of a processor from all that follows."""
+    yield
+    if nextitem is not None and _shared(item) != _shared(nextitem):
+        for name in set(SHARED) - set(getattr(nextitem, "fixturenames", ())):
+            for definition in item.session._fixturemanager.getfixturedefs(name, item) or ():
+                definition.finish(item._request)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(trylast=True)

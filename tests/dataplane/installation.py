@@ -22,6 +22,9 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
+from control.laptop import state
+from control.laptop.commands import describe
+from control.laptop.places import Places
 from control.laptop.postgres import elsewhere
 from tests.otlp import Collected
 
@@ -31,6 +34,8 @@ PEAJE = REPOSITORY / "peaje"
 #: How long a row may take to be visible after its stream ended; far above the usual, because
 #: the machine that runs the tests may be busy.
 VISIBLE_SECONDS = 15.0
+#: What every key's text begins with.
+_KEYS_BEGIN = "peaje_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +143,18 @@ class Installation:
         Looked at: files below log, journal, run and envoy; every table; everything in Valkey; what Envoy's
         admin interface and the services' metrics show; all spans, where they are collected.
         """
-        secrets = [*self.issued, *(path.read_text().strip() for path in (self.home / "secrets").iterdir())]
-        wanted = re.compile(b"|".join(re.escape(secret.encode()) for secret in secrets))
-        found = []
+        secrets = {*self.issued, *(path.read_text().strip() for path in (self.home / "secrets").iterdir())}
+        # One alternation of hundreds would be tried at every byte: keys are found by what all of them begin with.
+        keys = {secret.encode() for secret in secrets if secret.startswith(_KEYS_BEGIN)}
+        others = [secret.encode() for secret in secrets if not secret.startswith(_KEYS_BEGIN)]
+        lengths = {len(key) for key in keys}
+        beginnings = re.compile(re.escape(_KEYS_BEGIN.encode()))
+        found: set[tuple[str, bytes]] = set()
         for where, text in self._texts():
-            found += [(where, match[:16].decode()) for match in set(wanted.findall(text))]
-        return found
+            found |= {(where, secret) for secret in others if secret in text}
+            starts = [match.start() for match in beginnings.finditer(text)]
+            found |= {(where, text[at : at + length]) for at in starts for length in lengths if text[at : at + length] in keys}
+        return [(where, secret[:16].decode()) for where, secret in found]
 
     def _texts(self) -> Iterator[tuple[str, bytes]]:
         for directory in ("log", "journal", "run", "envoy"):
@@ -206,8 +217,9 @@ class Installation:
         return {entry["request_id"]: entry for entry in map(json.loads, lines)}
 
     def status(self) -> dict[str, Any]:
-        """`./peaje status --json`."""
-        return json.loads(self.run("status", "--json").stdout)
+        """What `./peaje status --json` shows, without a process for each look."""
+        place = Places(self.home)
+        return describe(state.read(place), place)
 
     def pid(self, part: str) -> int:
         """The process of a part."""
@@ -261,12 +273,14 @@ class Installation:
         address = f"{self.admin_port}/stats/prometheus" if part == "envoy" else f"{self.metrics_ports[part]}/metrics"
         return httpx.get(f"http://127.0.0.1:{address}", timeout=timeout).raise_for_status().text
 
+    def stat(self, name: str) -> int:
+        """The sum of Envoy's statistics whose whole names match the expression *name*; those that never moved are 0."""
+        answer = httpx.get(f"http://127.0.0.1:{self.admin_port}/stats", params={"filter": f"^{name}$"}, timeout=10)
+        return sum(int(line.rpartition(" ")[2]) for line in answer.raise_for_status().text.splitlines())
+
     def asked_extauth(self) -> int:
         """How often Envoy has asked extauth."""
-        answer = httpx.get(
-            f"http://127.0.0.1:{self.admin_port}/stats", params={"filter": "^http.tenants.ext_authz.(ok|denied)$"}
-        )
-        return sum(int(line.rpartition(" ")[2]) for line in answer.text.splitlines())
+        return self.stat("http.tenants.ext_authz.(ok|denied)")
 
     def is_healthy(self) -> bool:
         """Whether Envoy would take requests: it looks at extauth and ratelimit itself, a little after they are ready."""

@@ -164,7 +164,7 @@ def test_ends_that_envoy_could_not_write_are_rows_all_the_same_and_the_witness_t
         asked = {"model": "tiny", "prompt": "a toll bridge", "n": 2}
         painted = small.post(tenant, "/v1/images/generations", json=asked).headers["x-request-id"]
         _wait_flushed(small)
-        assert _stat(small, "filesystem.write_failed") > 0
+        assert small.stat("filesystem.write_failed") > 0
     _reopen(small)
     assert 200 == small.post(tenant, json=chat()).status_code
 
@@ -216,12 +216,7 @@ def _wait_flushed(small: Installation) -> None:
     """Wait until Envoy holds no record back, be it that it has lost them."""
     # A record is made a little after its answer has been read.
     time.sleep(0.3)
-    until(lambda: _stat(small, "filesystem.write_total_buffered") == 0)
-
-
-def _stat(small: Installation, name: str) -> int:
-    answer = httpx.get(f"http://127.0.0.1:{small.admin_port}/stats", params={"filter": f"^{name}$"}, timeout=10)
-    return int(answer.text.partition(": ")[2])
+    until(lambda: small.stat("filesystem.write_total_buffered") == 0)
 
 
 def last_status(small: Installation, tenant: Tenant, wanted: int, before_each: Callable[[], None] = lambda: None) -> int:

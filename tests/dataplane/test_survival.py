@@ -24,11 +24,6 @@ _DROPPED = "access_logs.open_telemetry_access_log.logs_dropped"
 _UNDER_WAY = "cluster.metering.upstream_rq_active"
 
 
-def _stat(road: Installation, name: str) -> int:
-    answer = httpx.get(f"http://127.0.0.1:{road.admin_port}/stats", params={"filter": f"^{name}$"}, timeout=10)
-    return int(answer.text.rpartition(": ")[2])
-
-
 def hammer(road: Installation, tenant: Tenant, seconds: float, *, chunk_ms: int = 10) -> list[tuple[str, int]]:
     """Requests from 16 clients for *seconds*, half of them streams; ids and statuses of those that got an answer."""
     until = time.monotonic() + seconds
@@ -208,14 +203,14 @@ def test_a_stalled_witness_holds_up_nothing(road: Installation, tenant: Tenant) 
                 time.sleep(0.01)
 
             deadline = time.monotonic() + 60
-            before = _stat(road, _DROPPED)
-            while _stat(road, _DROPPED) == before and time.monotonic() < deadline:
+            before = road.stat(_DROPPED)
+            while road.stat(_DROPPED) == before and time.monotonic() < deadline:
                 send()
-            under_way = _stat(road, _UNDER_WAY)
-            dropped = _stat(road, _DROPPED)
-            while _stat(road, _DROPPED) < dropped + 200 and time.monotonic() < deadline:
+            under_way = road.stat(_UNDER_WAY)
+            dropped = road.stat(_DROPPED)
+            while road.stat(_DROPPED) < dropped + 200 and time.monotonic() < deadline:
                 send()
-            assert under_way >= _stat(road, _UNDER_WAY)
+            assert under_way >= road.stat(_UNDER_WAY)
             assert time.monotonic() < deadline
 
     road.silence("metering", stall)

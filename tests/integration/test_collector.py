@@ -15,8 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from metering import collector
 from metering.adapters.reading import read
 from metering.adapters.rotation import QUIET_SECONDS
+from metering.adapters.sources import Source
 from metering.adapters.tail import Piece, next_piece, starts_of
 from tests.journals import (
     NOON,
@@ -34,6 +36,7 @@ from tests.journals import (
     write,
     write_apart,
 )
+from tests.waiting import until
 
 USAGE = "select * from billing_usage_v1 order by started_at, request_id"
 DEFECTS = "select file_name, byte_offset, byte_count, reason from journal_defect order by 1, 2"
@@ -250,25 +253,29 @@ def test_a_record_that_postgres_refuses_holds_up_no_other(ledger_url: str, live:
     assert ("journal.jsonl", len(end(1)), "CheckViolation from Postgres") == (name, offset, reason)
 
 
-def test_what_is_left_behind_in_cycles_is_looked_for_between_batches(ledger_url: str, live: Path) -> None:
+def test_what_is_left_behind_in_cycles_is_looked_for(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cycles wait for nobody: it grew by 5 MiB a minute, at rest as well, until Python's own look, which is rare here."""
 
     class Knot:
         own: Knot
 
+    knot = Knot()
+    knot.own, left = knot, weakref.ref(knot)
+    del knot
+    for pause in ("_DIRECTORY_EVERY", "_GARBAGE_EVERY"):
+        monkeypatch.setattr(collector, pause, 0.01)
+    stop = threading.Event()
     gc.disable()
     try:
-        with collecting(ledger_url, live) as collector:
-            collector.step(datetime.now(UTC), 0.0)
-            knot = Knot()
-            knot.own, left = knot, weakref.ref(knot)
-            del knot
-
-            collector.step(datetime.now(UTC), 9.0)
-            early = left() is not None
-            collector.step(datetime.now(UTC), 11.0)
-            assert early
-            assert left() is None
+        running = threading.Thread(
+            target=collector.collect_all, args=([Source(name="one", live=live, admin_port=None)], None, lambda _: stop.wait(), stop)
+        )
+        running.start()
+        try:
+            until(lambda: left() is None, "the knot is still there", seconds=10)
+        finally:
+            stop.set()
+            running.join()
     finally:
         gc.enable()
 
