@@ -112,7 +112,9 @@ def _turn(item: pytest.Item) -> int:
 
 
 def _group(item: pytest.Item) -> str:
-    """What one process runs: everything on a shared installation, or one file."""
+    """What one process runs: what says so itself, everything on a shared installation, or one file."""
+    if marker := item.get_closest_marker("xdist_group"):
+        return str(marker.args[0])
     return _shared(item) or item.location[0]
 
 
