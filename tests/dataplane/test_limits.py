@@ -151,7 +151,7 @@ def test_two_hundred_at_once_with_a_quota_for_one(road: Installation) -> None:
     caller = limited(road, "one", monthly_tokens=estimate + 100)
 
     with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(lambda _: road.post(caller, json=body, fault={"chunk_ms": 300}), range(200)))
+        answers = list(pool.map(lambda _: road.post(caller, json=body, fault={"chunk_ms": 100}), range(200)))
     statuses = Counter(answer.status_code for answer in answers)
     rows = road.rows(caller, statuses[200])
 

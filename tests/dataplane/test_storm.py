@@ -9,8 +9,8 @@ import time
 from tests.chaos.storm import DISCONNECTS, INEXACT_SHARE_MAX, TENANTS, Storm, down, judge
 from tests.dataplane.installation import Installation
 
-#: Half a minute of two cores. `--chaos` has the long form.
-_REQUESTS = 20_000
+#: A quarter of a minute of two cores. `--chaos` has the long form.
+_REQUESTS = 12_000
 
 
 def test_a_kill_storm_loses_no_row_doubles_none_and_charges_nobody_else(road: Installation) -> None:

@@ -35,12 +35,14 @@ from tests.receivers import Receiver, receiving
 _NOBODY = 65534
 _START_SECONDS_MAX = 30
 _USER = "peaje"
+#: Of two processes' servers, with as many databases as hold somebody's connection when their test is over.
+_ROOM_BYTES = 4 << 30
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """Start one Postgres for the whole run and give the URL of its maintenance database."""
-    directory = Path(tempfile.mkdtemp(prefix="peaje-test-pg-"))
+    directory = Path(tempfile.mkdtemp(prefix="peaje-test-pg-", dir=_memory()))
     as_nobody: dict[str, Any] = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
     if as_nobody:
         os.chown(directory, _NOBODY, _NOBODY)
@@ -98,9 +100,14 @@ def _migrated_template(postgres_server: str) -> str:
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str, _migrated_template: str) -> str:
-    """Give the URL of a fresh database with the newest schema."""
-    return create_database(postgres_server, template=_migrated_template)
+def postgres_url(postgres_server: str, _migrated_template: str) -> Iterator[str]:
+    """Give the URL of a fresh database with the newest schema; it is gone afterwards, unless somebody is connected still."""
+    url = create_database(postgres_server, template=_migrated_template)
+    yield url
+    name = url.rpartition("/")[2]
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        if not connection.execute("select 1 from pg_stat_activity where datname = %s", [name]).fetchone():
+            connection.execute(f"drop database {name}")
 
 
 @pytest.fixture
@@ -132,6 +139,15 @@ def create_database(server_url: str, *, template: str) -> str:
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(f"create database {name} template {template}")
     return f"{server_url.rpartition('/')[0]}/{name}"
+
+
+def _memory() -> Path | None:
+    """A file system in memory with room for the databases of a run, if there is one: a database is a thousand files."""
+    place = Path("/dev/shm")
+    try:
+        return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > _ROOM_BYTES else None
+    except OSError:
+        return None
 
 
 def _binaries(directory: Path, as_nobody: dict[str, Any]) -> Path:

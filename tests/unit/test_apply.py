@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class Envoy(Admin):
         """What it runs after another look."""
         refused = 0
         for kind in ("clusters", "routes"):
-            document = yaml.safe_load((self.directory / f"{kind}.yaml").read_text())
+            document = _parsed((self.directory / f"{kind}.yaml").read_text())
             if document["version_info"] == self._now.get(kind):
                 continue
             if kind in self._now and kind == self.refuses:
@@ -54,6 +55,13 @@ class Envoy(Admin):
     def resources(self) -> dict[str, list[dict[str, Any]]]:
         """Nothing to compare with."""
         return {"clusters": [], "routes": []}
+
+
+@functools.cache
+def _parsed(text: str) -> dict[str, Any]:
+    """It looks hundreds of times at what hardly changes."""
+    document: dict[str, Any] = yaml.safe_load(text)
+    return document
 
 
 def _names(document: dict[str, Any]) -> set[str]:
