@@ -41,6 +41,9 @@ local function is_changed(lane, entry)
   return (changed[entry.key_id] or 0) > entry.sequence or (changed[entry.tenant] or 0) > entry.sequence
 end
 
+-- Requests are counted for so long at least before the count begins anew: of two questions in a row the second would
+-- otherwise know of nobody, and ask for next to nothing.
+M.COUNTED_MS = 1000
 -- Requests that a lease is asked for at the most, and how long somebody else's asking is waited for.
 M.WANTED_MAX = 1000
 M.ASKING_MS = 1000
@@ -50,6 +53,8 @@ M.SENT_MAX = 8
 M.LEASE_MS = 5000
 -- The next one is asked for while this many times as many can still pass as came while the last one was awaited.
 M.AHEAD = 1.5
+-- An answer may take far longer than the last one: of a lease that is spent before its time is over, so much is kept for that.
+M.KEPT = 1 / 4
 
 -- Tokens that a request is charged before it is known what it uses: its prompt at the ratio of the request
 -- that the lease came with, its output at what the caller named or ratelimit holds, whichever is less.
@@ -65,7 +70,7 @@ end
 -- most { prompt_bytes, output of all choices, cap of each choice }; output and cap nil: no quota goes by them.
 function M.lease(id, requests, tokens, input, output, prompt_bytes, asked_ms, bounds)
   return {
-    id = id, requests = requests, tokens = tokens, output = output, bounds = bounds,
+    id = id, requests = requests, kept = requests * M.KEPT, tokens = tokens, output = output, bounds = bounds,
     bytes_per_token = prompt_bytes / math.max(input, 1), asked_ms = asked_ms, until_ms = asked_ms + M.LEASE_MS,
   }
 end
@@ -144,7 +149,8 @@ function M.remember(lane, key, identity, unlimited, lease, expires_ms, sequence,
   if entry then answered(entry, id) end
   if not entry or not is_live(lane, entry, now_ms) then
     entry = {
-      expires_ms = 0, passed = 0, since_ms = now_ms, owed = 0, came = 0, waited = entry and entry.waited or 0,
+      expires_ms = 0, passed = 0, since_ms = now_ms, recent = entry and entry.recent or 0, owed = 0, came = 0,
+      waited = entry and entry.waited or 0,
       sent = {}, sent_count = 0,
     }
     put(lane, key, entry)
@@ -167,7 +173,12 @@ end
 local function ask(entry, id, now_ms, wanted, back)
   if entry.sent_count >= M.SENT_MAX then entry.sent, entry.sent_count = {}, 0 end
   entry.sent[id], entry.sent_count = entry.came, entry.sent_count + 1
-  entry.asking, entry.asked_ms, entry.passed, entry.since_ms = id, now_ms, 0, now_ms
+  entry.asking, entry.asked_ms = id, now_ms
+  local counted_ms = now_ms - entry.since_ms
+  if counted_ms >= M.COUNTED_MS then
+    entry.recent = entry.passed * M.COUNTED_MS / counted_ms
+    entry.passed, entry.since_ms = 0, now_ms
+  end
   local said = tostring(math.min(wanted, M.WANTED_MAX))
   if not back then return said end
   local tokens = back.tokens and back.tokens - entry.owed or 0
@@ -189,7 +200,7 @@ local function surrender(entry)
   return back
 end
 
--- Whether fewer than so many more come until then, at the rate at which they came since the last question.
+-- Whether fewer than so many more come until then, at the rate at which they came since the count began.
 local function ends_soon(entry, until_ms, now_ms, coming)
   return (until_ms - now_ms) * entry.passed < coming * (now_ms - entry.since_ms)
 end
@@ -200,18 +211,24 @@ local function is_ending(entry, now_ms)
   return entry.waited > 0 and ends_soon(entry, entry.expires_ms, now_ms, 2 * M.AHEAD * entry.waited)
 end
 
--- What was needed since the last question, and no less than what is needed while an answer is awaited.
+-- What was needed since the count began, and no less than in the time before it or while an answer is awaited.
 local function need(entry)
-  return math.max(entry.passed, 2 * entry.waited)
+  return math.max(entry.passed, math.ceil(entry.recent), 2 * entry.waited)
 end
 
--- How many requests the next lease is asked for, if it is time to: twice what was needed since this one was
--- asked for if it is spent soon, as much if its time is over soon; else nil.
+-- Of a lease that is spent before its time is over, the next one lasts twice as long.
+local function need_more(entry)
+  return math.max(2 * entry.passed, need(entry))
+end
+
+-- How many requests the next lease is asked for, if it is time to: more than was needed if this one is spent soon, as
+-- much if its time is over soon; else nil.
 local function wanted_ahead(entry, lease, tokens, now_ms)
   local coming = M.AHEAD * entry.waited
   if coming == 0 or entry.ahead then return nil end
-  if lease.requests < coming or (lease.tokens and lease.tokens < coming * tokens) then
-    return math.max(2 * entry.passed, need(entry))
+  local is_low = lease.requests < lease.kept and not ends_soon(entry, lease.until_ms, now_ms, lease.requests)
+  if is_low or lease.requests < coming or (lease.tokens and lease.tokens < coming * tokens) then
+    return need_more(entry)
   end
   return ends_soon(entry, lease.until_ms, now_ms, coming) and need(entry) or nil
 end
@@ -238,7 +255,7 @@ function M.take(lane, key, id, facts, now_ms)
       return nil, nil, '0'
     end
     -- Over in time: this worker's need is what it had.
-    return nil, nil, ask(entry, id, now_ms, entry.passed, surrender(entry))
+    return nil, nil, ask(entry, id, now_ms, need(entry), surrender(entry))
   end
   entry.passed = entry.passed + 1
   -- Busy enough that others come while it is asked who is calling: one goes ahead.
@@ -262,7 +279,7 @@ function M.take(lane, key, id, facts, now_ms)
   end
   -- One asks; the others, until the answer is here, only for themselves.
   if is_asking then return entry, nil, '0' end
-  return entry, nil, ask(entry, id, now_ms, 2 * entry.passed, surrender(entry))
+  return entry, nil, ask(entry, id, now_ms, need_more(entry), surrender(entry))
 end
 
 -- Replace the tokens that `take` charged by those that were used. The lease may be another one by now.

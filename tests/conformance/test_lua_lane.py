@@ -204,7 +204,7 @@ def test_a_caller_without_a_lease_is_known_and_asked_for(lane: Lane) -> None:
     assert (True, None, "0") == lane.take()[:3]
     asking = int(lane.lua[b"ASKING_MS"])
     known, charged, said, request_id = lane.take(now=asking)
-    assert (True, None, "4") == (known, charged, said)
+    assert (True, None, "6") == (known, charged, said)
     assert lane.lent("request-2", lane.lease(5, 100)) is None
     assert lane.lent(request_id, lane.lease(5, 100)) is not None
     assert lane.passes()
@@ -250,7 +250,7 @@ def test_one_asks_ahead_while_the_others_still_pass(lane: Lane) -> None:
     known, charged, said, request_id = lane.take()
 
     assert (True, None) == (known, charged)
-    assert said == "16"
+    assert said == "18"
     assert [0] * 5 == [lane.take()[1] for _ in range(5)]
     assert (None, "0") == lane.take()[1:3]
     assert lane.lent(request_id, lane.lease(20, None, name="N")) is not None
@@ -262,7 +262,7 @@ def test_nobody_asks_ahead_where_nobody_came_meanwhile(lane: Lane) -> None:
     slow(lane, waited=0, lease=(3, None))
 
     assert [0, 0, 0] == [lane.take()[1] for _ in range(3)]
-    assert lane.take()[2] == "8 M 0 0"
+    assert lane.take()[2] == "10 M 0 0"
 
 
 def test_the_lease_that_was_asked_for_ahead_waits_until_the_one_before_is_spent_and_pays_its_debt(lane: Lane) -> None:
@@ -270,12 +270,12 @@ def test_the_lease_that_was_asked_for_ahead_waits_until_the_one_before_is_spent_
     slow(lane, waited=2, lease=(4, 100))
     charged = lane.take(output=30)[1]
     *_, said, request_id = lane.take(output=30)
-    assert said == "8"
+    assert said == "10"
     lane.lent(request_id, lane.lease(9, 200, name="N"))
     lane.lua[b"settle"](lane.state, b"k", charged, 150)
 
     assert 140 == lane.take(output=140)[1]
-    assert "4 N 8 10" == lane.take(output=11)[2]
+    assert "14 N 8 10" == lane.take(output=11)[2]
 
 
 def test_what_a_lease_before_has_left_is_given_back_with_the_next_question_ahead(lane: Lane) -> None:
@@ -288,7 +288,7 @@ def test_what_a_lease_before_has_left_is_given_back_with_the_next_question_ahead
     lane.lent(request_id, lane.lease(4, 1000, name="N"))
     assert 300 == lane.take(output=300)[1]
 
-    assert "8 M 1 10" == lane.take(output=300)[2]
+    assert "18 M 1 10" == lane.take(output=300)[2]
 
 
 def test_a_lease_is_not_spent_after_its_own_time(lane: Lane) -> None:
@@ -334,11 +334,35 @@ def test_renewed_by_an_answer_of_before_a_change_it_is_forgotten_with_it(lane: L
 
 def test_an_answer_without_a_lease_lets_the_next_one_ask(lane: Lane) -> None:
     """Near a limit each request is asked for, and wishes for what it needs itself and one more."""
-    lane.remember(limited=True)
-    for _ in range(3):
-        _, charged, said, request_id = lane.take()
+    lane.remember(limited=True, until=60_000)
+    lane.lent(lane.take()[3], None)
+    lane.lent(lane.take(now=10_000)[3], None)
+    for now in (20_000, 30_000):
+        _, charged, said, request_id = lane.take(now=now)
         assert (None, "2") == (charged, said)
         lane.lent(request_id, None)
+
+
+def test_of_two_questions_in_a_row_the_second_knows_of_who_came_before_the_first(lane: Lane) -> None:
+    """Who is calling is asked every five seconds, just after a lease perhaps: it would wish for one request, the next for two."""
+    counted = int(lane.lua[b"COUNTED_MS"])
+    lane.remember(limited=True, until=60_000)
+    for number in range(200):
+        lane.take(now=number * counted // 100)
+    lane.lent(lane.take(now=2 * counted)[3], lane.lease(1, None, name="M"))
+
+    assert lane.passes(now=2 * counted)
+    assert int(str(lane.take(now=2 * counted + 1)[2]).split()[0]) >= 100
+
+
+@pytest.mark.parametrize(("spent_in_ms", "asked_at"), [(800, 31), (5600, 34)])
+def test_a_quarter_of_a_lease_is_kept_for_an_answer_that_takes_long(lane: Lane, spent_in_ms: int, asked_at: int) -> None:
+    """Unless its time is over before it is spent: then it is asked for by the time, and not more often than before."""
+    slow(lane, waited=1, lease=(40, None), until=60_000)
+
+    asked = [number for number in range(asked_at + 1) if lane.take(now=(number + 1) * spent_in_ms // 40)[1] is None]
+
+    assert [asked_at] == asked
 
 
 def test_the_lease_of_what_lives_is_not_replaced(lane: Lane) -> None:
