@@ -150,8 +150,7 @@ function M.remember(lane, key, identity, unlimited, lease, expires_ms, sequence,
   if not entry or not is_live(lane, entry, now_ms) then
     entry = {
       expires_ms = 0, passed = 0, since_ms = now_ms, recent = entry and entry.recent or 0, owed = 0, came = 0,
-      waited = entry and entry.waited or 0,
-      sent = {}, sent_count = 0,
+      waited = entry and entry.waited or 0, sent = {}, sent_count = 0,
     }
     put(lane, key, entry)
   end

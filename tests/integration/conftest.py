@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def postgres_url(postgres_server: str, _migrated_template: str) -> Iterator[str]
     name = url.rpartition("/")[2]
     with psycopg.connect(postgres_server, autocommit=True) as connection:
         if not connection.execute("select 1 from pg_stat_activity where datname = %s", [name]).fetchone():
-            connection.execute(f"drop database {name}")
+            # A listener that comes back just now keeps it too.
+            with suppress(psycopg.errors.ObjectInUse):
+                connection.execute(f"drop database {name}")
 
 
 @pytest.fixture
