@@ -136,7 +136,8 @@ def test_envoy_and_services_know_each_other_and_go_on_through_a_renewal(tmp_path
             servers[service].enter_context(_serving(directories[service], ports[service]))
 
         _wait(lambda: stat("cluster.extauth.ssl.fail_verify_san") > 0, "extauth's name is refused")
-        assert not healthy()
+        # Envoy listens only after the first answers of every cluster's health checks.
+        _wait(lambda: not healthy(), "Envoy listens, and says that extauth is not there")
 
         _mount(directories["extauth"], old, _host("extauth"))
         _wait(healthy, "the right certificate is taken up while the service runs")
