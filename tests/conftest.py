@@ -3,8 +3,9 @@
 What all tests share: which of them run, and the installations that they run against.
 
 Long ones are asked for: `./peaje test --chaos` adds the kill storms, `--soak` what takes an hour, `--images` whole
-builds of the images. `--express off` runs every installation without the express lane, and leaves out what tests the lane
-itself. What is deselected is said at the end of the run.
+builds of the images. What is true of a request whether or not Envoy's workers remember who called runs on an installation
+with the express lane, and again on one without. `--express off` runs every installation without it, and leaves out what
+tests the lane itself. What is deselected is said at the end of the run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import httpx._transports.default
@@ -31,7 +32,7 @@ from tests.otlp import collecting_traces
 ON_REQUEST = {"chaos": "kill storms", "soak": "hours of load", "images": "whole builds of the images, as root"}
 #: Fixtures of installations that many files share. One process has each, in this order; of a test that needs two, the first is its group.
 SHARED = ("road", "fleet", "small", "dynamo")
-#: Marker of what only the express lane does; nothing to see without it.
+#: Marker and option: `express("on", "off")` is run with the express lane and again without, bare `express` as the option says.
 LANE = "express"
 _LANE_TESTS = "what only the express lane does"
 #: In which the head of a request has to come to `small`, and twice that for the whole of it.
@@ -71,11 +72,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, and forget the settings of whoever runs the tests."""
     for name, what in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{name}: {what}; only with --{name}")
-    config.addinivalue_line("markers", f"{LANE}: {_LANE_TESTS}; not with --{LANE} off")
+    config.addinivalue_line("markers", f"{LANE}(*lanes): with the express lane on, off, or with each in turn; with none named, as --{LANE} says")
     for name in [name for name in os.environ if name.startswith("PEAJE_") and name not in _KEPT_SETTINGS]:
         del os.environ[name]
     if config.getoption(LANE) == "off":
         os.environ[EXPRESS_ENVIRONMENT] = "off"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Once for each lane that its marker names; the first has the name of the test itself."""
+    if "express_lane" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker(LANE)
+        chosen = metafunc.config.getoption(LANE)
+        first, *others = marker.args if marker and marker.args and chosen == "on" else (chosen,)
+        lanes = [pytest.param(first, id=pytest.HIDDEN_PARAM), *(pytest.param(other, id=f"lane {other}") for other in others)]
+        metafunc.parametrize("express_lane", lanes, indirect=True, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook as well
@@ -86,7 +97,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected: list[pytest.Item] = []
     for item in items:
         missing = [name for name in ON_REQUEST if item.get_closest_marker(name) and not config.getoption(name)]
-        if item.get_closest_marker(LANE) and config.getoption(LANE) == "off":
+        marker = item.get_closest_marker(LANE)
+        if marker and marker.args == ("on",) and config.getoption(LANE) == "off":
             missing.append(LANE)
         for name in missing:
             left_out[name] = left_out.get(name, 0) + 1
@@ -100,22 +112,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _shared(item: pytest.Item) -> str | None:
-    """The first of the installations that many share which it needs. A module may have its own of that name."""
-    names, module = getattr(item, "fixturenames", ()), getattr(item, "module", None)
+    """The first of the installations that many share which it needs, or is to run on. A module may have its own of that name."""
+    names, module = {*getattr(item, "fixturenames", ()), *map(str, _parameters(item).values())}, getattr(item, "module", None)
     return next((name for name in SHARED if name in names and not hasattr(module, name)), None)
 
 
-def _turn(item: pytest.Item) -> int:
+def _parameters(item: pytest.Item) -> Mapping[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _turn(item: pytest.Item) -> tuple[int, bool]:
     """Those on shared installations come first, all of one together: they take longest."""
     shared = _shared(item)
-    return len(SHARED) if shared is None else SHARED.index(shared)
+    return len(SHARED) if shared is None else SHARED.index(shared), _parameters(item).get("express_lane") == "off"
 
 
 def _group(item: pytest.Item) -> str:
     """What one process runs: what says so itself, everything on a shared installation, or one file."""
     if marker := item.get_closest_marker("xdist_group"):
         return str(marker.args[0])
-    return _shared(item) or item.location[0]
+    return (_shared(item) or item.location[0]) + (" without the lane" if _parameters(item).get("express_lane") == "off" else "")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -154,10 +170,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def express_lane(request: pytest.FixtureRequest) -> str:
+    """Whether Envoy's workers remember decisions, `on` or `off`: what the installations that ask for it are started with."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory, express_lane: str) -> Iterator[Installation]:
     """Everything real but the model server, which is the instrument."""
     # Most tests wait for rows: they are to come soon, at a price that nobody measures here.
     settings = {"PEAJE_COLLECTOR_IDLE_SECONDS": "0.1", "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
+    settings |= {EXPRESS_ENVIRONMENT: express_lane}
     ports = dict(zip(("extauth", "ratelimit", "metering", "collector", "beacon", "events"), free_ports(6), strict=True))
     settings |= {f"PEAJE_{part.upper()}_METRICS_PORT": str(port) for part, port in ports.items()}
     [port] = free_ports(1)

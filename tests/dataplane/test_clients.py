@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": "one two three"}]
 
 
 @pytest.fixture(params=["road", "dynamo"])
-def place(request: pytest.FixtureRequest) -> Installation:
+def place(request: pytest.FixtureRequest, express_lane: str) -> Installation:
     """The fake engine and the real one must look the same to a client."""
     return request.getfixturevalue(request.param)
 

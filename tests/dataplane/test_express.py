@@ -54,7 +54,7 @@ def settle_news(session: httpx.Client, road: Installation) -> int:
     pytest.fail("every request is asked about")
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_a_caller_without_limits_is_asked_about_once(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
     """Twenty requests of every kind, hardly a question, twenty rows with the engine's own numbers."""
     before, started = road.asked_extauth(), time.monotonic()
@@ -73,6 +73,18 @@ def test_a_caller_without_limits_is_asked_about_once(road: Installation, tenant:
         assert (3 + number, "reported", tenant.key_id) == (row["output_tokens"], row["basis"], row["key_id"])
         assert truth[row["request_id"]]["prompt_tokens"] == row["input_tokens"]
         assert '"usage":{' not in answer.text or number % 2 == 1
+
+
+@pytest.mark.express("off")
+def test_without_the_lane_every_request_is_asked_about(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
+    """The switch switches: nobody is remembered, and each request has its row."""
+    before = road.asked_extauth()
+
+    answers = [post(session, road) for _ in range(6)]
+
+    assert [200] * 6 == [answer.status_code for answer in answers]
+    assert before + 6 == road.asked_extauth()
+    assert {answer.headers["x-request-id"] for answer in answers} == {row["request_id"] for row in road.rows(tenant, 6)}
 
 
 def test_a_stream_that_the_caller_cuts_is_billed_to_what_was_delivered(
@@ -141,7 +153,7 @@ def test_a_limit_that_is_set_binds_a_caller_who_had_none(road: Installation, ten
     assert [200, 200, 429] == [post(session, road).status_code for _ in range(3)]
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_a_caller_far_from_its_limits_is_lent_to(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
     """A hundred requests, few questions; the headers count down, and the ledger has every token."""
     road.set_limits(tenant.tenant_id, rpm=10_000, tpm=1_000_000)
@@ -161,7 +173,7 @@ def test_a_caller_far_from_its_limits_is_lent_to(road: Installation, tenant: Ten
     assert {answer.headers["x-request-id"] for answer in answers} <= {row["request_id"] for row in road.rows(tenant, 101)}
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 @pytest.mark.parametrize(
     "limits", [{"requests_per_minute": 10_000}, {"tokens_per_minute": 1_000_000}, {"monthly_budget": "100000.00"}, {"monthly_requests": 10**6}]
 )
@@ -179,7 +191,7 @@ def test_whatever_a_caller_is_limited_by_each_answer_is_read(road: Installation,
     assert "express" not in "".join(line for line in (road.home / "log/envoy.log").read_text().splitlines() if "[lua]" in line)
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_a_caller_far_from_its_budgets_is_lent_to_and_the_ledger_repays(road: Installation, tenant: Tenant) -> None:
     """A month's requests, tokens and money: few questions, and in the end each has used what the rows say, to the nano-unit."""
     road.control(
@@ -240,7 +252,7 @@ def test_leases_of_several_workers_never_overdraw_a_limit(road: Installation, te
     assert statuses[200] >= limit / 2
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_who_is_near_a_limit_is_recognised_and_decided_exactly(road: Installation, tenant: Tenant, session: httpx.Client) -> None:
     """Extauth is asked about once, ratelimit each time, and the limit holds to the request."""
     road.set_limits(tenant.tenant_id, rpm=10)

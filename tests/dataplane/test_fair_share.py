@@ -13,6 +13,8 @@ import pytest
 
 from tests.dataplane.installation import Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 FAIRNESS_ID = "x-gateway-inference-fairness-id"
 _SLOTS = 8
 

@@ -27,6 +27,8 @@ from tests.hostile.guessing import GUESSERS, GUESSES_BEYOND, REFUSED, UNKNOWN_PE
 from tests.hostile.http import Answer, send_http1, send_http2
 from tests.hostile.rows import Row, load
 
+pytestmark = pytest.mark.express("on", "off")
+
 #: Of this machine as well; what is guessed from here is on nobody else's account.
 _GUESSING_FROM = "127.0.0.9"
 

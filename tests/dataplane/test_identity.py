@@ -24,10 +24,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from chassis.clock import utc_now
+from chassis.contract import EXPRESS_ENVIRONMENT
 from chassis.secrets import load_peppers
 from control.laptop.places import MARKER
 from tests.bad_inputs import world as worlds
 from tests.dataplane.installation import REPOSITORY, VISIBLE_SECONDS, Installation, chat, free_ports, running
+
+pytestmark = pytest.mark.express("on", "off")
 
 SPIFFE = "spiffe://acme.example/batch"
 
@@ -68,7 +71,7 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def door(tmp_path_factory: pytest.TempPathFactory, express_lane: str) -> Iterator[Door]:
     """One installation for all."""
     home = tmp_path_factory.mktemp("door")
     (tls_port,) = free_ports(1)
@@ -88,7 +91,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
             "certificates": [{"name": "batch", "san": SPIFFE, "tenant": "acme"}],
         },
     )
-    with running(home, "--engine", "fake") as installation:
+    with running(home, "--engine", "fake", environment={EXPRESS_ENVIRONMENT: express_lane}) as installation:
         world = worlds.build(load_peppers(home), utc_now())
         with installation.database() as connection:
             worlds.store(world, connection, utc_now())

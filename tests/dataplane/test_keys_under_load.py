@@ -8,8 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import pytest
 
 from tests.dataplane.installation import Installation, Tenant, chat
+
+pytestmark = pytest.mark.express("on", "off")
 
 CLIENTS = 8
 

@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 import redis
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
+
+pytestmark = pytest.mark.express("on", "off")
 
 #: What Envoy did not settle is settled from the ledger: after half a minute, what never reached an engine after two.
 SETTLED_SECONDS = 180.0
@@ -234,6 +237,7 @@ def test_a_shadow_limit_refuses_nobody(road: Installation) -> None:
     assert f'"tenant": "{caller.tenant_id}"'.replace(" ", "") in (road.home / "log/ratelimit.log").read_text().replace(" ", "")
 
 
+@pytest.mark.express  # who is held to a number at once is always asked about
 def test_a_killed_ratelimit_loses_no_limit_and_leaves_nothing_held(road: Installation) -> None:
     """Killed twice under load: never more than the limit, and what was not settled is, from the ledger."""
     caller = limited(road, "killed", daily_requests=60, concurrency=20, monthly_tokens=10_000_000)

@@ -14,6 +14,8 @@ import pytest
 
 from tests.dataplane.installation import Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 
 def send(road: Installation, tenant: Tenant, *, cut_after: int | None, **fields: Any) -> tuple[str, int]:
     """One request through the gateway, cut by the client after so many chunks; its id and content chunks seen."""

@@ -14,6 +14,8 @@ import pytest
 
 from tests.dataplane.installation import Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 RERANK, IMAGES, SPEECH = "/v1/rerank", "/v1/images/generations", "/v1/audio/speech"
 #: One word of a query that is read with each of three documents of one, two and three words.
 SEARCH = {"model": "tiny", "query": "toll", "documents": ["a", "b c", {"text": "d e f"}]}
@@ -67,7 +69,7 @@ def test_each_answer_is_billed_by_its_meter(road: Installation, tenant: Tenant, 
         assert (truth["prompt_tokens"], truth["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_a_caller_whom_a_worker_remembers_is_metered_alike(road: Installation, tenant: Tenant) -> None:
     """On the express lane, where nobody is asked."""
     plans = [(RERANK, SEARCH), (IMAGES, PAINT), (SPEECH, {"model": "tiny", "input": TEXT})]

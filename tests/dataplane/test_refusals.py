@@ -14,6 +14,8 @@ import pytest
 
 from tests.dataplane.installation import Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 UNKNOWN_KEY = "peaje_live_0123456789AB_0123456789abcdefghijklmnopqrstuv1fTxeV"
 
 

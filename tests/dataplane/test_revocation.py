@@ -35,7 +35,7 @@ def frozen(fleet: Installation) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.express
+@pytest.mark.express("on")
 def test_nobody_who_is_shut_out_passes_after_the_bound(
     fleet: Installation, record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ import redis
 from ratelimit.adapters.counters import StoredCounters
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 MESSAGES = [{"role": "user", "content": "one two three"}]
 
 

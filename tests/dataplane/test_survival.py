@@ -219,6 +219,7 @@ def test_a_stalled_witness_holds_up_nothing(road: Installation, tenant: Tenant) 
     assert {answer.headers["x-request-id"] for answer in answers} <= {row["request_id"] for row in settled_rows(road, tenant)}
 
 
+@pytest.mark.express("on", "off")
 def test_a_revoked_key_is_dead_within_a_second(road: Installation, tenant: Tenant) -> None:
     """Pushed to the services, not waited for."""
     assert 200 == road.post(tenant, json=chat()).status_code

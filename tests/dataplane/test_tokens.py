@@ -14,12 +14,14 @@ import httpx
 import pytest
 import yaml
 
-from chassis.contract import IDENTITY_PATH
+from chassis.contract import EXPRESS_ENVIRONMENT, IDENTITY_PATH
 from chassis.secrets import SECRET_LENGTH_MIN
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, chat, running
 from tests.hostile.guessing import GUESSERS, GUESSES_BEYOND, UNKNOWN_PER_MINUTE, UNSEEN, guess
 from tests.identities import document_for, rows, write_document, write_home
 from tests.provider import CLIENT_SECRET, Provider, running_provider
+
+pytestmark = pytest.mark.express("on", "off")
 
 #: The promise is one second, and five where a push was lost.
 REVOKED_WITHIN_SECONDS = 5.0
@@ -56,7 +58,7 @@ class Trusting:
 
 
 @pytest.fixture(scope="module")
-def trusting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
+def trusting(tmp_path_factory: pytest.TempPathFactory, express_lane: str) -> Iterator[Trusting]:
     """One installation for this file."""
     with running_provider() as provider:
         directory = tmp_path_factory.mktemp("identity")
@@ -67,7 +69,7 @@ def trusting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
         path = directory / "named.yaml"
         path.write_text(yaml.safe_dump(document))
         home = tmp_path_factory.mktemp("tokens")
-        settings = {"PEAJE_IDENTITY": str(path), "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE)}
+        settings = {"PEAJE_IDENTITY": str(path), "PEAJE_EXTAUTH_UNKNOWN_PER_MINUTE": str(UNKNOWN_PER_MINUTE), EXPRESS_ENVIRONMENT: express_lane}
         with running(home, "--engine", "fake", environment=settings) as installation:
             made = installation.control("POST", "/v1/tenants", json={"name": TENANT})
             assert 201 == made.status_code, made.text

@@ -14,6 +14,8 @@ import pytest
 
 from tests.dataplane.installation import VISIBLE_SECONDS, Installation, Tenant, chat
 
+pytestmark = pytest.mark.express("on", "off")
+
 MULTIPLIED: dict[str, tuple[str, dict[str, Any]]] = {
     "many choices": ("/v1/chat/completions", chat(n=100, max_tokens=10)),
     "the best of many": ("/v1/completions", {"model": "tiny", "prompt": "a", "best_of": 100, "max_tokens": 10}),
