@@ -42,6 +42,8 @@ CHANNELS: Final = ("peaje_tenant", "peaje_project", "peaje_api_key", "peaje_serv
 #: A service may hear of a change a little later than Envoy and answer with the old state meanwhile;
 #: so each change is said a second time, when every service has surely heard of it.
 SAID_AGAIN_AFTER_SECONDS: Final = 0.3
+#: The same for a new document, at which services look twice a second: by then each has read it.
+DOCUMENT_READ_AFTER_SECONDS: Final = 1.5
 #: Documents of the state directory that decisions depend on as well; a new one makes everything stale.
 DOCUMENTS: Final = (contract.MODELS_PATH, contract.IDENTITY_PATH)
 _TICK_SECONDS: Final = 0.05
@@ -99,6 +101,7 @@ class Beacon:
     _heard: deque[str] = field(default_factory=deque)
     _again: deque[tuple[float, str]] = field(default_factory=deque)
     _seen: tuple[object, ...] = ()
+    _read_at: float | None = None
     _published: int = -1
 
     def heard(self, channel: str, payload: str) -> None:
@@ -117,7 +120,10 @@ class Beacon:
             self._again.append((now + SAID_AGAIN_AFTER_SECONDS, who))
         seen = tuple(map(file_version, self.documents))
         if seen != self._seen:
-            self._seen = seen
+            self._seen, self._read_at = seen, now + DOCUMENT_READ_AFTER_SECONDS
+            due.append("")
+        elif self._read_at is not None and self._read_at <= now:
+            self._read_at = None
             due.append("")
         if "" in due or len(due) > CHANGES_MAX:
             self.news.forget()

@@ -82,7 +82,7 @@ def door(tmp_path_factory: pytest.TempPathFactory, express_lane: str) -> Iterato
     example = yaml.safe_load((REPOSITORY / "envoy/tls.example.yaml").read_text())
     example["address"]["socket_address"]["port_value"] = tls_port
     (home / "tls.yaml").write_text(yaml.safe_dump(example))
-    # Before the first request: what a worker remembers from before a policy outlives it by up to five seconds.
+    # Before the first request: what a worker remembers from before a policy outlives it by up to two seconds.
     worlds.write_identity(
         home,
         {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chassis.beacon import CHANGES_MAX, SAID_AGAIN_AFTER_SECONDS, Beacon, News
+from chassis.beacon import CHANGES_MAX, DOCUMENT_READ_AFTER_SECONDS, SAID_AGAIN_AFTER_SECONDS, Beacon, News
 
 
 @pytest.fixture
@@ -93,6 +93,26 @@ def test_a_replaced_document_is_a_gap(beacon: Beacon) -> None:
 
     assert 1 == len(lines(beacon))
     assert lines(beacon) != before
+
+
+def test_a_replaced_document_is_a_gap_again_once_every_service_has_read_it(beacon: Beacon) -> None:
+    """Until then one may have answered by the old one, and a worker of Envoy has remembered that."""
+    [document] = beacon.documents
+    document.unlink()
+    document.write_text("two")
+    beacon.step(1.0)
+    first = lines(beacon)
+
+    beacon.heard("peaje_tenant", "acme")
+    beacon.step(1.0 + DOCUMENT_READ_AFTER_SECONDS / 2)
+    told = lines(beacon)
+    beacon.step(1.0 + DOCUMENT_READ_AFTER_SECONDS)
+    again = lines(beacon)
+    beacon.step(1.0 + 3 * DOCUMENT_READ_AFTER_SECONDS)
+
+    assert (1, 2, 1) == (len(first), len(told), len(again))
+    assert int(again[0]) > int(told[0]) + 1
+    assert again == lines(beacon)
 
 
 def test_a_file_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
