@@ -40,6 +40,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 _SECONDS = 600
 _KEYS, _GARBAGE = 100_000, 10_000_000
+#: Requests after which what Envoy's workers remember is as much as it will be, also where each collects its garbage late.
+_FILLING = 80_000
 #: Through Envoy, between two looks at memory: half with a key, half with garbage.
 _ROUND = 1000
 _CALLS_AT_ONCE = 8
@@ -59,6 +61,9 @@ def test_memory_is_flat(tmp_path: Path, request: pytest.FixtureRequest) -> None:
             port=road.port, path="/v1/chat/completions", headers={"content-type": "application/json"},
             body=waterfall.shapes(1.0)[0].body, requests=_ROUND, connections=16,
         )  # fmt: skip
+        filling = cycle(known)
+        for _ in range(int(_FILLING * scale) // _ROUND):
+            assert 0 == asyncio.run(run(replace(load, keys=tuple(islice(filling, _ROUND))))).failures
         with _refusing(road, int(_GARBAGE * scale)) as refused:
             mixed, ends = _mixed(known), time.monotonic() + seconds
             while time.monotonic() < ends:
