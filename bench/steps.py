@@ -16,7 +16,7 @@ from typing import Any, Final
 _TENANTS: Final = "tenants"
 _ROUTER: Final = "envoy.filters.http.router"
 _DECISIONS: Final = frozenset({"envoy.filters.http.ext_authz", "envoy.filters.http.ratelimit"})
-#: Of a plain chat request these are skipped by their matchers; they are there from the first decision on.
+#: Made for requests that need more than a plain chat request does (decision 41); there from the first decision on.
 _METERING: Final = frozenset({"metering"})
 
 

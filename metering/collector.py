@@ -108,7 +108,13 @@ class Settings(BaseSettings):
 
 @dataclass(slots=True)
 class Due:
-    """Something to do every so often, by a steady clock."""
+    """
+    Something to do every so often, by a steady clock in seconds; the first time at once.
+
+    >>> due = Due(every=10.0)
+    >>> [due.now(at) for at in (3.0, 12.9, 13.0, 22.9)]
+    [True, False, True, False]
+    """
 
     every: float
     at: float = 0.0
