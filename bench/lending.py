@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +36,8 @@ _OUTPUT_CAP: Final = 16_384
 _MINUTE_US: Final = 60_000_000
 #: What workers hold is added up once in so many questions.
 _LOOKED_AT: Final = 20
+#: A smaller part of what was wished for is of no use (`LEAST` of admit.lua).
+_LEAST: Final = 2
 #: Tokens of a request on average, by `_requests`: what makes both limits about as near.
 TOKENS_MEAN: Final = 580
 RUSH: Final = 50
@@ -98,7 +101,7 @@ class Lender:
         self._lent: dict[str, int] = {}
 
     def take(self, asked: Demand, now_us: int, *, lease: Lease | None = None, back: Lease | None = None) -> Outcome:
-        """Take *asked* or nothing; give back *back* whatever the verdict; lend *lease* if half of each bucket is left."""
+        """Take *asked* or nothing; give back *back* whatever the verdict; lend of *lease* what leaves half of each bucket."""
         for counter in asked.counters:
             self._end(counter, now_us)
             if back is not None:
@@ -106,16 +109,16 @@ class Lender:
         # What is lent does not drain and is nobody else's: a bucket that is so much smaller.
         smaller = tuple(dataclasses.replace(c, burst=c.burst - self._lent.get(c.name, 0)) for c in asked.counters)
         taken = take(self.memory, dataclasses.replace(asked, counters=smaller), now_us)
-        leased = taken.admitted and lease is not None and self._has_half(asked, lease, now_us)
-        if leased and lease is not None:
+        lent = self._lendable(asked, lease, now_us) if taken.admitted and lease is not None else 0
+        if lent and lease is not None:
             for counter in asked.counters:
-                hits = _hits(counter, lease)
+                hits = _hits(counter, lease.of(lent))
                 self._leases.setdefault(counter.name, {})[lease.lease_id] = hits, now_us + LENGTH_US
                 self._lent[counter.name] = self._lent.get(counter.name, 0) + hits
         levels = [self.debt(counter, now_us) for counter in asked.counters]
         return outcome(
             asked, taken.verdict, levels, now_us, output=taken.output, waits=[0.0] * len(levels), over=taken.over,
-            lent=lease.requests if lease is not None and leased else 0,
+            lent=lent,
         )
 
     def settle(self, request_id: str, report: Report, now_us: int) -> None:
@@ -154,10 +157,14 @@ class Lender:
         hits, _ = self._leases[counter.name].pop(lease_id)
         self._lent[counter.name] -= hits
 
-    def _has_half(self, asked: Demand, lease: Lease, now_us: int) -> bool:
-        return all(
-            2 * (self.debt(c, now_us) + _hits(c, lease) * c.period_us) <= c.burst * c.period_us for c in asked.counters
+    def _lendable(self, asked: Demand, lease: Lease, now_us: int) -> int:
+        part = lease.of(1)
+        rooms = (
+            math.floor((counter.burst * counter.period_us / 2 - self.debt(counter, now_us)) / max(_hits(counter, part) * counter.period_us, 1))
+            for counter in asked.counters
         )
+        requests = max(0, min(lease.requests, *rooms))
+        return 0 if requests < min(lease.requests, _LEAST) else requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +277,7 @@ class _Run:
         wished = wish(said)
         lease = offer(asked, wished, now_us=now_us)
         answer = self._lender.take(asked, now_us, lease=lease, back=wished.back)
-        given = lease if answer.leased else None
+        given = lease.of(answer.lent) if lease is not None and answer.leased else None
         if answer.admitted:
             self._passes(request, asked.lean.input + asked.lean.output, now_us)
             charged = asked.lean.input + asked.lean.output

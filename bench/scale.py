@@ -41,9 +41,9 @@ _KEPT_BYTES: Final = 8 * 2**28
 _ENTRIES_MAX: Final = 10_000
 #: Keys that a process of extauth remembers (`KNOWN_COUNT_MAX` of its cache).
 EXTAUTH_KEYS_MAX: Final = 100_000
-#: Questions to ratelimit in one life of what a worker remembers: who calls, the first lease, those that it grew by.
+#: Questions to ratelimit in one life of what a worker remembers: who calls, and leases that end before that is over.
 #: By the simulation, which a test holds this to.
-QUESTIONS_A_LIFE: Final = 3.2
+QUESTIONS_A_LIFE: Final = 1.8
 #: Until the number of workers is found that their own number asks for; it moves by less than one after three.
 _ROUNDS: Final = 6
 

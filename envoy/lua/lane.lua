@@ -210,26 +210,29 @@ local function is_ending(entry, now_ms)
   return entry.waited > 0 and ends_soon(entry, entry.expires_ms, now_ms, 2 * M.AHEAD * entry.waited)
 end
 
--- What was needed since the count began, and no less than in the time before it or while an answer is awaited.
-local function need(entry)
-  return math.max(entry.passed, math.ceil(entry.recent), 2 * entry.waited)
+-- How many come in a lease's time at the rate since the count began, or that of before it, and two standard deviations
+-- more where they come at random: the next lease ends by its time then. No less than while an answer is awaited.
+local function need(entry, now_ms)
+  local counted_ms = math.max(now_ms - entry.since_ms, M.COUNTED_MS)
+  local coming = math.max(entry.passed / counted_ms, entry.recent / M.COUNTED_MS) * M.LEASE_MS
+  return math.ceil(math.max(coming + 2 * math.sqrt(coming), 2 * entry.waited))
 end
 
--- Of a lease that is spent before its time is over, the next one lasts twice as long.
-local function need_more(entry)
-  return math.max(2 * entry.passed, need(entry))
+-- Of a lease that is spent before its time is over all the same, the next one lasts twice as long.
+local function need_more(entry, now_ms)
+  return math.max(2 * entry.passed, need(entry, now_ms))
 end
 
--- How many requests the next lease is asked for, if it is time to: more than was needed if this one is spent soon, as
--- much if its time is over soon; else nil.
+-- How many requests the next lease is asked for, if it is time to: more than is needed if this one is spent soon, as
+-- many if its time is over soon; else nil.
 local function wanted_ahead(entry, lease, tokens, now_ms)
   local coming = M.AHEAD * entry.waited
   if coming == 0 or entry.ahead then return nil end
   local is_low = lease.requests < lease.kept and not ends_soon(entry, lease.until_ms, now_ms, lease.requests)
   if is_low or lease.requests < coming or (lease.tokens and lease.tokens < coming * tokens) then
-    return need_more(entry)
+    return need_more(entry, now_ms)
   end
-  return ends_soon(entry, lease.until_ms, now_ms, coming) and need(entry) or nil
+  return ends_soon(entry, lease.until_ms, now_ms, coming) and need(entry, now_ms) or nil
 end
 
 -- What this worker knows of a caller. Returns the entry if it lives; then what its lease was charged (0 if no
@@ -254,12 +257,12 @@ function M.take(lane, key, id, facts, now_ms)
       return nil, nil, '0'
     end
     -- Over in time: this worker's need is what it had.
-    return nil, nil, ask(entry, id, now_ms, need(entry), surrender(entry))
+    return nil, nil, ask(entry, id, now_ms, need(entry, now_ms), surrender(entry))
   end
   entry.passed = entry.passed + 1
   -- Busy enough that others come while it is asked who is calling: one goes ahead.
   if not is_asking and is_ending(entry, now_ms) then
-    return nil, nil, ask(entry, id, now_ms, entry.unlimited and 0 or need(entry), take_back(entry))
+    return nil, nil, ask(entry, id, now_ms, entry.unlimited and 0 or need(entry, now_ms), take_back(entry))
   end
   if entry.unlimited then return entry, 0 end
   local lease = entry.lease
@@ -278,7 +281,7 @@ function M.take(lane, key, id, facts, now_ms)
   end
   -- One asks; the others, until the answer is here, only for themselves.
   if is_asking then return entry, nil, '0' end
-  return entry, nil, ask(entry, id, now_ms, need_more(entry), surrender(entry))
+  return entry, nil, ask(entry, id, now_ms, need_more(entry, now_ms), surrender(entry))
 end
 
 -- Replace the tokens that `take` charged by those that were used. The lease may be another one by now.

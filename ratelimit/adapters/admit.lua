@@ -91,11 +91,19 @@ local function answer(verdict, output)
   return said
 end
 
--- Requests that a lease may have by what is left of the quotas, and whether all leases together leave half of it.
+-- What so many requests on a lease take of a bucket, in its debt's unit.
+local function of_bucket(counter, n)
+  return in_unit(counter, { n = n, t = n * demand.g.t }) * counter.p
+end
+
+-- Requests that a lease may have: of a bucket so many that at least half of it is left to those who ask, of a quota a
+-- part of what is left, and none unless all leases together leave half of that.
 local function lendable(wanted)
   local n = wanted
   for i, counter in ipairs(demand.c) do
-    if is_hard(counter) and demand.g.e[i] > 0 then
+    if counter.k == 'bucket' then
+      n = math.min(n, math.floor((counter.b * counter.p / 2 - levels[i]) / math.max(of_bucket(counter, 1), 1)))
+    elseif is_hard(counter) and demand.g.e[i] > 0 then
       n = math.min(n, math.floor(math.max(0, counter.a - levels[i]) / PART / demand.g.e[i]))
     end
   end
@@ -124,15 +132,10 @@ local function hold(n)
   redis.call('PEXPIRE', demand.g.x, whole(demand.g.h / 1000 + 1000))
 end
 
--- Far from every limit: after it, at least half of each bucket is left to those who ask.
 local function lease()
-  local n = demand.g.n
-  if demand.g.e then n = lendable(n) end
+  local n = lendable(demand.g.n)
   if n < 1 then return 0 end
   local part = { n = n, t = n * demand.g.t }
-  for i, counter in ipairs(demand.c) do
-    if counter.k == 'bucket' and (levels[i] + in_unit(counter, part) * counter.p) * 2 > counter.b * counter.p then return 0 end
-  end
   for i, counter in ipairs(demand.c) do
     if counter.k == 'bucket' then
       local hits = in_unit(counter, part)

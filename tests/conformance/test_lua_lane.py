@@ -95,11 +95,11 @@ def test_another_credential_dialect_or_model_is_another_entry(lane: Lane) -> Non
 
 
 def test_a_lease_is_spent_request_by_request(lane: Lane) -> None:
-    """Exactly its requests pass; the next one asks for twice as many, and gives back what is left, once."""
+    """Exactly its requests pass; the next one asks for what comes in a lease's time, and gives back what is left, once."""
     lane.remember(lease=(2, 100))
 
     assert [True, True] == [lane.passes(output=10), lane.passes(output=10)]
-    assert (True, None, "6 L 0 80") == lane.take(output=10)[:3]
+    assert (True, None, "23 L 0 80") == lane.take(output=10)[:3]
     assert (True, None, "0") == lane.take(output=10)[:3]
 
 
@@ -108,7 +108,7 @@ def test_a_request_larger_than_what_is_left_asks(lane: Lane) -> None:
     lane.remember(lease=(9, 100))
 
     assert 100 == lane.take(output=60, prompt_bytes=100)[1]
-    assert "4 L 8 0" == lane.take(output=1)[2]
+    assert "17 L 8 0" == lane.take(output=1)[2]
 
 
 def test_who_names_no_output_or_more_is_charged_what_ratelimit_holds(lane: Lane) -> None:
@@ -137,7 +137,7 @@ def test_settling_gives_back_or_leaves_a_debt(lane: Lane) -> None:
 
     assert lane.passes(output=90)
     settle(lane.state, b"k", 90, 300)
-    assert "6 L 7 -210" == lane.take(output=1)[2]
+    assert "23 L 7 -210" == lane.take(output=1)[2]
 
 
 def test_what_settles_while_there_is_no_lease_goes_to_the_next_one(lane: Lane) -> None:
@@ -200,11 +200,11 @@ def test_a_caller_without_a_lease_is_known_and_asked_for(lane: Lane) -> None:
     """Extauth is spared; ratelimit decides each request, and one at a time asks for a lease."""
     lane.remember(limited=True)
 
-    assert (True, None, "2") == lane.take()[:3]
+    assert (True, None, "10") == lane.take()[:3]
     assert (True, None, "0") == lane.take()[:3]
     asking = int(lane.lua[b"ASKING_MS"])
     known, charged, said, request_id = lane.take(now=asking)
-    assert (True, None, "6") == (known, charged, said)
+    assert (True, None, "23") == (known, charged, said)
     assert lane.lent("request-2", lane.lease(5, 100)) is None
     assert lane.lent(request_id, lane.lease(5, 100)) is not None
     assert lane.passes()
@@ -250,7 +250,7 @@ def test_one_asks_ahead_while_the_others_still_pass(lane: Lane) -> None:
     known, charged, said, request_id = lane.take()
 
     assert (True, None) == (known, charged)
-    assert said == "18"
+    assert said == "59"
     assert [0] * 5 == [lane.take()[1] for _ in range(5)]
     assert (None, "0") == lane.take()[1:3]
     assert lane.lent(request_id, lane.lease(20, None, name="N")) is not None
@@ -262,7 +262,7 @@ def test_nobody_asks_ahead_where_nobody_came_meanwhile(lane: Lane) -> None:
     slow(lane, waited=0, lease=(3, None))
 
     assert [0, 0, 0] == [lane.take()[1] for _ in range(3)]
-    assert lane.take()[2] == "10 M 0 0"
+    assert lane.take()[2] == "35 M 0 0"
 
 
 def test_the_lease_that_was_asked_for_ahead_waits_until_the_one_before_is_spent_and_pays_its_debt(lane: Lane) -> None:
@@ -270,12 +270,12 @@ def test_the_lease_that_was_asked_for_ahead_waits_until_the_one_before_is_spent_
     slow(lane, waited=2, lease=(4, 100))
     charged = lane.take(output=30)[1]
     *_, said, request_id = lane.take(output=30)
-    assert said == "10"
+    assert said == "35"
     lane.lent(request_id, lane.lease(9, 200, name="N"))
     lane.lua[b"settle"](lane.state, b"k", charged, 150)
 
     assert 140 == lane.take(output=140)[1]
-    assert "14 N 8 10" == lane.take(output=11)[2]
+    assert "47 N 8 10" == lane.take(output=11)[2]
 
 
 def test_what_a_lease_before_has_left_is_given_back_with_the_next_question_ahead(lane: Lane) -> None:
@@ -288,7 +288,7 @@ def test_what_a_lease_before_has_left_is_given_back_with_the_next_question_ahead
     lane.lent(request_id, lane.lease(4, 1000, name="N"))
     assert 300 == lane.take(output=300)[1]
 
-    assert "18 M 1 10" == lane.take(output=300)[2]
+    assert "59 M 1 10" == lane.take(output=300)[2]
 
 
 def test_a_lease_is_not_spent_after_its_own_time(lane: Lane) -> None:
@@ -297,7 +297,7 @@ def test_a_lease_is_not_spent_after_its_own_time(lane: Lane) -> None:
     lane.remember(lease=(9, None), until=60_000)
 
     assert lane.passes(now=length - 1)
-    assert lane.take(now=length)[2] == "4 L 8 0"
+    assert lane.take(now=length)[2] == "5 L 8 0"
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -336,8 +336,9 @@ def test_an_answer_without_a_lease_lets_the_next_one_ask(lane: Lane) -> None:
     """Near a limit each request is asked for, and wishes for what it needs itself and one more."""
     lane.remember(limited=True, until=60_000)
     lane.lent(lane.take()[3], None)
-    lane.lent(lane.take(now=10_000)[3], None)
-    for now in (20_000, 30_000):
+    for now in (10_000, 20_000):
+        lane.lent(lane.take(now=now)[3], None)
+    for now in (30_000, 40_000):
         _, charged, said, request_id = lane.take(now=now)
         assert (None, "2") == (charged, said)
         lane.lent(request_id, None)
@@ -383,7 +384,7 @@ def test_an_entry_whose_time_is_over_gives_its_lease_back(lane: Lane) -> None:
     lane.remember(lease=(9, 100))
     assert [True, True] == [lane.passes(output=10), lane.passes(output=10)]
 
-    assert (False, None, "2 L 7 80") == lane.take(now=UNTIL)[:3]
+    assert (False, None, "5 L 7 80") == lane.take(now=UNTIL)[:3]
     assert (False, None, "0") == lane.take(now=UNTIL)[:3]
 
     lane.remember("idle", lease=(9, 100))

@@ -43,10 +43,10 @@ def test_a_life_of_takes_leases_and_settles_is_the_same_in_both(counter_store: s
         stored = store.take(asked, lease=lease, back=back)
         ours = lender.take(asked, store.now, lease=lease, back=back)
 
-        assert (stored.verdict, stored.leased) == (ours.verdict, ours.leased), number
+        assert (stored.verdict, stored.lent) == (ours.verdict, ours.lent), number
         assert [r.remaining for r in stored.readings] == [r.remaining for r in ours.readings], number
         lent, refused = lent + stored.leased, refused + (not stored.admitted)
-        out += [lease] if lease is not None and stored.leased else []
+        out += [lease.of(stored.lent)] if lease is not None and stored.leased else []
         under_way += [asked.request_id] if stored.admitted else []
         if under_way and chance.random() < 0.5:
             request_id = under_way.pop(chance.randrange(len(under_way)))
