@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from chassis import keys as formats
 from chassis.errors import Invalid
+from chassis.files import read_bounded
 from control import keys, operators, service_accounts
 from control.act import Act
 from control.minting import Hashed, Mint
@@ -51,12 +52,9 @@ def load_public_keys(path: Path | None) -> PublicKeys:
     if path is None:
         return {}
     try:
-        with path.open("rb") as file:
-            text = file.read(_KEYS_FILE_BYTES_MAX + 1)
-    except OSError as exc:
-        raise Invalid(f"PEAJE_SECRET_SCANNING_KEYS: {path} cannot be read: {exc.strerror}.") from exc
-    if len(text) > _KEYS_FILE_BYTES_MAX:
-        raise Invalid(f"PEAJE_SECRET_SCANNING_KEYS: {path} is larger than {_KEYS_FILE_BYTES_MAX} bytes.")
+        text = read_bounded(path, bytes_max=_KEYS_FILE_BYTES_MAX)
+    except Invalid as exc:
+        raise Invalid(f"PEAJE_SECRET_SCANNING_KEYS: {exc.message}") from exc
     try:
         entries = json.loads(text)["public_keys"]
         found = {entry["key_identifier"]: serialization.load_pem_public_key(entry["key"].encode()) for entry in entries}

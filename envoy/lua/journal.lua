@@ -6,7 +6,7 @@
 -- a request, the journal knows whose it is. The file is the workers' own: appends of one write each do
 -- not interleave, and Envoy flushes its log in slices, in whose middle a record of ours could land.
 
-local find = string.find
+local quoted = require('envoy.lua.json').quoted
 
 local M = {}
 
@@ -32,15 +32,6 @@ local function opened(now)
   -- Buffered whole and flushed after each line: one system call a record.
   if file then file:setvbuf('full', 16384) end
   return file
-end
-
-local UNSAFE = '[%c"\\\127-\255]'
-
-local function quoted(text)
-  text = tostring(text)
-  -- Most are ids and numbers.
-  if not find(text, UNSAFE) then return '"' .. text .. '"' end
-  return '"' .. string.gsub(text, UNSAFE, function(c) return string.format('\\u%04x', string.byte(c)) end) .. '"'
 end
 
 local function object(fields, names)

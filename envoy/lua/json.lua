@@ -1,5 +1,5 @@
 -- SPDX-License-Identifier: Apache-2.0
--- Find the members of a JSON object without building it.
+-- Find the members of a JSON object without building it; write a string.
 --
 -- Knows where each top-level member begins and ends; nested values are skipped,
 -- strings by jumping from quote to quote, so that a 100 KB prompt costs about what
@@ -16,6 +16,16 @@ M.DEPTH_MAX = 200
 -- Members of one object and bytes of one key: a million of either would hold Envoy's thread for seconds.
 M.MEMBERS_MAX = 500
 M.KEY_BYTES_MAX = 1000
+
+local UNSAFE = '[%c"\\\127-\255]'
+
+-- What `text` is as a JSON string, in ASCII; each byte that is not is one character.
+function M.quoted(text)
+  text = tostring(text)
+  -- Most are ids and numbers.
+  if not find(text, UNSAFE) then return '"' .. text .. '"' end
+  return '"' .. string.gsub(text, UNSAFE, function(c) return string.format('\\u%04x', byte(c)) end) .. '"'
+end
 
 local QUOTE, BACKSLASH, OPEN_BRACKET, OPEN_BRACE, CLOSE_BRACE = 34, 92, 91, 123, 125
 local COLON, COMMA = 58, 44

@@ -1,6 +1,8 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- Say no in the caller's own dialect.
 
+local quoted = require('envoy.lua.json').quoted
+
 local M = {}
 
 local TYPES = {
@@ -9,12 +11,6 @@ local TYPES = {
   [415] = 'invalid_request_error', [429] = 'rate_limit_error', [503] = 'api_error',
 }
 local OPENAI_TYPES = { [404] = 'invalid_request_error', [413] = 'invalid_request_error' }
-
-local function quoted(text)
-  return '"' .. string.gsub(text, '[%c"\\\127-\255]', function(c)
-    return string.format('\\u%04x', string.byte(c))
-  end) .. '"'
-end
 
 -- Headers and body of a refusal. denial: { status, code, message, param?, allow? }.
 function M.refusal(dialect, denial, request_id)

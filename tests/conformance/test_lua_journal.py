@@ -28,7 +28,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._lua = LuaRuntime(encoding=None)
-        self._journal: Any = self._lua.execute((ROOT / "envoy/lua/journal.lua").read_bytes())
+        self._lua.execute(f"package.path = '{ROOT}/?.lua'".encode())
+        self._journal: Any = self._lua.eval(b"require('envoy.lua.journal')")
         self._drive: Any = self._lua.eval(_DRIVE)
         #: Not Lua, as Envoy's is not: what is compiled begins anew behind it.
         self._lua.globals()[b"os"][b"time"] = lambda: self.second
