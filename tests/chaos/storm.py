@@ -42,6 +42,8 @@ _EXACT = {"reported", "running", "none"}
 #: A whole answer is read within this, whatever is away; a connection that hangs longer is given up.
 _ANSWER_SECONDS = 60.0
 _SETTLED_SECONDS = 120.0
+#: After an answer of 5xx. Refusals are quick: without a pause they would be most of a storm where parts start slowly.
+_REFUSED_PAUSE_SECONDS = 0.1
 #: Between looks at whether a part is due to die.
 _LOOK_SECONDS = 0.02
 #: Rows that the report names of those that should not be there.
@@ -177,7 +179,7 @@ class Storm:
         if status == 200:
             self.heard.whole.add(request_id)
         elif status >= 500:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(_REFUSED_PAUSE_SECONDS)
         return b"connection: close" not in head
 
     def settled(self) -> list[dict[str, Any]]:

@@ -22,9 +22,8 @@ def test_a_kill_storm_loses_no_row_doubles_none_and_charges_nobody_else(road: In
 
     print(report)
     assert {} == report["wrong"]
-    # Parts die by the clock: the slower the machine, the more of its requests find one that is just starting.
-    assert report["rows"] > _REQUESTS / 6
-    assert report["disconnects"] > _REQUESTS * DISCONNECTS / 12
+    assert report["rows"] > _REQUESTS / 2
+    assert report["disconnects"] > _REQUESTS * DISCONNECTS / 4
     assert report["inexact_otherwise"]["share"] <= INEXACT_SHARE_MAX
     with_envoy = report["inexact_with_their_envoy"]
     assert with_envoy["under_way"] <= with_envoy["under_way_at_most"]
