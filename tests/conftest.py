@@ -112,8 +112,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _shared(item: pytest.Item) -> str | None:
-    """The first of the installations that many share which it needs, or is to run on. A module may have its own of that name."""
-    names, module = {*getattr(item, "fixturenames", ()), *map(str, _parameters(item).values())}, getattr(item, "module", None)
+    """The first of the installations that many share which it needs, or that `place` names. A module may have its own of that name."""
+    names, module = {*getattr(item, "fixturenames", ()), _parameters(item).get("place")}, getattr(item, "module", None)
     return next((name for name in SHARED if name in names and not hasattr(module, name)), None)
 
 
@@ -121,17 +121,21 @@ def _parameters(item: pytest.Item) -> Mapping[str, object]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
+def _is_without_lane(item: pytest.Item) -> bool:
+    return _parameters(item).get("express_lane") == "off"
+
+
 def _turn(item: pytest.Item) -> tuple[int, bool]:
     """Those on shared installations come first, all of one together: they take longest."""
     shared = _shared(item)
-    return len(SHARED) if shared is None else SHARED.index(shared), _parameters(item).get("express_lane") == "off"
+    return len(SHARED) if shared is None else SHARED.index(shared), _is_without_lane(item)
 
 
 def _group(item: pytest.Item) -> str:
     """What one process runs: what says so itself, everything on a shared installation, or one file."""
     if marker := item.get_closest_marker("xdist_group"):
         return str(marker.args[0])
-    return (_shared(item) or item.location[0]) + (" without the lane" if _parameters(item).get("express_lane") == "off" else "")
+    return (_shared(item) or item.location[0]) + (" without the lane" if _is_without_lane(item) else "")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

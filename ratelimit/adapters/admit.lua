@@ -91,18 +91,13 @@ local function answer(verdict, output)
   return said
 end
 
--- What so many requests on a lease take of a bucket, in its debt's unit.
-local function of_bucket(counter, n)
-  return in_unit(counter, { n = n, t = n * demand.g.t }) * counter.p
-end
-
 -- Requests that a lease may have: of a bucket so many that at least half of it is left to those who ask, of a quota a
 -- part of what is left, and none unless all leases together leave half of that.
 local function lendable(wanted)
-  local n = wanted
+  local n, one = wanted, { n = 1, t = demand.g.t }
   for i, counter in ipairs(demand.c) do
     if counter.k == 'bucket' then
-      n = math.min(n, math.floor((counter.b * counter.p / 2 - levels[i]) / math.max(of_bucket(counter, 1), 1)))
+      n = math.min(n, math.floor((counter.b * counter.p / 2 - levels[i]) / math.max(in_unit(counter, one) * counter.p, 1)))
     elseif is_hard(counter) and demand.g.e[i] > 0 then
       n = math.min(n, math.floor(math.max(0, counter.a - levels[i]) / PART / demand.g.e[i]))
     end
